@@ -1,0 +1,41 @@
+# make demo   set up, make RefShapes, train a small CrossVLT on two CPU processes, evaluate it, draw its predictions
+# make test   set up, run the tests
+# make lint   ruff, as CI runs it
+# make lock   resolve requirements*.txt anew into requirements.lock
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := checkpoints/demo
+# A CPU process each: more threads than cores only get in each other's way.
+TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
+
+.PHONY: demo test lint lock
+.DELETE_ON_ERROR:
+
+$(VENV)/.installed: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.x")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@touch $@
+
+# Interrupted, the training goes on from its last epoch.
+$(DEMO)/.trained: configs/demo.yaml | $(VENV)/.installed
+	$(BIN)/python -m data.refshapes
+	$(TORCHRUN) train.py $(if $(wildcard $(DEMO)/last.pth),--resume $(DEMO)/last.pth,--cfg configs/demo.yaml)
+	@touch $@
+
+demo: $(DEMO)/.trained
+	$(TORCHRUN) test.py --cfg configs/demo.yaml --resume $(DEMO)/best.pth --split val --shuffle_sentences
+	$(TORCHRUN) test.py --cfg configs/demo.yaml --resume $(DEMO)/best.pth --split val,testA,testB --baselines \
+		--json models/demo/results.json --vis models/demo/vis
+
+test: | $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: | $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock: | $(VENV)/.installed
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate \
+		requirements-dev.txt --output-file requirements.lock

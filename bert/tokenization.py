@@ -1,0 +1,57 @@
+"""Sentences to token ids with BERT's WordPiece tokenizer (transformers'), exactly as published."""
+
+from pathlib import Path
+
+import numpy as np
+from transformers import BertTokenizer
+
+from bert.files import find_bert_file
+from utils import UserError
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+
+
+def load_tokenizer(name: str) -> BertTokenizer:
+    """The uncased WordPiece tokenizer of a vocabulary.
+
+    Args:
+        name: a vocab.txt, a folder holding one, or a name on the Hugging Face hub (see :func:`find_bert_file`).
+
+    Raises:
+        MissingFileError: it is nowhere.
+        UserError: the file is not a BERT vocabulary.
+    """
+    return read_vocabulary(find_bert_file(name, ("vocab.txt",), flag="--bert_tokenizer"))
+
+
+def read_vocabulary(path: str | Path) -> BertTokenizer:
+    """The tokenizer of a vocab.txt: a token per line, its number the id; [PAD] is first, as ids are padded with 0."""
+    try:
+        tokens = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not a text file of tokens (UTF-8)") from error
+    lacking = [token for token in SPECIAL_TOKENS if token not in tokens]
+    if lacking or tokens[0] != "[PAD]":
+        raise UserError(
+            f"{path} is not a BERT vocabulary: " + (f"no {', '.join(lacking)}" if lacking else "[PAD] isn't first")
+        )
+    return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=True)
+
+
+def tokenize(tokenizer: BertTokenizer, sentences: list[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and mask of sentences, all at once.
+
+    [CLS] and [SEP] are added, then the first ``max_tokens`` ids are kept — a long sentence loses its [SEP] —, then ids
+    are padded with 0.
+
+    Returns:
+        input_ids [S, max_tokens] int32 and attention_mask [S, max_tokens] uint8.
+    """
+    input_ids = np.zeros((len(sentences), max_tokens), dtype=np.int32)
+    attention_mask = np.zeros((len(sentences), max_tokens), dtype=np.uint8)
+    if sentences:
+        for row, ids in enumerate(tokenizer(sentences, verbose=False)["input_ids"]):
+            kept = ids[:max_tokens]
+            input_ids[row, : len(kept)] = kept
+            attention_mask[row, : len(kept)] = 1
+    return input_ids, attention_mask

@@ -1,0 +1,41 @@
+"""Trivial answers that any model has to beat: they show what a dataset gives away without reading the sentence."""
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+
+from lib.metrics import SegmentationMetrics, intersection_and_union
+
+
+def baseline_metrics(
+    groups: Sequence[Hashable], object_ids: Sequence[Hashable], get_mask: Callable[[int], torch.Tensor]
+) -> dict[str, dict[str, float]]:
+    """Metrics of two answers that ignore the sentence.
+
+    ``all foreground``: every pixel. ``best object``: for each picture the one of its objects that scores best over
+    all of the picture's expressions — chosen knowing the truth, so no method that ignores the sentence and answers
+    with one object can do better.
+
+    Args:
+        groups: per expression, its picture.
+        object_ids: per expression, its object.
+        get_mask: the true mask [S, S] of an expression's object.
+    """
+    everything, best_object = SegmentationMetrics(), SegmentationMetrics()
+    by_picture = defaultdict(list)
+    for index, picture in enumerate(groups):
+        by_picture[picture].append(index)
+    for indices in by_picture.values():
+        first_of = {object_ids[index]: index for index in reversed(indices)}
+        masks = {object_id: get_mask(index).bool() for object_id, index in first_of.items()}
+        truths = torch.stack([masks[object_ids[index]] for index in indices])
+        everything.add(truths.sum((1, 2)).tolist(), [truths[0].numel()] * len(indices))
+        answers = []
+        for mask in masks.values():
+            intersections, unions = intersection_and_union(mask.expand_as(truths), truths)
+            answers.append(
+                (float((intersections / unions.clamp(min=1)).mean()), intersections.tolist(), unions.tolist())
+            )
+        best_object.add(*max(answers, key=lambda answer: answer[0])[1:])
+    return {"all foreground": everything.compute(), "best object": best_object.compute()}

@@ -1,0 +1,326 @@
+"""Configuration: yacs defaults, then ``--cfg file.yaml``, then flags. Only this and main() functions see argparse."""
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import yaml
+from yacs.config import CfgNode
+
+from utils import MissingFileError, UserError
+
+SWIN_TYPES = ("tiny", "small", "base", "large")
+SWIN_FILES = {
+    "tiny": "swin_tiny_patch4_window7_224.pth",
+    "small": "swin_small_patch4_window7_224.pth",
+    "base": "swin_base_patch4_window12_384_22k.pth",
+    "large": "swin_large_patch4_window12_384_22k.pth",
+}
+SWIN_ADDRESS = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+BERT_FILES = ("pytorch_model.bin", "model.safetensors")
+BERT_ADDRESS = "https://huggingface.co/bert-base-uncased"
+
+# In DATA, MODEL and PRETRAINED an empty value means: the published one, or what the checkpoint says.
+# fmt: off
+DEFAULTS = CfgNode({
+    "DATA": {
+        "ROOT": "./refer/data", "NAME": "refcoco", "SPLIT_BY": "", "SPLIT": "val", "IMG_SIZE": 480, "MAX_TOKENS": 21,
+    },
+    "MODEL": {
+        "SWIN_TYPE": "base", "WINDOW_SIZE": 0, "DROP_PATH_RATE": 0.3, "TEXT_DROPOUT": 0.1, "FUSION": "cross",
+        "EMBED_DIM": 0, "DEPTHS": [], "NUM_HEADS": [], "TEXT_DIM": 768, "TEXT_LAYERS": 6, "TEXT_HEADS": 12,
+        "VOCAB_SIZE": 30522, "ALIGN_DIM": 256,
+    },
+    "PRETRAINED": {
+        "SWIN": "", "BERT": "bert-base-uncased", "TOKENIZER": "", "FROM_SCRATCH": False, "INIT_FROM": "",
+        "DDP_TRAINED": False,
+    },
+    "TRAIN": {
+        "EPOCHS": 40, "STEPS": 0, "LR": 3e-5, "WEIGHT_DECAY": 1e-2, "AMSGRAD": False, "WARMUP_STEPS": 0,
+        "CLIP_GRAD": 0.0, "ALIGNMENT": True,
+    },
+    "OUTPUT_DIR": "./checkpoints", "LOG_DIR": "./models", "MODEL_ID": "", "PRINT_FREQ": 10,
+    "BATCH_SIZE": 6, "WORKERS": 2, "PIN_MEM": False, "SEED": 0, "DEVICE": "auto",
+})
+# fmt: on
+
+
+class Flag(NamedTuple):
+    """A command-line flag that sets a configuration key; ``value`` is what it sets where it takes no argument."""
+
+    names: tuple[str, ...]
+    key: str
+    help: str
+    scripts: tuple[str, ...] = ("train", "test")
+    choices: tuple[str, ...] | None = None
+    value: Any = None
+    metavar: str | None = None
+
+
+# fmt: off
+TRAIN_ONLY, TEST_ONLY = ("train",), ("test",)
+FLAGS = (
+    Flag(("--dataset",), "DATA.NAME", "refcoco, refcoco+, refcocog or refshapes"),
+    Flag(("--splitBy",), "DATA.SPLIT_BY", "split system; must be given for refcocog: umd or google (default: unc)"),
+    Flag(("--split",), "DATA.SPLIT", "split to validate on", TRAIN_ONLY),
+    Flag(("--split",), "DATA.SPLIT", "split(s) to evaluate: one, several (val,testA,testB) or all", TEST_ONLY),
+    Flag(("--refer_data_root",), "DATA.ROOT", "folder of the REFER layout"),
+    Flag(("--img_size",), "DATA.IMG_SIZE", "side of the square that pictures are resized to (test.py: as trained)"),
+    Flag(("--max_tokens",), "DATA.MAX_TOKENS", "token ids kept of a sentence (test.py: as trained)"),
+    Flag(("--swin_type",), "MODEL.SWIN_TYPE", "size of the Swin encoder (test.py: read from the checkpoint)",
+         choices=SWIN_TYPES),
+    Flag(("--window12",), "MODEL.WINDOW_SIZE", "Swin window of 12, whatever the type's pretrained file has", value=12),
+    Flag(("--fusion",), "MODEL.FUSION", "where language and vision meet: the paper's ablations", TRAIN_ONLY,
+         choices=("cross", "vision", "late")),
+    Flag(("--pretrained_swin_weights",), "PRETRAINED.SWIN", "ImageNet Swin file (default: by type, in ./pretrained)",
+         TRAIN_ONLY, metavar="FILE"),
+    Flag(("--ck_bert",), "PRETRAINED.BERT", "BERT weights: a file, a folder or a hub name", TRAIN_ONLY, metavar="BERT"),
+    Flag(("--bert_tokenizer",), "PRETRAINED.TOKENIZER",
+         "a vocab.txt, a folder holding one, or a hub name (default: bert-base-uncased; refshapes: its own)",
+         metavar="BERT"),
+    Flag(("--from_scratch",), "PRETRAINED.FROM_SCRATCH", "start from random weights instead of ImageNet and BERT files",
+         TRAIN_ONLY, value=True),
+    Flag(("--init_from",), "PRETRAINED.INIT_FROM", "start from a checkpoint's weights, with a new optimizer",
+         TRAIN_ONLY, metavar="FILE"),
+    Flag(("--ddp_trained_weights",), "PRETRAINED.DDP_TRAINED",
+         "insist that the checkpoint's keys begin with module. (stripping them needs no flag)", value=True),
+    Flag(("--epochs",), "TRAIN.EPOCHS", "passes over the training split", TRAIN_ONLY),
+    Flag(("--steps",), "TRAIN.STEPS", "optimizer steps of the whole training, instead of --epochs", TRAIN_ONLY),
+    Flag(("-b", "--batch-size"), "BATCH_SIZE", "samples per process"),
+    Flag(("--lr",), "TRAIN.LR", "initial learning rate", TRAIN_ONLY),
+    Flag(("--wd", "--weight-decay"), "TRAIN.WEIGHT_DECAY", "weight decay", TRAIN_ONLY, metavar="WD"),
+    Flag(("--amsgrad",), "TRAIN.AMSGRAD", "AMSGrad variant of AdamW", TRAIN_ONLY, value=True),
+    Flag(("--warmup_steps",), "TRAIN.WARMUP_STEPS", "steps of linear warm-up (published: 0)", TRAIN_ONLY),
+    Flag(("--clip_grad",), "TRAIN.CLIP_GRAD", "largest gradient norm, 0: no clipping (published: 0)", TRAIN_ONLY),
+    Flag(("--no_alignment",), "TRAIN.ALIGNMENT", "train without the alignment losses", TRAIN_ONLY, value=False),
+    Flag(("--output-dir",), "OUTPUT_DIR", "checkpoints go to <output-dir>/<model_id>/", TRAIN_ONLY),
+    Flag(("--model_id",), "MODEL_ID", "name of the run (default: <dataset>_<splitBy>_<swin_type>_<time>)", TRAIN_ONLY),
+    Flag(("--print-freq",), "PRINT_FREQ", "steps between log lines", TRAIN_ONLY),
+    Flag(("-j", "--workers"), "WORKERS", "data-loading processes per process"),
+    Flag(("--pin_mem",), "PIN_MEM", "page-locked memory for faster transfers to a GPU", value=True),
+    Flag(("--seed",), "SEED", "of everything random"),
+    Flag(("--device",), "DEVICE", "auto, cpu, cuda or cuda:N"),
+)
+# fmt: on
+
+POSITIVE_KEYS = (
+    "DATA.IMG_SIZE",
+    "DATA.MAX_TOKENS",
+    "TRAIN.EPOCHS",
+    "BATCH_SIZE",
+    "TRAIN.LR",
+    "PRINT_FREQ",
+    "MODEL.TEXT_DIM",
+    "MODEL.TEXT_LAYERS",
+    "MODEL.TEXT_HEADS",
+    "MODEL.VOCAB_SIZE",
+    "MODEL.ALIGN_DIM",
+)
+NON_NEGATIVE_KEYS = (
+    "TRAIN.STEPS",
+    "TRAIN.WEIGHT_DECAY",
+    "TRAIN.WARMUP_STEPS",
+    "TRAIN.CLIP_GRAD",
+    "WORKERS",
+    "SEED",
+    "MODEL.WINDOW_SIZE",
+    "MODEL.EMBED_DIM",
+    "MODEL.DROP_PATH_RATE",
+    "MODEL.TEXT_DROPOUT",
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that takes no abbreviations, and for a typo names the right flag in one line."""
+
+    def __init__(self, **how: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
+
+    def parse_known_names(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings]
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown flag {unknown[0]}" + suggestion(unknown[0].split("=")[0], self.parse_known_names()))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def suggestion(wrong: str, right: Sequence[str]) -> str:
+    """``; did you mean …?`` for the closest of the right names, or nothing."""
+    same = {name.lower().replace("-", "_").lstrip("_"): name for name in right}
+    close = difflib.get_close_matches(wrong.lower().replace("-", "_").lstrip("_"), same, n=1, cutoff=0.6)
+    return f"; did you mean {same[close[0]]}?" if close else ""
+
+
+def get_parser(script: str, description: str, add_more: Callable[[Parser], None]) -> Parser:
+    """The parser of ``train`` or ``test``: the shared flags of that script and, by ``add_more``, its own."""
+    parser = Parser(prog=f"{script}.py", description=description)
+    parser.add_argument("--cfg", metavar="FILE", help="yaml with configuration keys; flags go before it")
+    add_more(parser)
+    for flag in FLAGS:
+        if script in flag.scripts:
+            default = lookup(DEFAULTS, flag.key)
+            how: dict[str, Any] = {"dest": flag.key, "default": argparse.SUPPRESS, "help": flag.help.replace("%", "%%")}
+            if flag.value is not None:
+                how |= {"action": "store_const", "const": flag.value}
+            else:
+                shown = (
+                    ""
+                    if default in ("", 0) or "(default" in flag.help or "(test.py" in flag.help
+                    else f" (default: {default})"
+                )
+                how |= {"type": type(default), "choices": flag.choices, "help": how["help"] + shown}
+                how["metavar"] = flag.metavar or (
+                    None if flag.choices else flag.names[-1].lstrip("-").upper().replace("-", "_")
+                )
+            parser.add_argument(*flag.names, **how)
+        elif not any(script in other.scripts for other in FLAGS if other.names == flag.names):
+            takes = {"action": "store_const", "const": True} if flag.value is not None else {}
+            parser.add_argument(
+                *flag.names, dest=f"unused {flag.names[-1]}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **takes
+            )
+    # Old launchers pass this to every process; the rank itself is read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+    return parser
+
+
+def lookup(cfg: CfgNode, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    """{"A": {"B": 1}} → {"A.B": 1}."""
+    flat = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def read_config_file(path: str) -> dict[str, Any]:
+    """The dotted keys of a yaml file, checked against the defaults.
+
+    Raises:
+        MissingFileError, UserError: no such file; not yaml; a key that doesn't exist, with the one that was meant.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.safe_load(file)
+    except OSError as error:
+        raise MissingFileError(f"--cfg {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--cfg {path} is not valid yaml: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"--cfg {path} holds no configuration keys")
+    known = flatten(DEFAULTS)
+    keys = flatten(tree)
+    for key in keys:
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key}{suggestion(key, list(known))}")
+    return keys
+
+
+def apply(cfg: CfgNode, keys: dict[str, Any], source: str) -> None:
+    """Set dotted keys, each of the type its default has."""
+    for key, value in keys.items():
+        *parents, name = key.split(".")
+        node = lookup(cfg, ".".join(parents)) if parents else cfg
+        node[name] = _coerced(value, lookup(DEFAULTS, key), f"{source}: {key}")
+
+
+def _coerced(value: Any, default: Any, where: str) -> Any:
+    wanted = type(default)
+    if wanted is float and not isinstance(value, bool):  # yaml reads 1 as an integer and 3e-5 as text
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    if wanted is list and isinstance(value, list | tuple) and all(type(item) is int for item in value):
+        return list(value)
+    if type(value) is not wanted:
+        raise UserError(f"{where} must be of type {wanted.__name__}, not {value!r}")
+    return value
+
+
+def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> tuple[CfgNode, set[str]]:
+    """Defaults, then ``base`` (dotted keys, such as a resumed run's), then the yaml, then the flags.
+
+    Returns:
+        the checked configuration and the dotted keys that the yaml or a flag set.
+
+    Raises:
+        UserError: a value of the wrong type or outside its range.
+    """
+    cfg = DEFAULTS.clone()
+    apply(cfg, base or {}, "saved configuration")
+    from_file = read_config_file(args.cfg) if args.cfg else {}
+    apply(cfg, from_file, args.cfg)
+    flags = {key: value for key, value in vars(args).items() if key in flatten(DEFAULTS)}
+    apply(cfg, flags, "flags")
+    _check_ranges(cfg)
+    if not cfg.DATA.SPLIT_BY:
+        if cfg.DATA.NAME == "refcocog":
+            raise UserError("--dataset refcocog has two split systems: give --splitBy umd or --splitBy google")
+        cfg.DATA.SPLIT_BY = "unc"
+    return cfg, set(from_file) | set(flags)
+
+
+def _check_ranges(cfg: CfgNode) -> None:
+    flag_of = {flag.key: flag.names[-1] for flag in FLAGS}
+    for key in (*POSITIVE_KEYS, *NON_NEGATIVE_KEYS):
+        value, name = lookup(cfg, key), flag_of.get(key, key)
+        if not value >= 0 or value == float("inf") or (key in POSITIVE_KEYS and value == 0):
+            raise UserError(f"{name} {value}: must be {'above' if key in POSITIVE_KEYS else 'at least'} 0")
+
+
+def unused_flags(args: argparse.Namespace) -> list[str]:
+    """Flags that were given but belong to the other script."""
+    return [name.removeprefix("unused ") for name in vars(args) if name.startswith("unused ")]
+
+
+def model_keywords(cfg: CfgNode, window_size: int) -> dict[str, Any]:
+    """The keywords of build_crossvlt that a configuration means."""
+    model = cfg.MODEL
+    return {
+        "swin_type": model.SWIN_TYPE,
+        "window_size": window_size or None,
+        "drop_path_rate": model.DROP_PATH_RATE,
+        "text_dropout": model.TEXT_DROPOUT,
+        "fusion": model.FUSION,
+        "embed_dim": model.EMBED_DIM or None,
+        "depths": tuple(model.DEPTHS) or None,
+        "num_heads": tuple(model.NUM_HEADS) or None,
+        "text_dim": model.TEXT_DIM,
+        "text_layers": model.TEXT_LAYERS,
+        "text_heads": model.TEXT_HEADS,
+        "vocab_size": model.VOCAB_SIZE,
+        "align_dim": model.ALIGN_DIM,
+    }
+
+
+def tokenizer_name(cfg: CfgNode) -> str:
+    """The tokenizer a configuration means: as given, else RefShapes' own for RefShapes, else BERT's."""
+    if cfg.PRETRAINED.TOKENIZER:
+        return cfg.PRETRAINED.TOKENIZER
+    if cfg.DATA.NAME == "refshapes":
+        return str(Path(cfg.DATA.ROOT, "refshapes", "vocab.txt"))
+    return "bert-base-uncased"
+
+
+def check_vocabulary(num_tokens: int, vocab_size: int) -> None:
+    """The tokenizer's ids must be rows of the model's word embedding."""
+    if num_tokens > vocab_size:
+        raise UserError(
+            f"--bert_tokenizer has {num_tokens} tokens, the model only {vocab_size} word embeddings (MODEL.VOCAB_SIZE)"
+        )

@@ -1,0 +1,160 @@
+"""Reads the two files of a REFER dataset and trusts nothing in them: what is wrong ends in a UserError that names the
+file and the record."""
+
+import io
+import json
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+from utils import MissingFileError, UserError
+
+Record = dict[str, Any]
+
+FIELDS: dict[str, dict[str, type]] = {  # what each record must have, its id first
+    "refs": {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": list},
+    "images": {"id": int, "width": int, "height": int, "file_name": str},
+    "annotations": {"id": int, "image_id": int, "category_id": int},
+    "categories": {"id": int, "name": str},
+}
+MAX_SIDE = 2**14  # of a picture, in pixels; COCO's are 640 at most
+
+
+def read_refs(path: Path) -> list[Record]:
+    """The refs of a refs(splitBy).p, each checked by itself. UserError, MissingFileError: as REFER."""
+    data = _read(path)
+    try:
+        _check_opcodes(data)
+        refs = _PlainUnpickler(path, data).load()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise _damaged(path, error) from error
+    if type(refs) is not list or not refs:
+        raise UserError(f"{path}: should be a list of refs, and not empty")
+    ref_ids: set[int] = set()
+    sent_ids: set[int] = set()
+    for row, ref in enumerate(refs):
+        _check(ref, FIELDS["refs"], ref_ids, f"{path}: refs[{row}]")
+        where = f"{path}: refs[{row}] (ref_id {ref['ref_id']})"
+        if not ref["sentences"]:
+            raise UserError(f"{where}: sentences is empty")
+        for sentence in ref["sentences"]:
+            text = "raw" if type(sentence) is dict and "raw" in sentence else "sent"
+            _check(sentence, {"sent_id": int, text: str}, sent_ids, where)
+    return refs
+
+
+def read_instances(path: Path) -> dict[str, list[Record]]:
+    """images, annotations and categories of an instances.json, checked but for each bbox and segmentation, which
+    getRefBox and getMask check. UserError, MissingFileError: as REFER."""
+    data = _read(path)
+    try:
+        instances = json.loads(data)
+    except Exception as error:  # JSONDecodeError, UnicodeDecodeError, RecursionError, …
+        raise _damaged(path, error) from error
+    parts = ("images", "annotations", "categories")
+    if type(instances) is not dict or any(type(instances.get(part)) is not list for part in parts):
+        raise UserError(f"{path}: should be a dict with the lists {', '.join(parts)}")
+    for part in parts:
+        known: set[int] = set()
+        for row, record in enumerate(instances[part]):
+            _check(record, FIELDS[part], known, f"{path}: {part}[{row}]")
+    for image in instances["images"]:
+        where, name = f"{path}: image {image['id']}", image["file_name"]
+        if not (1 <= image["width"] <= MAX_SIDE and 1 <= image["height"] <= MAX_SIDE):
+            raise UserError(f"{where}: {image['width']}x{image['height']} is not a picture's size")
+        if set("\\:\0") & set(name) or {"", ".", ".."} & set(name.split("/")):
+            raise UserError(f"{where}: file_name {name!r} is not a file below the image folder")
+    return {part: instances[part] for part in parts}
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        generated = path.parent.name == "refshapes"
+        remedy = "make it with `python -m data.refshapes`" if generated else "see refer/README.md"
+        raise MissingFileError(f"{path} is missing: {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    told = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return UserError(f"{path} is damaged or of another format ({told}): get it again, see refer/README.md")
+
+
+def _check(record: Any, fields: dict[str, type], known: set[int], where: str) -> None:
+    """UserError unless the record has these fields of exactly these types (a bool is not an int), and an id, the
+    first of them, that is not yet among `known`, to which it is added."""
+    if type(record) is not dict:
+        raise UserError(f"{where}: should be a dict, is {type(record).__name__}")
+    id_name = next(iter(fields))
+    for name, kind in fields.items():
+        value = record.get(name)
+        if type(value) is not kind:
+            found = type(value).__name__ if name in record else "missing"
+        elif kind is int and not -(2**63) <= value < 2**63:
+            found = "beyond 64 bits"
+        elif kind is str and not value.isascii() and re.search("[\ud800-\udfff]", value):
+            found = "not Unicode"
+        else:
+            continue
+        whose = "" if name == id_name else f" ({id_name} {record[id_name]})"
+        raise UserError(f"{where}{whose}: {name} should be {kind.__name__}, is {found}")
+    if record[id_name] in known:
+        raise UserError(f"{where}: {id_name} {record[id_name]} is there twice")
+    known.add(record[id_name])
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Makes lists, dicts, text and numbers, refuses all else. Python 2's byte strings are read as UTF-8."""
+
+    def __init__(self, path: Path, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="utf-8")
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        wanted = f"{module}.{name}"
+        raise UserError(
+            f"{self.path} asks for {wanted!r}, but refs are only lists, dicts, text and numbers: "
+            "not loaded; get it again, see refer/README.md"
+        )
+
+    def persistent_load(self, pid: Any) -> Any:
+        raise UserError(
+            f"{self.path} asks for an object outside the file (a persistent id): "
+            "not loaded; get it again, see refer/README.md"
+        )
+
+
+# Opcodes of plain data with their arguments; memo numbers below 2**24. Bounded, for re keeps a state per step.
+_PLAIN_RUN = re.compile(
+    rb"(?:[N\x88\x89(\]ael}dsu\x94]|[\x80Khq].|M..|[Jj]....|[G\x95].{8}|r...\x00|"
+    rb"[ILSVFg][^\n]*\n|p\d{1,7}\n){0,500}",
+    re.DOTALL,
+)
+# Text and long integers, by the bytes their length takes; the end and what the unpickler refuses by name.
+_COUNTED = {b"U": 1, b"\x8a": 1, b"\x8c": 1, b"T": 4, b"X": 4, b"\x8b": 4, b"\x8d": 8}
+_LAST = {b".", b"c", b"\x93", b"i", b"P", b"Q"}
+
+
+def _check_opcodes(data: bytes) -> None:
+    """ValueError unless only plain data comes before the end, or before what _PlainUnpickler refuses by name.
+
+    A find_class that refuses everything is not enough: a memo number of four bytes makes the unpickler allocate up
+    to 64 GiB, and thousands of nested tuples crash the interpreter when hashed.
+    """
+    at = 0
+    while True:
+        start, at = at, _PLAIN_RUN.match(data, at).end()
+        opcode = data[at : at + 1]
+        if opcode in _COUNTED:
+            text = at + 1 + _COUNTED[opcode]
+            at = text + int.from_bytes(data[at + 1 : text], "little")
+        elif opcode in _LAST:
+            return
+        elif at == start:
+            raise ValueError(f"cut short, or not plain data at byte {at}")

@@ -1,0 +1,71 @@
+"""Rasterises COCO segmentations after checking them: pycocotools is C and trusts its input.
+
+H, W: height and width of the picture in pixels.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+MAX_OUTLINE = 2_000_000  # pixels along one polygon: pycocotools allocates for each of them
+
+
+def parts_of(segmentation: Any, H: int, W: int) -> Iterator[np.ndarray]:
+    """Each polygon or RLE as uint8 [H, W] of 0 and 1. ValueError: what is wrong with it."""
+    if not isinstance(segmentation, list | dict) or not segmentation:
+        raise ValueError("segmentation is neither a list of polygons nor an RLE")
+    for part in [segmentation] if isinstance(segmentation, dict) else segmentation:
+        yield _decode_rle(part, H, W) if isinstance(part, dict) else _fill_polygon(part, H, W)
+
+
+def is_number(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high  # false for NaN; a huge int does not overflow
+
+
+def _fill_polygon(polygon: Any, H: int, W: int) -> np.ndarray:
+    """pycocotools is C and trusts its input: far coordinates overflow there, long outlines eat the memory."""
+    if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+        raise ValueError("a polygon is not a list of three or more x, y pairs")
+    for low, high, values in ((-W, 2 * W, polygon[::2]), (-H, 2 * H, polygon[1::2])):
+        if not all(is_number(value, low, high) for value in values):
+            raise ValueError(f"a polygon's coordinate is not a number near the {W}x{H} picture")
+    points = np.array(polygon, float).reshape(-1, 2)
+    if (abs(points - np.roll(points, 1, axis=0)).max(axis=1) + 1).sum() > MAX_OUTLINE:
+        raise ValueError(f"a polygon's outline is longer than {MAX_OUTLINE} pixels")
+    return coco_mask.decode(coco_mask.frPyObjects([polygon], H, W))[:, :, 0]
+
+
+def _decode_rle(rle: dict[str, Any], H: int, W: int) -> np.ndarray:
+    """COCO's RLE: lengths of runs of 0, 1, 0, … down the columns, as a list or as a compressed string."""
+    if rle.get("size") != [H, W]:
+        raise ValueError(f"an RLE's size is not the picture's [{H}, {W}]")
+    counts = rle.get("counts")
+    if isinstance(counts, str):
+        counts = _decompress(counts)
+    if type(counts) is not list or not all(type(one) is int and 0 <= one <= H * W for one in counts):
+        raise ValueError("an RLE's counts are not run lengths")
+    if sum(counts) != H * W:
+        raise ValueError(f"an RLE's counts sum to {sum(counts)}, not to {H}x{W}")
+    return np.repeat((np.arange(len(counts)) & 1).astype(np.uint8), counts).reshape(W, H).T
+
+
+def _decompress(text: str) -> list[int]:
+    """A character holds five bits of a number (code - 48), lowest first; 32 in it: more follow; 16 in the last:
+    negative. From the fourth number on, each is the difference to the one two before."""
+    counts: list[int] = []
+    value = shift = 0
+    for character in text:
+        bits = ord(character) - 48
+        if not 0 <= bits < 64 or shift > 60:
+            raise ValueError("an RLE's compressed counts are damaged")
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            value -= (bits & 16) << (shift - 4)
+            counts.append(value + counts[-2] if len(counts) > 2 else value)
+            value = shift = 0
+    if shift:
+        raise ValueError("an RLE's compressed counts end within a number")
+    return counts

@@ -1,0 +1,231 @@
+"""The network: recorded numbers of the published one, its state dict, sizes, dtypes and ablations."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL
+from golden_cases import generator, golden_inputs, golden_value, normals, set_golden_weights
+from timm.layers import DropPath
+
+from CrossVLT import SWIN_VARIANTS, build_crossvlt
+from lib.criterion import CrossVLTCriterion
+from lib.optim import build_lr_scheduler, build_optimizer, group_parameter_names
+
+GOLDEN = ROOT / "tests" / "data" / "golden"
+
+
+def no_dropout(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, DropPath):
+            module.drop_prob = 0.0
+    return model
+
+
+def test_golden_recipe_gives_the_recorded_check_values():
+    proj = golden_value("backbone.0.patch_embed.proj.weight", torch.empty(128, 3, 4, 4))
+    assert proj.flatten()[0].item() == pytest.approx(0.0446475, abs=1e-7)
+    assert proj.sum().item() == pytest.approx(1.97962, abs=1e-4)
+    inputs = golden_inputs("eval_base_480", 2, 480, 480)
+    assert inputs.images.sum().item() == pytest.approx(-33379.5408, abs=0.02)
+    assert inputs.input_ids.sum() == 388964
+    assert inputs.attention_mask.sum(1).tolist() == [21, 8]
+    assert inputs.masks.sum((1, 2)).tolist() == [34632, 25864]
+
+
+@pytest.mark.parametrize(("swin_type", "size", "batch"), [("tiny", 224, 3), ("base", 480, 2)])
+def test_eval_logits_are_the_published_ones(swin_type, size, batch):
+    name = f"eval_{swin_type}_{size}"
+    golden = np.load(GOLDEN / f"{name}.npz")
+    model = set_golden_weights(build_crossvlt(swin_type)).eval()
+    inputs = golden_inputs(name, batch, size, size)
+    with torch.inference_mode():
+        output = model(inputs.images, inputs.input_ids, inputs.attention_mask)
+    assert output.similarities is None
+    logits = output.mask_logits.numpy()
+    assert np.abs(logits[:, :, ::8, ::8] - golden["logits"]).max() <= 2e-4
+    differing = np.unpackbits(golden["mask"]) != logits.argmax(1).ravel()
+    assert differing.mean() <= 1e-4
+    assert logits.mean() == pytest.approx(golden["mean"], abs=2e-4)
+    assert logits.std() == pytest.approx(golden["std"], abs=2e-4)
+
+
+def test_three_training_steps_are_the_published_ones():
+    golden = json.loads((GOLDEN / "train_tiny_224.json").read_text())
+    recorded = np.load(GOLDEN / "train_tiny_224.npz")
+    model = no_dropout(set_golden_weights(build_crossvlt("tiny")).double().train())
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    skipped = group_parameter_names(list(start)).not_optimized
+    criterion, optimizer = CrossVLTCriterion(), build_optimizer(model, lr=3e-5, weight_decay=1e-2)
+    scheduler = build_lr_scheduler(optimizer, total_steps=10)
+    for number, want in enumerate(golden["steps"]):
+        inputs = golden_inputs(f"train_tiny_224:step{number}", 2, 224, 224)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([want["lr"]] * 2, rel=1e-12)
+        output = model(inputs.images.double(), inputs.input_ids, inputs.attention_mask)
+        losses = criterion(output, inputs.masks)
+        optimizer.zero_grad()
+        losses["loss"].backward()
+        assert losses["loss"].item() == pytest.approx(want["loss"], rel=1e-7)
+        assert losses["segmentation"].item() == pytest.approx(want["seg"], rel=1e-7)
+        assert losses["alignment"].tolist() == pytest.approx(want["align"], rel=1e-7)
+        norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
+        total = np.linalg.norm([norm for name, norm in norms.items() if name not in skipped])
+        assert total == pytest.approx(want["grad_norm_optimized"], rel=1e-6)
+        if number == 0:
+            logits = output.mask_logits.detach().numpy()
+            assert np.abs(logits[:, :, ::8, ::8] - recorded["logits"]).max() < 1e-7
+            for stage, (similarity, stride) in enumerate(zip(output.similarities, (8, 4, 2, 1), strict=True), 1):
+                strided = similarity.detach().numpy()[:, :, ::stride, ::stride]
+                assert np.abs(strided - recorded[f"sim{stage}"]).max() < 1e-7
+            assert set(norms) == {name for name, norm in golden["grad_norms_step0"].items() if norm is not None}
+            for name, norm in norms.items():
+                if golden["updates_end"][name]["grad_rms"] > 1e-9:
+                    assert norm == pytest.approx(golden["grad_norms_step0"][name], rel=1e-6), name
+        optimizer.step()
+        scheduler.step()
+    for name, parameter in model.named_parameters():
+        want = golden["updates_end"][name]
+        update = (parameter - start[name]).detach()
+        if want["norm"] == 0:
+            assert torch.equal(parameter, start[name]), name
+        elif want["grad_rms"] is not None and want["grad_rms"] > 1e-9:
+            direction = normals(generator(f"update:{name}"), tuple(parameter.shape)).double()
+            assert update.norm().item() == pytest.approx(want["norm"], rel=1e-3), name
+            assert (direction * update).sum().item() == pytest.approx(want["projection"], abs=1e-3 * want["norm"]), name
+
+
+def test_base_state_dict_is_the_released_one():
+    released = json.loads((ROOT / "tests" / "data" / "state_dict_base.json").read_text())
+    assert len(released) == 693
+    ours = build_crossvlt("base").state_dict()
+    buffers = {key for key in released if key.endswith("relative_position_index")}  # rebuilt, not stored
+    assert len(buffers) == sum(SWIN_VARIANTS["base"]["depths"])
+    assert set(ours) == set(released) - buffers
+    for key, entry in ours.items():
+        shape, dtype = released[key]
+        assert list(entry.shape) == shape, key
+        assert str(entry.dtype) == f"torch.{dtype}", key
+
+
+@pytest.mark.parametrize("size", [(64, 64), (33, 32), (32, 33), (70, 101), (50, 130)])
+def test_any_size_and_any_batch(small_model, small_inputs, size):
+    model = small_model().eval()
+    images, ids, text_mask, _ = small_inputs(3, *size)
+    with torch.inference_mode():
+        together = model(images, ids, text_mask, return_similarities=True)
+        assert together.mask_logits.shape == (3, 2, *size)
+        stages = [(-(-size[0] // s), -(-size[1] // s)) for s in (4, 8, 16, 32)]
+        assert [tuple(s.shape) for s in together.similarities] == [(3, 1, *stage) for stage in stages]
+        for b in range(3):  # results don't depend on what else is in the batch
+            alone = model(images[b : b + 1], ids[b : b + 1], text_mask[b : b + 1])
+            torch.testing.assert_close(alone.mask_logits[0], together.mask_logits[b], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (5, 30), (1, 1)])
+def test_a_picture_of_one_last_position_is_refused(small_model, small_inputs, size):
+    with pytest.raises(ValueError, match=rf"{size[0]}×{size[1]}.*longer than 32"):
+        small_model()(*small_inputs(1, *size)[:3])
+
+
+def test_padding_tokens_change_nothing(small_model, small_inputs):
+    model = small_model().eval()
+    images, ids, text_mask, _ = small_inputs(tokens=7)
+    longer_ids = torch.nn.functional.pad(ids, (0, 6), value=0)
+    longer_mask = torch.nn.functional.pad(text_mask, (0, 6), value=0)
+    with torch.inference_mode():
+        short, long = model(images, ids, text_mask), model(images, longer_ids, longer_mask)
+    torch.testing.assert_close(short.mask_logits, long.mask_logits, atol=2e-5, rtol=0)
+
+
+def test_dtypes(small_model, small_inputs):
+    double = small_model().double().eval()
+    inputs = small_inputs(dtype=torch.float64)[:3]
+    with torch.inference_mode():
+        want = double(*inputs).mask_logits
+        single = small_model().eval()(inputs[0].float(), *inputs[1:]).mask_logits
+        half = small_model().bfloat16().eval()(inputs[0].bfloat16(), *inputs[1:]).mask_logits
+    assert (want.dtype, single.dtype, half.dtype) == (torch.float64, torch.float32, torch.bfloat16)
+    torch.testing.assert_close(single.double(), want, atol=1e-4, rtol=0)
+    assert (half.double() - want).abs().mean() < 0.1 * want.abs().mean()
+
+
+def test_float64_attention_masks_what_it_should(small_model, small_inputs):
+    """A mask in another dtype than the query is silently wrong on CPU: hold it against plain arithmetic."""
+    fusion = small_model().double().backbone[0].layers.attn1
+    v = torch.randn(2, 12, 32, dtype=torch.float64)
+    text = torch.randn(2, 5, 32, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    normed = lambda x: (x - x.mean(1, keepdim=True)) / (x.var(1, correction=0, keepdim=True) + 1e-5).sqrt()  # noqa: E731
+    query = normed(v @ fusion.v_q[0].weight[..., 0].T + fusion.v_q[0].bias)
+    scores = query @ fusion.l_q(text).transpose(1, 2) / 8 + (1e4 * mask - 1e4)[:, None, :]
+    attended = scores.softmax(-1) @ fusion.values_l(text)
+    w = normed(attended @ fusion.w_v[0].weight[..., 0].T + fusion.w_v[0].bias)
+    want = torch.nn.functional.gelu((w + v) @ fusion.project_mm[0].weight[..., 0].T + fusion.project_mm[0].bias)
+    torch.testing.assert_close(fusion(v, text, mask), want, atol=1e-10, rtol=0)
+
+
+def test_a_language_free_model_part_stays_language_free(small_model, small_inputs):
+    """In `vision` the language stages see no picture; in `late` the first three vision stages see no sentence."""
+    images, ids, text_mask, _ = small_inputs()
+    other_ids = (ids + 1) % SMALL["vocab_size"]
+    sentence = {}
+    with torch.inference_mode():
+        for fusion in ("cross", "vision", "late"):
+            model = small_model(fusion=fusion).eval()
+            model.lang_stage4.register_forward_hook(
+                lambda m, i, out, key=fusion: sentence.setdefault(key, []).append(out)
+            )
+            first_feature = []
+            model.backbone[0].register_forward_hook(lambda m, i, out, seen=first_feature: seen.append(out))
+            for pictures, words in ((images, ids), (images.flip(0), ids), (images, other_ids)):
+                model(pictures, words, text_mask)
+            blind = torch.equal(sentence[fusion][0].hidden_states, sentence[fusion][1].hidden_states)
+            assert blind == (fusion != "cross")
+            deaf = torch.equal(first_feature[0].decoder_feature, first_feature[2].decoder_feature)
+            assert deaf == (fusion == "late")
+
+
+def test_ablations_have_no_unused_modules(small_model):
+    cross, vision, late = (set(small_model(fusion=f).state_dict()) for f in ("cross", "vision", "late"))
+    assert not any("crossattention" in key for key in vision | late)
+    fusion_parts = ("attn1.", "attn2.", "linear1.", "linear2.")
+    early = {key for key in cross if key.startswith(("backbone.0.", "backbone.1.", "backbone.2."))}
+    assert {key for key in early if any(part in key for part in fusion_parts)} == vision - late
+    assert late < vision
+
+
+def test_published_defaults_and_bad_sizes():
+    assert build_crossvlt("tiny").config == {
+        "swin_type": "tiny",
+        "window_size": 7,
+        "drop_path_rate": 0.3,
+        "fusion": "cross",
+        "embed_dim": 96,
+        "depths": [2, 2, 6, 2],
+        "num_heads": [3, 6, 12, 24],
+        "text_dim": 768,
+        "text_layers": 6,
+        "text_heads": 12,
+        "text_dropout": 0.1,
+        "vocab_size": 30522,
+        "align_dim": 256,
+    }
+    for changes, message in (
+        ({"swin_type": "huge"}, "tiny, small, base, large"),
+        ({"fusion": "early"}, "cross, vision, late"),
+        ({"num_heads": (5, 6, 12, 24)}, "stage 0"),
+        ({"depths": (2, 2)}, "4 entries"),
+        ({"text_heads": 7}, "7 equal heads"),
+        ({"window_size": 1}, "window_size"),
+        ({"embed_dim": 116, "num_heads": (4, 4, 4, 4)}, "multiple of 32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_crossvlt(**{"swin_type": "tiny", **changes})
+
+
+def test_drop_path_rises_to_its_rate(small_model):
+    rates = [m.drop_prob for m in small_model(drop_path_rate=0.4).modules() if isinstance(m, DropPath)]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
