@@ -227,6 +227,8 @@ def main() -> None:
     total_steps = cfg.TRAIN.STEPS or step + max(0, cfg.TRAIN.EPOCHS - epoch) * len(train_batches)
     if step >= total_steps:
         raise UserError(f"{args.resume} has all its {step} steps done; ask for more by --epochs or --steps")
+    if total_steps < cfg.TRAIN.WARMUP_STEPS:
+        raise UserError(f"--warmup_steps {cfg.TRAIN.WARMUP_STEPS}: the whole training has {total_steps} steps")
     optimizer = build_optimizer(model, cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY, amsgrad=cfg.TRAIN.AMSGRAD)
     scheduler = build_lr_scheduler(optimizer, total_steps, cfg.TRAIN.WARMUP_STEPS)
     if resumed:

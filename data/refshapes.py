@@ -142,18 +142,18 @@ def render(scene: Scene) -> tuple[Image.Image, list[np.ndarray]]:
     columns = np.linspace(-along_x, along_x, scene.width, dtype=np.float32)
     rows = np.linspace(-along_y, along_y, scene.height, dtype=np.float32)
     slope = rows[:, None] + columns
-    picture = np.stack([slope + (grey + tint) for tint in (red, green, blue)], axis=2)
+    canvas = np.stack([slope + (grey + tint) for tint in (red, green, blue)], axis=2)
+    picture = Image.fromarray(canvas.astype(np.uint8))
     for obj in sorted(scene.objects, key=lambda o: not o.hidden_by):  # what is partly hidden first
-        place, drawn = stamp(obj)
-        behind = picture[place]
-        behind += drawn.cover[..., None] / np.float32(255) * (np.array(obj.rgb, np.float32) - behind)
-    picture += rng.integers(-5, 6, size=picture.shape, dtype=np.int8)
+        picture.paste(obj.rgb, (obj.left, obj.top), stamp(obj)[1].cover)
+    noise = rng.integers(-5, 6, size=canvas.shape, dtype=np.int8)
+    picture = Image.fromarray((np.asarray(picture, np.int16) + noise).clip(0, 255).astype(np.uint8))
     whole = [whole_mask(obj, (scene.height, scene.width)) for obj in scene.objects]
     masks = list(whole)
     for i, obj in enumerate(scene.objects):
         for j in obj.hidden_by:
             masks[i] = masks[i] & ~whole[j]
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), masks
+    return picture, masks
 
 
 # ------------------------------------------------------------------------------------------------- the files
@@ -354,7 +354,7 @@ def write_refshapes(
         finally:
             shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}: {error.filename}") from error
+        raise UserError(f"cannot write {folder}: {error}") from error
     return folder
 
 

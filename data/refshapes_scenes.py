@@ -44,7 +44,7 @@ SUPERSAMPLE = 8
 GAP = 3  # pixels at least between two objects that do not overlap
 HIDDEN = (0.12, 0.36)  # share of the rear object that an overlap hides (level full)
 OFF_AXIS = 0.25  # of its side, how far the one in front lies aside along either axis: not just edge to edge
-PLACE_SURE, PLACE_MAYBE = 0.4, 0.5  # "on the left": true for cx < 0.4 W, false from 0.5 W on
+PLACE_SURE, PLACE_MAYBE = 0.4, 0.51  # "on the left": true for cx < 0.4 W, false from 0.51 W on
 EDGE_MARGIN = 0.08  # by how much of the side the leftmost object must lead
 AREA_FACTOR = 1.25  # by which factor the biggest object must lead
 RELATION_MARGIN = 0.12  # "left of": true from 0.12 W of distance on, false from 0 on
@@ -152,9 +152,11 @@ class Stamp(NamedTuple):
     """A shape in the smallest box of whole pixels with one pixel free all around."""
 
     corners: np.ndarray  # (N, 2) float, from the top left corner of the box
-    cover: np.ndarray  # (h, w) uint8, the share of every pixel that the shape covers
+    cover: Image.Image  # of w by h pixels, 255 where the shape covers all of a pixel
     solid: np.ndarray  # (h, w) bool, the pixels covered to a half or more
     thick: np.ndarray  # (h + 2 GAP, w + 2 GAP) bool, `solid` grown by GAP pixels in all directions
+    middle: tuple[float, float]  # of `solid`
+    pixels: int  # in `solid`
 
 
 @lru_cache(maxsize=4096)
@@ -166,20 +168,26 @@ def _stamp(shape: str, side: float, angle: float) -> Stamp:
     canvas = Image.new("L", (width * SUPERSAMPLE, height * SUPERSAMPLE))
     points = corners * SUPERSAMPLE - 0.5  # Pillow counts from the middle of the first pixel
     ImageDraw.Draw(canvas).polygon(points.ravel().tolist(), fill=255)
-    cover = np.asarray(canvas.reduce(SUPERSAMPLE))
-    solid = thick = cover >= 128
+    cover = canvas.reduce(SUPERSAMPLE)
+    solid = thick = np.asarray(cover) >= 128
     for _ in range(2):  # along one axis, then along the other
         grown = np.zeros((thick.shape[0] + 2 * GAP, thick.shape[1]), bool)
         for step in range(2 * GAP + 1):
             grown[step : step + thick.shape[0]] |= thick
         thick = grown.T
-    return Stamp(corners, cover, solid, thick)
+    return Stamp(corners, cover, solid, thick, _middle(solid), np.count_nonzero(solid))
+
+
+def _middle(mask: np.ndarray) -> tuple[float, float]:
+    """x and y of the centre of mass of the mask (H, W), from its top left corner."""
+    ys, xs = np.nonzero(mask)
+    return int(xs.sum()) / len(xs) + 0.5, int(ys.sum()) / len(ys) + 0.5
 
 
 def stamp(obj: SceneObject) -> tuple[tuple[slice, slice], Stamp]:
     """The whole object, and where its stamp lies in the picture."""
     drawn = _stamp(obj.shape, obj.side, obj.angle)
-    height, width = drawn.cover.shape
+    height, width = drawn.solid.shape
     return (slice(obj.top, obj.top + height), slice(obj.left, obj.left + width)), drawn
 
 
@@ -205,7 +213,8 @@ def generate_scene(seed: int, split: str, index: int, level: str) -> Scene:
             continue
         order = rng.permutation(len(placed)).tolist()  # so that the numbers say nothing about size or depth
         objects = [placed[i] for i in order]
-        objects = [replace(o, hidden_by=tuple(order.index(j) for j in o.hidden_by)) for o in objects]
+        if overlap:
+            objects = [replace(o, hidden_by=tuple(order.index(j) for j in o.hidden_by)) for o in objects]
         scene = Scene(seed, split, index, level, width, height, background, tuple(objects))
         if any(candidates(scene, target) for target in scene.targets()):
             return scene
@@ -214,9 +223,9 @@ def generate_scene(seed: int, split: str, index: int, level: str) -> Scene:
 def _draw_cast(rng: np.random.Generator, split: str, picture_area: int) -> list[SceneObject]:
     """3–6 objects without places. Few colours and shapes per scene, so that one alone is often not enough."""
     count = draw(rng, {3: 0.1, 4: 0.3, 5: 0.35, 6: 0.25})
-    colors = rng.permutation(list(COLORS)).tolist()[: rng.integers(3, 7)]
-    shapes = rng.permutation(SHAPES).tolist()
-    shapes = shapes[: rng.integers(1, 3) if split == "testA" else rng.integers(2, 5)]
+    colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[: rng.integers(3, 7)]]
+    few = rng.integers(1, 3) if split == "testA" else rng.integers(2, 5)
+    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:few]]
     usual = [(c, s) for c in colors for s in shapes if (c, s) not in HELD_OUT]
     pairs = [usual[i] for i in rng.integers(len(usual), size=count)]
     if split == "testB":
@@ -248,7 +257,7 @@ def _place(
     taken = np.zeros((shape[0] + 2 * GAP, shape[1] + 2 * GAP), bool)  # the objects so far, GAP pixels thicker
     for obj in cast:
         _, drawn = stamp(obj)
-        assert np.count_nonzero(drawn.solid) <= MAX_SHARE * shape[0] * shape[1]
+        assert drawn.pixels <= MAX_SHARE * shape[0] * shape[1]
         height, width = drawn.solid.shape
         rear = whole_mask(placed[0], shape) if overlap and len(placed) == 1 else None
         room = (shape[0] - height + 1, shape[1] - width + 1)
@@ -262,24 +271,21 @@ def _place(
             if rear is not None:
                 hidden = np.count_nonzero(rear[top : top + height, left : left + width] & drawn.solid)
                 off = min(abs(left + width / 2 - placed[0].cx), abs(top + height / 2 - placed[0].cy))
-                if HIDDEN[0] <= hidden / np.count_nonzero(rear) <= HIDDEN[1] and off >= OFF_AXIS * placed[0].side:
+                if HIDDEN[0] <= hidden / stamp(placed[0])[1].pixels <= HIDDEN[1] and off >= OFF_AXIS * placed[0].side:
                     break
             elif not (taken[top + GAP :, left + GAP :][:height, :width] & drawn.solid).any():
                 break
         else:
             return None
-        placed.append(replace(obj, left=left, top=top, **_middle(drawn.solid, left, top)))
+        cx, cy = drawn.middle
+        placed.append(replace(obj, left=left, top=top, cx=left + cx, cy=top + cy))
         if rear is not None:
             rest = rear & ~whole_mask(placed[1], shape)
-            visible = int(np.count_nonzero(rest)) / int(np.count_nonzero(rear))
-            placed[0] = replace(placed[0], hidden_by=(1,), visible=visible, **_middle(rest, 0, 0))
+            visible = int(np.count_nonzero(rest)) / stamp(placed[0])[1].pixels
+            cx, cy = _middle(rest)
+            placed[0] = replace(placed[0], hidden_by=(1,), visible=visible, cx=cx, cy=cy)
         taken[top:, left:][: height + 2 * GAP, : width + 2 * GAP] |= drawn.thick
     return placed
-
-
-def _middle(mask: np.ndarray, left: int, top: int) -> dict[str, float]:
-    ys, xs = np.nonzero(mask)
-    return {"cx": left + int(xs.sum()) / len(xs) + 0.5, "cy": top + int(ys.sum()) / len(ys) + 0.5}
 
 
 # ----------------------------------------------------------------------------------------------- descriptions

@@ -6,6 +6,7 @@ python -m lib.checkpoint FILE        what a checkpoint holds, needing no other f
 import argparse
 import re
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ def _read_tensors(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about foreign pickles, which are refused in our own words
             return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"{path} is torn or not a safetensors file: {error}") from error

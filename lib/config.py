@@ -96,6 +96,7 @@ FLAGS = (
     Flag(("--clip_grad",), "TRAIN.CLIP_GRAD", "largest gradient norm, 0: no clipping (published: 0)", TRAIN_ONLY),
     Flag(("--no_alignment",), "TRAIN.ALIGNMENT", "train without the alignment losses", TRAIN_ONLY, value=False),
     Flag(("--output-dir",), "OUTPUT_DIR", "checkpoints go to <output-dir>/<model_id>/", TRAIN_ONLY),
+    Flag(("--log_dir",), "LOG_DIR", "logs go to <log_dir>/<model_id>/", TRAIN_ONLY),
     Flag(("--model_id",), "MODEL_ID", "name of the run (default: <dataset>_<splitBy>_<swin_type>_<time>)", TRAIN_ONLY),
     Flag(("--print-freq",), "PRINT_FREQ", "steps between log lines", TRAIN_ONLY),
     Flag(("-j", "--workers"), "WORKERS", "data-loading processes per process"),
@@ -246,10 +247,11 @@ def _coerced(value: Any, default: Any, where: str) -> Any:
             return float(value)
         except (TypeError, ValueError):
             pass
-    if wanted is list and isinstance(value, list | tuple) and all(type(item) is int for item in value):
-        return list(value)
-    if type(value) is not wanted:
-        raise UserError(f"{where} must be of type {wanted.__name__}, not {value!r}")
+    fits = type(value) is wanted and (wanted is not list or all(type(item) is int for item in value))
+    if not fits:
+        raise UserError(
+            f"{where} must be of type {'list of int' if wanted is list else wanted.__name__}, not {value!r}"
+        )
     return value
 
 

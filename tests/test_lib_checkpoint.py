@@ -237,8 +237,11 @@ def test_wrong_pretrained_files_are_refused(tmp_path, small_model):
         load_pretrained(small_model(depths=(1, 2, 2, 1)), swin=swin_file(small_model(), tmp_path / "swin.pth"))
     with pytest.raises(UserError, match=r"bert\.bin is not the BERT file.*word_embeddings\.weight \(60, 32\) for \(99"):
         load_pretrained(small_model(vocab_size=99), bert=bert_file(small_model(), tmp_path / "bert.bin"))
-    with pytest.raises(UserError, match="unexpected"):
+    with pytest.raises(UserError, match=r"swin\.pth is not a BERT file: no state dict"):
         load_pretrained(small_model(), bert=tmp_path / "swin.pth")
+    torch.save({"something.else": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"missing .*1 unexpected \(lang_stage1\.something\.else\)"):
+        load_pretrained(small_model(), bert=tmp_path / "other.pth")
     with pytest.raises(MissingFileError, match=r"nowhere\.pth"):
         load_pretrained(small_model(), swin=tmp_path / "nowhere.pth")
 

@@ -9,13 +9,7 @@ from conftest import ROOT
 
 from CrossVLT import build_crossvlt
 from lib.criterion import CrossVLTCriterion
-from lib.optim import (
-    build_lr_scheduler,
-    build_optimizer,
-    freeze,
-    group_parameter_names,
-    names_without_gradient,
-)
+from lib.optim import build_lr_scheduler, build_optimizer, freeze, group_parameter_names, names_without_gradient
 
 EMBEDDINGS = {
     f"lang_stage1.embeddings.{name}"

@@ -1,0 +1,119 @@
+"""Tokenization as published, and where BERT's files are found."""
+
+import time
+
+import numpy as np
+import pytest
+
+from bert import files
+from bert.tokenization import load_tokenizer, read_vocabulary, tokenize
+from utils import MissingFileError, UserError
+
+TOKENS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "dog",
+    "cafe",
+    "left",
+    "##most",
+    ",",
+    "'",
+    "s",
+    "2",
+    "##nd",
+]
+
+
+@pytest.fixture
+def vocabulary(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
+    return path
+
+
+def test_ids_by_hand(vocabulary):
+    tokenizer = read_vocabulary(vocabulary)
+    sentences = ["The Dog's leftmost Café, 2nd", "", "zebra dog", "the " * 30]
+    ids, mask = tokenize(tokenizer, sentences, 10)
+    words = [[TOKENS[i] for i in row] for row in ids]
+    assert words[0] == ["[CLS]", "the", "dog", "'", "s", "left", "##most", "cafe", ",", "2"]  # cut: no [SEP]
+    assert words[1] == ["[CLS]", "[SEP]"] + ["[PAD]"] * 8
+    assert words[2] == ["[CLS]", "[UNK]", "dog", "[SEP]"] + ["[PAD]"] * 6
+    assert words[3] == ["[CLS]"] + ["the"] * 9
+    assert mask.sum(1).tolist() == [10, 2, 4, 10]
+    assert np.array_equal(mask, np.arange(10) < mask.sum(1)[:, None])
+    assert tokenize(tokenizer, [], 10)[0].shape == (0, 10)
+
+
+def test_vocabulary_is_found_by_file_and_folder(vocabulary):
+    for name in (vocabulary, vocabulary.parent):
+        assert len(load_tokenizer(str(name))) == len(TOKENS)
+
+
+def test_hub_names_look_in_pretrained_first(vocabulary, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained" / "my-bert").mkdir(parents=True)
+    inside = tmp_path / "pretrained" / "my-bert" / "vocab.txt"
+    beside = tmp_path / "pretrained" / "vocab.txt"
+    for place in (beside, inside):  # the folder of that name goes before
+        place.write_text(vocabulary.read_text())
+        found = files.find_bert_file("my-bert", ("vocab.txt",), flag="--bert_tokenizer")
+        assert found.resolve() == place
+
+
+def test_local_cache_comes_before_the_hub(vocabulary, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "try_to_load_from_cache", lambda name, filename: str(vocabulary))
+    monkeypatch.setattr(files, "_fetch", lambda *a: pytest.fail("asked the hub"))
+    assert files.find_bert_file("my-bert", ("vocab.txt",), flag="--bert_tokenizer") == vocabulary
+
+
+def test_a_silent_hub_is_given_up_in_time(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(files, "HUB_TIMEOUT", 0.3)
+    monkeypatch.setattr(files, "get_hf_file_metadata", lambda *a, **k: time.sleep(20))
+    started = time.monotonic()
+    with pytest.raises(MissingFileError, match=r"--ck_bert my-bert: .*put a\.bin or b\.bin .*into \./pretrained/"):
+        files.find_bert_file("my-bert", ("a.bin", "b.bin"), flag="--ck_bert")
+    assert time.monotonic() - started < 10
+    assert files._fetch.__module__ == "bert.files"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_hub_is_asked_for_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def metadata(url, timeout):
+        if "b.bin" not in url:
+            raise OSError("404")
+
+    monkeypatch.setattr(files, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(files, "hf_hub_download", lambda name, filename: tmp_path / name / filename)
+    found = files.find_bert_file("org/my-bert", ("a.bin", "b.bin"), flag="--ck_bert")
+    assert found == tmp_path / "org/my-bert/b.bin"
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/vocab.txt", "vocab.txt", "a/b/c", "no such"])
+def test_wrong_paths_are_not_taken_for_hub_names(name, monkeypatch):
+    monkeypatch.setattr(files, "_fetch", lambda *a: pytest.fail("asked the hub"))
+    with pytest.raises(MissingFileError, match="no such file or folder"):
+        files.find_bert_file(name, ("vocab.txt",), flag="--bert_tokenizer")
+
+
+def test_what_is_no_vocabulary(tmp_path):
+    (tmp_path / "vocab.txt").write_text("the\ndog\n")
+    with pytest.raises(UserError, match=r"vocab\.txt is not a BERT vocabulary: no \[PAD\]"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "vocab.txt").write_text("\n".join(TOKENS[::-1]))
+    with pytest.raises(UserError, match=r"\[PAD\] isn't first"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not a text file"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "vocab.txt").unlink()
+    with pytest.raises(MissingFileError, match=r"holds no vocab\.txt"):
+        load_tokenizer(str(tmp_path))

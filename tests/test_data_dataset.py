@@ -1,0 +1,163 @@
+"""Samples and loaders: the published preprocessing against plain arithmetic, drawing, sharing, broken pictures."""
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from bert.tokenization import read_vocabulary
+from data.dataset_refer_bert import ReferDataset, open_image
+from data.loaders import build_eval_loader, build_train_loader
+from data.transforms import preprocess_image, preprocess_mask
+from refer.refer import REFER
+from utils import UserError
+
+
+@pytest.fixture
+def make_dataset(refshapes_root):
+    def make(split="val", **how):
+        refer = REFER(refshapes_root, "refshapes")
+        tokenizer = read_vocabulary(refshapes_root / "refshapes" / "vocab.txt")
+        return ReferDataset(refer, split, tokenizer, **{"img_size": 48, **how})
+
+    return make
+
+
+def test_preprocessing_to_the_digit():
+    source = np.random.default_rng(0)
+    picture = Image.fromarray(source.integers(0, 256, (37, 53, 3), dtype=np.uint8))
+    got = preprocess_image(picture, 24)
+    resized = np.asarray(picture.resize((24, 24), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    want = (resized - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    assert (got.dtype, got.shape) == (torch.float32, (3, 24, 24))
+    assert np.abs(got.numpy() - want.transpose(2, 0, 1)).max() < 1e-6
+    mask = source.integers(0, 2, (37, 53), dtype=np.uint8)
+    got = preprocess_mask(mask, 24)
+    assert got.dtype == torch.int64
+    assert np.array_equal(got.numpy(), np.asarray(Image.fromarray(mask).resize((24, 24), Image.Resampling.NEAREST)))
+
+
+def test_a_sample_is_what_the_files_say(make_dataset):
+    dataset = make_dataset()
+    index = len(dataset) // 2
+    sample, expression = dataset[index], dataset.expressions[index]
+    ref = dataset.refer.loadRefs(expression.ref_id)[0]
+    picture = open_image(dataset.refer.get_image_path(ref["image_id"]))
+    assert torch.equal(sample["image"], preprocess_image(picture, 48))
+    assert torch.equal(sample["mask"], preprocess_mask(dataset.refer.getMask(ref)["mask"], 48))
+    assert expression.sentence in [sentence["raw"] for sentence in ref["sentences"]]
+    vocabulary = (dataset.refer.instances_path.parent / "vocab.txt").read_text().splitlines()
+    words = [vocabulary[i] for i in sample["input_ids"][sample["attention_mask"] == 1]]
+    assert words == ["[CLS]", *expression.sentence.split(), "[SEP]"]
+    assert sample["input_ids"].shape == sample["attention_mask"].shape == (21,)
+    assert sample["index"] == index
+
+
+def test_evaluation_has_every_sentence_and_training_every_ref(make_dataset):
+    refs = make_dataset().refer.loadRefs(make_dataset().refer.getRefIds(split="val"))
+    sentences = [(ref["ref_id"], s["sent_id"]) for ref in refs for s in ref["sentences"]]
+    assert [(e.ref_id, e.sent_id) for e in make_dataset().expressions] == sentences
+    assert len(make_dataset()) == len(sentences)
+    drawn = make_dataset(draw_sentences=True)
+    assert len(drawn) == len(refs)
+    assert [drawn.expressions[drawn.expression_of(i)].ref_id for i in range(len(drawn))] == [r["ref_id"] for r in refs]
+
+
+def test_drawing_is_a_function_of_seed_epoch_and_index(make_dataset):
+    def draws(seed, epoch):
+        dataset = make_dataset("train", draw_sentences=True, seed=seed)
+        dataset.set_epoch(epoch)
+        return [dataset.expression_of(index) for index in range(len(dataset))]
+
+    assert draws(0, 0) == draws(0, 0)
+    assert draws(0, 0) != draws(0, 1)
+    assert draws(0, 0) != draws(1, 0)
+
+
+def test_drawing_is_uniform(make_dataset):
+    dataset = make_dataset("train", draw_sentences=True)
+    sizes = np.diff(dataset._sentence_ranges, axis=1)[:, 0]
+    index = int(np.argmax(sizes))
+    counts = collections.Counter()
+    for epoch in range(600):
+        dataset.set_epoch(epoch)
+        counts[dataset.expression_of(index)] += 1
+    assert len(counts) == sizes[index] > 1
+    assert min(counts.values()) > 0.75 * 600 / sizes[index]
+
+
+def test_workers_that_already_run_see_the_epoch(make_dataset):
+    dataset = make_dataset("train", draw_sentences=True)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=1, persistent_workers=True)
+    for epoch in (0, 1):
+        dataset.set_epoch(epoch)
+        got = torch.cat([batch["input_ids"] for batch in loader]).numpy()
+        want = dataset.input_ids[[dataset.expression_of(i) for i in range(len(dataset))]]
+        assert np.array_equal(got, want)
+
+
+def test_shuffled_sentences_keep_all_but_the_pairing(make_dataset):
+    plain, shuffled = make_dataset(), make_dataset(shuffle_sentences=True)
+    assert sorted(e.sentence for e in plain.expressions) == sorted(e.sentence for e in shuffled.expressions)
+    assert [e[:3] for e in plain.expressions] == [e[:3] for e in shuffled.expressions]
+    moved = sum(a != b for a, b in zip(plain.expressions, shuffled.expressions, strict=True))
+    assert moved > len(plain) / 2
+    assert make_dataset(shuffle_sentences=True).expressions == shuffled.expressions
+
+
+@pytest.mark.parametrize(("length", "batch_size", "world_size"), [(7, 3, 2), (10, 4, 3), (1, 6, 2), (12, 4, 3)])
+def test_evaluation_shares_hold_everything_once(length, batch_size, world_size):
+    data = [torch.tensor(i) for i in range(length)]
+    shares = [
+        [batch.tolist() for batch in build_eval_loader(
+            data, batch_size=batch_size, workers=0, rank=rank, world_size=world_size)]
+        for rank in range(world_size)
+    ]  # fmt: skip
+    assert sorted(i for share in shares for batch in share for i in batch) == list(range(length))
+    alone = [b.tolist() for b in build_eval_loader(data, batch_size=batch_size, workers=0, rank=0, world_size=1)]
+    assert sorted(batch for share in shares for batch in share) == sorted(alone)
+
+
+def test_training_shares_differ_and_are_shuffled_by_epoch():
+    data = list(range(20))
+
+    def order(rank, epoch, world_size=2):
+        loader = build_train_loader(data, batch_size=3, workers=0, rank=rank, world_size=world_size, seed=0)
+        loader.sampler.set_epoch(epoch)
+        return [batch.tolist() for batch in loader]
+
+    assert [len(batch) for batch in order(0, 0)] == [3, 3, 3]  # the incomplete one is dropped
+    first, second = ({i for batch in order(rank, 0) for i in batch} for rank in (0, 1))
+    assert not first & second
+    assert order(0, 0) == order(0, 0) != order(0, 1)
+    with pytest.raises(UserError, match=r"20 training samples don't fill one batch of 11 on 2 process"):
+        build_train_loader(data, batch_size=11, workers=0, rank=0, world_size=2, seed=0)
+
+
+def test_broken_pictures_are_named(tmp_path, make_dataset):
+    picture = tmp_path / "broken.jpg"
+    with pytest.raises(UserError, match=r"no picture .*broken\.jpg"):
+        open_image(picture)
+    Image.effect_noise((64, 64), 50).convert("RGB").save(picture)
+    whole = picture.read_bytes()
+    for content in (b"", b"not a picture", whole[: len(whole) // 2]):
+        picture.write_bytes(content)
+        with pytest.raises(UserError, match=r"broken\.jpg can't be decoded"):
+            open_image(picture)
+
+
+def test_a_picture_of_another_size_is_named(tmp_path, make_dataset, monkeypatch):
+    dataset = make_dataset()
+    other = tmp_path / "other.png"
+    Image.new("RGB", (11, 13)).save(other)
+    monkeypatch.setattr(dataset.refer, "get_image_path", lambda image_id: other)
+    with pytest.raises(UserError, match=r"other\.png is 11×13, but its annotation says"):
+        dataset[0]
+
+
+def test_grey_and_transparent_pictures_become_rgb(tmp_path):
+    for mode in ("L", "RGBA", "P", "CMYK", "LA"):
+        Image.new(mode, (5, 4)).save(tmp_path / "picture.tiff")
+        assert open_image(tmp_path / "picture.tiff").mode == "RGB"

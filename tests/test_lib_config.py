@@ -1,0 +1,134 @@
+"""Configuration and flags: precedence, the published flags, and what a mistake is answered with."""
+
+import pytest
+
+from lib import config
+from utils import MissingFileError, UserError
+
+
+def parse(script, *flags):
+    return config.get_parser(script, "", lambda parser: None).parse_args([str(flag) for flag in flags])
+
+
+def resolved(*flags, script="train", base=None):
+    return config.resolve(parse(script, *flags), base)
+
+
+def test_defaults_are_the_published_recipe():
+    cfg, given = resolved()
+    assert given == set()
+    assert (cfg.DATA.NAME, cfg.DATA.SPLIT_BY, cfg.DATA.SPLIT, cfg.DATA.IMG_SIZE) == ("refcoco", "unc", "val", 480)
+    assert (cfg.TRAIN.EPOCHS, cfg.BATCH_SIZE, cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY) == (40, 6, 3e-5, 1e-2)
+    assert (cfg.TRAIN.WARMUP_STEPS, cfg.TRAIN.CLIP_GRAD, cfg.TRAIN.AMSGRAD, cfg.TRAIN.ALIGNMENT) == (
+        0,
+        0.0,
+        False,
+        True,
+    )
+    assert (cfg.WORKERS, cfg.PRINT_FREQ, cfg.DEVICE) == (2, 10, "auto")
+    assert (cfg.DATA.ROOT, cfg.OUTPUT_DIR, cfg.LOG_DIR) == ("./refer/data", "./checkpoints", "./models")
+
+
+def test_every_published_flag_of_train_sets_its_key():
+    cfg, _ = resolved(
+        "--dataset", "refcocog", "--splitBy", "umd", "--split", "test", "--swin_type", "large", "--img_size", 384,
+        "-b", 3, "--epochs", 7, "-j", 5, "--lr", "1e-4", "--wd", "0.05", "--amsgrad", "--print-freq", 9,
+        "--output-dir", "out", "--model_id", "mine", "--refer_data_root", "data", "--bert_tokenizer", "tok",
+        "--ck_bert", "bert", "--pretrained_swin_weights", "swin.pth", "--ddp_trained_weights", "--window12",
+        "--pin_mem", "--seed", 4, "--device", "cpu", "--local_rank", 1,
+    )  # fmt: skip
+    keys = {
+        "DATA.NAME": "refcocog", "DATA.SPLIT_BY": "umd", "DATA.SPLIT": "test", "MODEL.SWIN_TYPE": "large",
+        "DATA.IMG_SIZE": 384, "BATCH_SIZE": 3, "TRAIN.EPOCHS": 7, "WORKERS": 5, "TRAIN.LR": 1e-4,
+        "TRAIN.WEIGHT_DECAY": 0.05, "TRAIN.AMSGRAD": True, "PRINT_FREQ": 9, "OUTPUT_DIR": "out", "MODEL_ID": "mine",
+        "DATA.ROOT": "data", "PRETRAINED.TOKENIZER": "tok", "PRETRAINED.BERT": "bert", "PRETRAINED.SWIN": "swin.pth",
+        "PRETRAINED.DDP_TRAINED": True, "MODEL.WINDOW_SIZE": 12, "PIN_MEM": True, "SEED": 4, "DEVICE": "cpu",
+    }  # fmt: skip
+    assert {key: config.lookup(cfg, key) for key in keys} == keys
+    assert resolved("--batch-size", 2, "--workers", 1, "--weight-decay", "0.1", "--local-rank", 0)[0].BATCH_SIZE == 2
+
+
+def test_flags_go_before_the_file_and_the_file_before_the_base(tmp_path):
+    (tmp_path / "c.yaml").write_text("DATA: {IMG_SIZE: 320, MAX_TOKENS: 15}\nTRAIN: {LR: 1, WEIGHT_DECAY: 1e-3}\n")
+    cfg, given = resolved(
+        "--cfg", tmp_path / "c.yaml", "--img_size", 224, base={"DATA.IMG_SIZE": 64, "DATA.MAX_TOKENS": 9, "SEED": 5}
+    )
+    assert (cfg.DATA.IMG_SIZE, cfg.DATA.MAX_TOKENS, cfg.SEED) == (224, 15, 5)
+    assert (cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY) == (1.0, 1e-3)  # yaml reads 1e-3 as text
+    assert given == {"DATA.IMG_SIZE", "DATA.MAX_TOKENS", "TRAIN.LR", "TRAIN.WEIGHT_DECAY"}
+    assert config.DEFAULTS.DATA.IMG_SIZE == 480
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--batchsize", "3"], "unknown flag --batchsize; did you mean --batch-size?"),
+        (["--datset", "refcoco"], "did you mean --dataset?"),
+        (["--img-size=3"], "did you mean --img_size?"),
+        (["--data", "refcoco"], "unknown flag --data"),  # an abbreviation
+        (["--lr", "fast"], "invalid float value: 'fast'"),
+        (["--swin_type", "huge"], "choose from"),
+        (["--batch-size", "0"], "--batch-size 0: must be above 0"),
+        (["--lr", "nan"], "--lr nan: must be above 0"),
+        (["--clip_grad", "-1"], "--clip_grad -1.0: must be at least 0"),
+        (["--dataset", "refcocog"], "--splitBy umd or --splitBy google"),
+        (["--cfg", "nowhere.yaml"], "--cfg nowhere.yaml: No such file"),
+    ],
+)
+def test_mistakes_in_flags(flags, told):
+    with pytest.raises(UserError) as caught:
+        resolved(*flags)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("TRAIN: {LEARNING_RATE: 1}", "unknown key TRAIN.LEARNING_RATE"),
+        ("TRIAN: {LR: 1}", "unknown key TRIAN.LR; did you mean TRAIN.LR?"),
+        ("BATCH_SIZE: many", "BATCH_SIZE must be of type int, not 'many'"),
+        ("MODEL: {DEPTHS: [1, x]}", "MODEL.DEPTHS must be of type list of int"),
+        ("TRAIN: {AMSGRAD: 1}", "TRAIN.AMSGRAD must be of type bool"),
+        ("a: [", "not valid yaml"),
+        ("just text", "holds no configuration keys"),
+    ],
+)
+def test_mistakes_in_files(tmp_path, text, told):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError) as caught:
+        resolved("--cfg", tmp_path / "c.yaml")
+    assert told in str(caught.value)
+    assert "c.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_a_missing_file():
+    with pytest.raises(MissingFileError):
+        resolved("--cfg", "nowhere.yaml")
+
+
+def test_training_flags_are_known_to_test_but_reported():
+    args = parse("test", "--lr", "0.1", "--ck_bert", "bert-base-uncased", "--amsgrad", "--split", "val")
+    assert sorted(config.unused_flags(args)) == ["--amsgrad", "--ck_bert", "--lr"]
+    assert config.unused_flags(parse("train", "--lr", "0.1")) == []
+
+
+def test_tokenizer_follows_the_dataset():
+    assert config.tokenizer_name(resolved()[0]) == "bert-base-uncased"
+    cfg = resolved("--dataset", "refshapes", "--refer_data_root", "d")[0]
+    assert config.tokenizer_name(cfg) == "d/refshapes/vocab.txt"
+    assert config.tokenizer_name(resolved("--dataset", "refshapes", "--bert_tokenizer", "x")[0]) == "x"
+    config.check_vocabulary(10, 10)
+    with pytest.raises(UserError, match="11 tokens"):
+        config.check_vocabulary(11, 10)
+
+
+def test_model_keywords_build_what_is_configured(small_config):
+    from CrossVLT import build_crossvlt
+
+    cfg, _ = resolved("--cfg", small_config)
+    built = build_crossvlt(**config.model_keywords(cfg, cfg.MODEL.WINDOW_SIZE)).config
+    assert (built["embed_dim"], built["depths"], built["window_size"], built["vocab_size"]) == (32, [1] * 4, 4, 200)
+    with_defaults = config.model_keywords(resolved("--swin_type", "tiny")[0], 0)
+    assert build_crossvlt(**with_defaults).config == build_crossvlt("tiny").config
