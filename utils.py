@@ -179,7 +179,8 @@ def written_aside(path: str | Path):  # noqa: ANN201  (a context manager over a 
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
-        aside.unlink(missing_ok=True)
+        if aside.exists():
+            aside.unlink()
 
 
 def run_command(main: Callable[[], None]) -> None:

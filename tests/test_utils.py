@@ -1,0 +1,143 @@
+"""Errors, safe writing, logging and seeds."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+from conftest import PROCESS_ENVIRONMENT, ROOT
+
+import utils
+from utils import MissingFileError, UserError, derive_seed, on_main, run_command, set_up_processes, written_aside
+
+
+def test_written_aside_is_all_or_nothing(tmp_path):
+    target = tmp_path / "new" / "file.txt"
+    with written_aside(target) as aside:
+        aside.write_text("first")
+        assert not target.exists()
+    assert target.read_text() == "first"
+
+    def half_written():
+        with written_aside(target) as aside:
+            aside.write_text("half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        half_written()
+    assert target.read_text() == "first"
+    assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+
+    def write():
+        with written_aside(tmp_path / "file" / "below.txt") as aside:
+            aside.write_text("")
+
+    with pytest.raises(UserError, match=r"can't write .*below\.txt"):
+        write()
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "printed"),
+    [
+        (UserError("wrong flag"), 2, "error: wrong flag\n"),
+        (MissingFileError("no file x"), 2, "error: no file x\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (UserError("Caught it in a worker.\nTraceback (most recent call last):\n  F\nutils.UserError: bad a.jpg\n"), 2,
+         "error: bad a.jpg\n"),
+    ],
+)  # fmt: skip
+def test_mistakes_become_one_line(raised, status, printed, capsys):
+    def main():
+        raise raised
+
+    with pytest.raises(SystemExit) as left:
+        run_command(main)
+    assert left.value.code == status
+    assert capsys.readouterr().err == printed
+
+
+def test_bugs_keep_their_traceback():
+    def main():
+        raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        run_command(main)
+
+
+def test_before_joining_only_the_main_process_tells(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+
+    def main():
+        raise UserError("told by rank 0")
+
+    with pytest.raises(SystemExit):
+        run_command(main)
+    assert capsys.readouterr().err == ""
+
+
+def test_devices(monkeypatch):
+    processes = set_up_processes("cpu")
+    assert (processes.rank, processes.world_size, processes.device.type, processes.is_main) == (0, 1, "cpu", True)
+    monkeypatch.setattr(utils.torch.cuda, "is_available", lambda: False)
+    assert set_up_processes("auto").device.type == "cpu"
+    for device, told in (("cuda", "no CUDA GPU"), ("tpu", "use auto, cpu, cuda"), ("mps", "only cpu and cuda")):
+        with pytest.raises(UserError, match=told):
+            set_up_processes(device)
+
+
+def test_seeds_depend_on_every_part_and_on_nothing_else():
+    assert derive_seed("epoch", 0, 1) == 9078349444151840633
+    assert len({derive_seed(*parts) for parts in (("a", 1), ("a", 2), ("b", 1), (1, "a"), ("a", 1, 0))}) == 5
+    assert all(0 <= derive_seed(i) < 2**63 for i in range(100))
+
+
+def test_the_log_file_has_all_the_lines(tmp_path, capsys):
+    log = utils.set_up_logging(0, tmp_path / "train.log")
+    log.debug("step 1")
+    log.warning("careful")
+    utils.set_up_logging(1)
+    logging.getLogger("crossvlt").info("not from rank 1")
+    logging.getLogger("crossvlt").warning("but this")
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == ["DEBUG step 1", "WARNING careful"]
+    printed = capsys.readouterr().err
+    assert "step 1" in printed  # into a pipe everything goes
+    assert "not from rank 1" not in printed
+    assert "[rank 1] but this" in printed
+
+
+def test_on_main_alone():
+    assert on_main(lambda: 3) == 3
+
+
+TOGETHER = """
+import sys
+from utils import *
+def main():
+    processes = set_up_processes("cpu")
+    assert gather(processes.rank) == [0, 1]
+    assert from_main(processes.rank + 5) == 5
+    assert on_main(lambda: processes.rank + 7) == 7
+    def fail():
+        raise UserError("the disk is full")
+    on_main(fail)
+run_command(main)
+"""
+
+
+def test_a_failure_of_the_main_process_ends_all(tmp_path):
+    (tmp_path / "together.py").write_text(TOGETHER)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         tmp_path / "together.py"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**PROCESS_ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert [line for line in done.stderr.splitlines() if "error: " in line and "elastic" not in line] == [
+        "error: the disk is full"
+    ]
+    assert "AssertionError" not in done.stderr
