@@ -51,20 +51,12 @@ from utils import (
 LOG = logging.getLogger("crossvlt")
 
 # What may change when a run is resumed; everything else is the recipe that the checkpoint was trained by.
-CHANGEABLE = (
-    "DATA.ROOT",
-    "PRETRAINED.TOKENIZER",
-    "TRAIN.EPOCHS",
-    "TRAIN.STEPS",
-    "OUTPUT_DIR",
-    "LOG_DIR",
-    "MODEL_ID",
-    "PRINT_FREQ",
-    "BATCH_SIZE",
-    "WORKERS",
-    "PIN_MEM",
-    "DEVICE",
-)
+CHANGEABLE = {
+    "DATA.ROOT", "PRETRAINED.TOKENIZER", "TRAIN.EPOCHS", "TRAIN.STEPS", "OUTPUT_DIR", "LOG_DIR", "MODEL_ID",
+    "PRINT_FREQ", "BATCH_SIZE", "WORKERS", "PIN_MEM", "DEVICE",
+}  # fmt: skip
+# What a checkpoint must hold for a run to go on from it, besides the weights.
+RESUMABLE = ("model_config", "config", "optimizer", "scheduler", "epoch", "step", "best_oIoU")
 
 
 def get_parser() -> config.Parser:
@@ -83,7 +75,7 @@ def open_resumed(path: str) -> Checkpoint:
         UserError: it has no optimizer state, so that going on would not be going on.
     """
     checkpoint = read_checkpoint(path)
-    if checkpoint.form != "training" or "optimizer" not in checkpoint.extra:
+    if not set(RESUMABLE) <= set(checkpoint.extra):
         raise UserError(
             f"--resume {path}: no optimizer state in it, so the training can't go on where it was; "
             f"start a new one from its weights with --init_from {path}"
@@ -93,7 +85,7 @@ def open_resumed(path: str) -> Checkpoint:
 
 def check_resumed(cfg: CfgNode, given: set[str], resumed: Checkpoint) -> None:
     """Refuse flags that contradict the recipe of the run that is resumed."""
-    for key in sorted(given - set(CHANGEABLE)):
+    for key in sorted(given - CHANGEABLE):
         saved, now = resumed.extra["config"].get(key), config.lookup(cfg, key)
         if saved != now:
             raise UserError(
@@ -126,10 +118,11 @@ def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
         raise MissingFileError(f"{error}; or train with --from_scratch") from error
 
 
-def window_size(cfg: CfgNode, swin: Path | None) -> int:
-    """The Swin window: as configured, else that in the pretrained file's name, else 0 (the type's own)."""
+def window_size(cfg: CfgNode, swin: Path | None, start: Checkpoint | None) -> int:
+    """The Swin window: as configured, else that of what training starts from, else 0 (the type's own)."""
     named = re.search(r"window(\d+)", swin.name) if swin else None
-    return cfg.MODEL.WINDOW_SIZE or (int(named[1]) if named else 0)
+    of_start = start.model_config["window_size"] if start else 0
+    return cfg.MODEL.WINDOW_SIZE or (int(named[1]) if named else of_start)
 
 
 def build_model(cfg: CfgNode, resumed: Checkpoint | None, swin: Path | None, bert: Path | None) -> CrossVLT:
@@ -141,7 +134,7 @@ def build_model(cfg: CfgNode, resumed: Checkpoint | None, swin: Path | None, ber
         return model
     start = read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM else None
     try:
-        model = build_crossvlt(**config.model_keywords(cfg, window_size(cfg, swin)))
+        model = build_crossvlt(**config.model_keywords(cfg, window_size(cfg, swin, start)))
     except ValueError as error:
         raise UserError(f"the configured MODEL can't be built: {error}") from error
     if start is not None:
@@ -157,6 +150,8 @@ def open_run(cfg: CfgNode, resumed: Checkpoint | None) -> Path:
     Raises:
         UserError: a folder can't be made, or already holds another run.
     """
+    if Path(cfg.MODEL_ID).name != cfg.MODEL_ID:
+        raise UserError(f"--model_id {cfg.MODEL_ID}: must be a plain name, it becomes a folder's")
     checkpoints, logs = Path(cfg.OUTPUT_DIR, cfg.MODEL_ID), Path(cfg.LOG_DIR, cfg.MODEL_ID)
     own = resumed is not None and resumed.path.resolve().parent == checkpoints.resolve()
     for name in ("last.pth", "best.pth"):
@@ -186,6 +181,88 @@ def wrap(model: CrossVLT, processes: Processes) -> nn.Module:
     return DistributedDataParallel(model)
 
 
+def open_splits(cfg: CfgNode) -> tuple[ReferDataset, ReferDataset, int]:
+    """The training and validation split, and how many tokens the tokenizer knows."""
+    tokenizer = load_tokenizer(config.tokenizer_name(cfg))
+    refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    how = {"img_size": cfg.DATA.IMG_SIZE, "max_tokens": cfg.DATA.MAX_TOKENS, "seed": cfg.SEED}
+    train_set = ReferDataset(refer, "train", tokenizer, draw_sentences=True, **how)
+    return train_set, ReferDataset(refer, cfg.DATA.SPLIT, tokenizer, **how), len(tokenizer)
+
+
+def fit(
+    cfg: CfgNode,
+    model: CrossVLT,
+    train_set: ReferDataset,
+    val_set: ReferDataset,
+    processes: Processes,
+    resumed: Checkpoint | None,
+) -> None:
+    """Train to the last step, with a validation and a checkpoint after each epoch."""
+    share = {"batch_size": cfg.BATCH_SIZE, "workers": cfg.WORKERS, "pin_memory": cfg.PIN_MEM}
+    share |= {"rank": processes.rank, "world_size": processes.world_size}
+    device = processes.device
+    train_batches = build_train_loader(train_set, seed=cfg.SEED, **share)
+    val_batches = build_eval_loader(val_set, **share)
+    epoch, step, best = (resumed.extra[key] for key in ("epoch", "step", "best_oIoU")) if resumed else (0, 0, 0.0)
+    total_steps = cfg.TRAIN.STEPS or step + max(0, cfg.TRAIN.EPOCHS - epoch) * len(train_batches)
+    if step >= total_steps:
+        raise UserError(f"this run has all its {step} steps done; ask for more by --epochs or --steps")
+    if total_steps < cfg.TRAIN.WARMUP_STEPS:
+        raise UserError(f"--warmup_steps {cfg.TRAIN.WARMUP_STEPS}: the whole training has {total_steps} steps")
+    checkpoints = on_main(lambda: open_run(cfg, resumed))
+
+    frozen = names_without_gradient(model, alignment=cfg.TRAIN.ALIGNMENT)
+    freeze(model, frozen)
+    optimizer = build_optimizer(model, cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY, amsgrad=cfg.TRAIN.AMSGRAD)
+    scheduler = build_lr_scheduler(optimizer, total_steps, cfg.TRAIN.WARMUP_STEPS)
+    if resumed:
+        optimizer.load_state_dict(resumed.extra["optimizer"])
+        scheduler.load_state_dict(resumed.extra["scheduler"])
+    LOG.info("%s: %.1f M parameters", cfg.MODEL_ID, sum(p.numel() for p in model.parameters()) / 1e6)
+    LOG.info("not trained: %s", ", ".join(frozen))
+    LOG.info(
+        f"{len(train_set)} samples; steps {step}…{total_steps}, {len(train_batches)} per epoch; global "
+        f"batch {processes.world_size * cfg.BATCH_SIZE} = {processes.world_size} × {cfg.BATCH_SIZE} on {device.type}"
+    )
+    wrapped = wrap(model, processes)
+    do_step = functools.partial(
+        training_step, wrapped, CrossVLTCriterion(cfg.TRAIN.ALIGNMENT), optimizer, scheduler,
+        device=device, clip_grad=cfg.TRAIN.CLIP_GRAD,
+    )  # fmt: skip
+    validate = functools.partial(evaluate, model, device=device, log=LOG.debug)
+    first = torch.utils.data.Subset(val_set, range(min(len(val_set), 2 * cfg.BATCH_SIZE * processes.world_size)))
+    # Two batches now: better to stumble over the validation split at once than after an epoch.
+    validate(build_eval_loader(first, **share), num_expressions=len(first))
+
+    while step < total_steps:
+        # Everything random in an epoch follows from its number: a resumed run draws what an uninterrupted one does.
+        torch.manual_seed(derive_seed("epoch", cfg.SEED, epoch, processes.rank))
+        train_set.set_epoch(epoch)
+        train_batches.sampler.set_epoch(epoch)
+        wrapped.train()
+        means = train_one_epoch(
+            do_step, train_batches, title=f"epoch {epoch + 1}", first_step=step, total_steps=total_steps,
+            print_freq=cfg.PRINT_FREQ, log=LOG.debug, show_bar=processes.is_main,
+        )  # fmt: skip
+        epoch, step = epoch + 1, step + means["steps"]
+        broadcast_buffers(model)
+        metrics = validate(val_batches, num_expressions=len(val_set), progress=f"{cfg.DATA.SPLIT} {epoch}").metrics
+        told = "  ".join(f"{name} {metrics[name]:.2f}" for name in METRIC_NAMES)
+        LOG.info("epoch %d: mean loss %.4f  %s: %s", epoch, means["loss"], cfg.DATA.SPLIT, told)
+        is_best = metrics["oIoU"] > best or epoch == 1
+        best = max(best, metrics["oIoU"])
+        content = {
+            "model": model.state_dict(), "model_config": model.config, "config": config.flatten(cfg),
+            "epoch": epoch, "step": step, "metrics": metrics, "best_oIoU": best,
+        }  # fmt: skip
+        if is_best:
+            on_main(functools.partial(save_checkpoint, checkpoints / "best.pth", content))
+        content |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        on_main(functools.partial(save_checkpoint, checkpoints / "last.pth", content))
+    LOG.info("done: best oIoU %.2f on %s, in %s", best, cfg.DATA.SPLIT, checkpoints / "best.pth")
+
+
 def main() -> None:
     args = get_parser().parse_args()
     resumed = open_resumed(args.resume) if args.resume else None
@@ -193,111 +270,17 @@ def main() -> None:
     if resumed:
         check_resumed(cfg, given, resumed)
     swin, bert = (None, None) if resumed else find_pretrained(cfg)
-    tokenizer = load_tokenizer(config.tokenizer_name(cfg))
-    refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
-    sample_format = {"img_size": cfg.DATA.IMG_SIZE, "max_tokens": cfg.DATA.MAX_TOKENS, "seed": cfg.SEED}
-    train_set = ReferDataset(refer, "train", tokenizer, draw_sentences=True, **sample_format)
-    val_set = ReferDataset(refer, cfg.DATA.SPLIT, tokenizer, **sample_format)
-
+    train_set, val_set, num_tokens = open_splits(cfg)
     processes = set_up_processes(cfg.DEVICE)
     set_up_logging(processes.rank)
     if not cfg.MODEL_ID:
         now = time.strftime("%Y%m%d-%H%M%S")
         cfg.MODEL_ID = from_main(f"{cfg.DATA.NAME}_{cfg.DATA.SPLIT_BY}_{cfg.MODEL.SWIN_TYPE}_{now}")
-    model = build_model(cfg, resumed, swin, bert)
-    config.check_vocabulary(len(tokenizer), model.config["vocab_size"])
-    checkpoints = on_main(lambda: open_run(cfg, resumed))
-
-    frozen = names_without_gradient(model, alignment=cfg.TRAIN.ALIGNMENT)
-    freeze(model, frozen)
-    model = model.to(processes.device)
+    model = build_model(cfg, resumed, swin, bert).to(processes.device)
+    config.check_vocabulary(num_tokens, model.config["vocab_size"])
     if processes.world_size > 1 and processes.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-
-    share = {
-        "batch_size": cfg.BATCH_SIZE,
-        "workers": cfg.WORKERS,
-        "pin_memory": cfg.PIN_MEM,
-        "rank": processes.rank,
-        "world_size": processes.world_size,
-    }
-    train_batches = build_train_loader(train_set, seed=cfg.SEED, **share)
-    val_batches = build_eval_loader(val_set, **share)
-    epoch, step, best = (resumed.extra[key] for key in ("epoch", "step", "best_oIoU")) if resumed else (0, 0, 0.0)
-    total_steps = cfg.TRAIN.STEPS or step + max(0, cfg.TRAIN.EPOCHS - epoch) * len(train_batches)
-    if step >= total_steps:
-        raise UserError(f"{args.resume} has all its {step} steps done; ask for more by --epochs or --steps")
-    if total_steps < cfg.TRAIN.WARMUP_STEPS:
-        raise UserError(f"--warmup_steps {cfg.TRAIN.WARMUP_STEPS}: the whole training has {total_steps} steps")
-    optimizer = build_optimizer(model, cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY, amsgrad=cfg.TRAIN.AMSGRAD)
-    scheduler = build_lr_scheduler(optimizer, total_steps, cfg.TRAIN.WARMUP_STEPS)
-    if resumed:
-        optimizer.load_state_dict(resumed.extra["optimizer"])
-        scheduler.load_state_dict(resumed.extra["scheduler"])
-    LOG.info(
-        "%s: %d parameters, %d tensors frozen (%s); %d samples, global batch %d = %d × %d on %s; steps %d…%d",
-        cfg.MODEL_ID,
-        sum(p.numel() for p in model.parameters()),
-        len(frozen),
-        ", ".join(frozen),
-        len(train_set),
-        cfg.BATCH_SIZE * processes.world_size,
-        processes.world_size,
-        cfg.BATCH_SIZE,
-        processes.device.type,
-        step,
-        total_steps,
-    )
-
-    wrapped = wrap(model, processes)
-    do_step = functools.partial(
-        training_step,
-        wrapped,
-        CrossVLTCriterion(cfg.TRAIN.ALIGNMENT),
-        optimizer,
-        scheduler,
-        device=processes.device,
-        clip_grad=cfg.TRAIN.CLIP_GRAD,
-    )
-    validate = functools.partial(evaluate, model, device=processes.device, log=LOG.debug)
-    first = torch.utils.data.Subset(val_set, range(min(len(val_set), 2 * cfg.BATCH_SIZE * processes.world_size)))
-    validate(build_eval_loader(first, **share), num_expressions=len(first))  # better to stumble now than after an epoch
-
-    while step < total_steps:
-        torch.manual_seed(derive_seed("epoch", cfg.SEED, epoch, processes.rank))
-        train_set.set_epoch(epoch)
-        train_batches.sampler.set_epoch(epoch)
-        wrapped.train()
-        means = train_one_epoch(
-            do_step,
-            train_batches,
-            title=f"epoch {epoch + 1}",
-            first_step=step,
-            total_steps=total_steps,
-            print_freq=cfg.PRINT_FREQ,
-            log=LOG.debug,
-            show_bar=processes.is_main,
-        )
-        epoch, step = epoch + 1, step + means["steps"]
-        broadcast_buffers(model)
-        result = validate(val_batches, num_expressions=len(val_set), progress=f"{cfg.DATA.SPLIT} after epoch {epoch}")
-        metrics = "  ".join(f"{name} {result.metrics[name]:.2f}" for name in METRIC_NAMES)
-        LOG.info("epoch %d: mean loss %.4f  %s: %s", epoch, means["loss"], cfg.DATA.SPLIT, metrics)
-        content = {
-            "model": model.state_dict(),
-            "model_config": model.config,
-            "config": config.flatten(cfg),
-            "epoch": epoch,
-            "step": step,
-            "metrics": result.metrics,
-            "best_oIoU": max(best, result.metrics["oIoU"]),
-        }
-        if result.metrics["oIoU"] > best or epoch == 1:
-            best = result.metrics["oIoU"]
-            on_main(functools.partial(save_checkpoint, checkpoints / "best.pth", content))
-        content |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        on_main(functools.partial(save_checkpoint, checkpoints / "last.pth", content))
-    LOG.info("done: best oIoU %.2f on %s, in %s", best, cfg.DATA.SPLIT, checkpoints / "best.pth")
+    fit(cfg, model, train_set, val_set, processes, resumed)
 
 
 if __name__ == "__main__":

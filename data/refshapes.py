@@ -67,11 +67,11 @@ DEFAULT_IMAGES = {"train": 6000, "val": 320, "testA": 150, "testB": 150}
 IDS_PER_SPLIT = 1_000_000  # picture ids of a split start at a multiple, so that no split moves another one's
 # How often a kind of expression is chosen where the scene offers it.
 KIND_WEIGHTS = {
-    "basic": {"color": 7, "shape": 7, "color+shape": 9, "size": 7, "biggest": 1.5, "place": 2, "leftmost": 0.5},
+    "basic": {"color": 9, "shape": 3, "color+shape": 14, "size": 5, "biggest": 1, "place": 1.5, "leftmost": 0.4},
     "full": {"color": 4, "shape": 4, "color+shape": 5, "size": 5, "biggest": 1.5, "place": 3, "leftmost": 1.5,
              "relation": 7, "overlap": 10},
 }  # fmt: skip
-REDUNDANT = 0.3  # factor for a kind that here says more than it needs to ("the small red circle" of one red circle)
+REDUNDANT = 0.5  # factor for a kind that here says more than it needs to ("the small red circle" of one red circle)
 
 
 # The ways to say a property.

@@ -36,6 +36,7 @@ COLORS = {
 # Share of the picture's area. The gaps are factors of about 1.3 and more: a size word is never a close call.
 SIZES = {"small": (0.031, 0.039), "medium": (0.053, 0.066), "large": (0.092, 0.109)}
 MAX_SHARE = 0.12
+ALL_COLORS_DIFFER = 0.6  # share of scenes where a colour alone tells an object (level basic)
 MAX_TOTAL = 0.37  # of all objects together, or there is no room for them
 # Pairs that occur in testB only: four colours, four shapes, each of which training shows in other pairs.
 HELD_OUT = (("red", "triangle"), ("blue", "circle"), ("green", "square"), ("yellow", "cross"))
@@ -206,7 +207,7 @@ def generate_scene(seed: int, split: str, index: int, level: str) -> Scene:
         width, height = rng.integers(96, 129, size=2).tolist()
         tint, slopes = rng.uniform(-6, 6, size=3).tolist(), rng.uniform(-14, 14, size=2).tolist()
         background = (rng.uniform(95, 190), *tint, *slopes)
-        cast = _draw_cast(rng, split, width * height)
+        cast = _draw_cast(rng, split, level, width * height)
         overlap = level == "full" and rng.random() < 0.5 and cast[0].color != cast[1].color
         placed = _place(rng, cast, (height, width), overlap)
         if placed is None:
@@ -220,8 +221,9 @@ def generate_scene(seed: int, split: str, index: int, level: str) -> Scene:
             return scene
 
 
-def _draw_cast(rng: np.random.Generator, split: str, picture_area: int) -> list[SceneObject]:
-    """3–6 objects without places. Few colours and shapes per scene, so that one alone is often not enough."""
+def _draw_cast(rng: np.random.Generator, split: str, level: str, picture_area: int) -> list[SceneObject]:
+    """3–6 objects without places. Few colours and shapes per scene, so that one alone is often not enough; but at level
+    basic most scenes have a colour for each object."""
     count = draw(rng, {3: 0.1, 4: 0.3, 5: 0.35, 6: 0.25})
     colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[: rng.integers(3, 7)]]
     few = rng.integers(1, 3) if split == "testA" else rng.integers(2, 5)
@@ -232,6 +234,8 @@ def _draw_cast(rng: np.random.Generator, split: str, picture_area: int) -> list[
         for i in range(min(count - 1, int(rng.integers(1, 4)))):
             pairs[i] = HELD_OUT[rng.integers(len(HELD_OUT))]
         pairs = [pairs[i] for i in rng.permutation(count)]
+    if level == "basic" and rng.random() < ALL_COLORS_DIFFER:
+        pairs = _with_other_colors(rng, pairs, shapes)
     shares = [1.0]
     while sum(shares) > MAX_TOTAL:
         sizes = [draw(rng, {"small": 1, "medium": 1.2, "large": 1.8}) for _ in range(count)]
@@ -244,6 +248,27 @@ def _draw_cast(rng: np.random.Generator, split: str, picture_area: int) -> list[
         angle = 0.0 if shape == "circle" else 0.04 * int(rng.integers(-4, 4)) + 0.02
         cast.append(SceneObject(shape, color, size, rgb, side, angle))
     return cast
+
+
+def _with_other_colors(
+    rng: np.random.Generator, pairs: list[tuple[str, str]], shapes: list[str]
+) -> list[tuple[str, str]]:
+    """The pairs, with each colour once: the first to have it keeps it, the later ones get one that is left."""
+    free = [list(COLORS)[i] for i in rng.permutation(len(COLORS))]
+    for color, _ in pairs:
+        if color in free:
+            free.remove(color)
+    seen: set[str] = set()
+    different = []
+    for color, shape in pairs:
+        if color in seen:
+            color = free.pop()
+            if (color, shape) in HELD_OUT:  # only those drawn on purpose are in a scene
+                shape = next((other for other in shapes if (color, other) not in HELD_OUT), SHAPES[0])
+                shape = shape if (color, shape) not in HELD_OUT else SHAPES[1]
+        seen.add(color)
+        different.append((color, shape))
+    return different
 
 
 def _place(

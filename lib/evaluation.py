@@ -1,5 +1,6 @@
 """The one evaluate loop, for validation while training and for test.py, and the one predict()."""
 
+import time
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from tqdm import tqdm
 
 from lib.metrics import SegmentationMetrics, intersection_and_union
 from utils import gather
+
+SECONDS_BETWEEN_LINES = 30
 
 
 class ExpressionResult(NamedTuple):
@@ -81,7 +84,7 @@ def evaluate(
     model.eval()
     rows, masks = [], {}
     bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch")
-    next_line = 0.1
+    last_line = time.monotonic()
     for number, batch in enumerate(bar, 1):
         inputs = (batch[name].to(device, non_blocking=True) for name in ("image", "input_ids", "attention_mask"))
         predicted = predict(model, *inputs)
@@ -90,9 +93,9 @@ def evaluate(
         for index, mask in zip(batch["index"].tolist(), predicted, strict=True):
             if index in keep_masks:
                 masks[index] = mask.cpu().numpy()
-        if log and progress and bar.disable and number / len(batches) >= next_line:
+        if log and progress and bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
             log(f"{progress}: {number}/{len(batches)} batches")
-            next_line = number / len(batches) + 0.1
+            last_line = time.monotonic()
     model.train(was_training)
 
     own = torch.cat(rows).numpy() if rows else np.empty((0, 3), dtype=np.int64)

@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 TRUTH_COLOR = (40, 190, 90)
 PREDICTION_COLOR = (240, 70, 60)
+TINT = 70  # of 255: the object's own colours must stay recognisable
 PANEL_HEIGHT = 220  # pixels of a picture inside a panel
 MARGIN = 8
 TEXT_SIZE = 16
@@ -17,7 +18,7 @@ def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int] = 
     if mask.shape != image.size[::-1]:
         raise ValueError(f"a mask of {mask.shape} doesn't fit a picture of {image.size[::-1]}")
     area = Image.fromarray(mask.astype(np.uint8) * 255)
-    tinted = Image.composite(Image.new("RGB", image.size, color), image, area.point(lambda v: v * 110 // 255))
+    tinted = Image.composite(Image.new("RGB", image.size, color), image, area.point(lambda v: v * TINT // 255))
     thickness = 2 * max(1, round(max(image.size) / 300)) + 1
     # A frame of background makes the outline run along the picture's edge too.
     framed = Image.new("L", (image.width + 2 * thickness, image.height + 2 * thickness))

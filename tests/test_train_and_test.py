@@ -212,7 +212,7 @@ def test_own_picture(trained, run_script, refshapes_root, tmp_path):
         ("train.py", ["--epoch", "3"], "unknown flag --epoch; did you mean --epochs?"),
         ("train.py", ["--resume", "{best}"], "start a new one from its weights with --init_from"),
         ("train.py", ["--resume", "{last}", "--lr", "0.5"], "TRAIN.LR is 0.001, not 0.5"),
-        ("train.py", ["--resume", "{last}"], "has all its"),
+        ("train.py", ["--resume", "{last}"], "has all its 28 steps done"),
         ("train.py", ["--resume", "{tmp}/torn.pth"], "torn.pth is torn or not a PyTorch file"),
         ("train.py", ["--cfg", "{cfg}", "--model_id", "run", "--output-dir", "{checkpoints}"], "already holds a run"),
         ("train.py", ["--cfg", "{cfg}", "--split", "testC"], "no split 'testC'"),
