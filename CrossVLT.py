@@ -202,8 +202,11 @@ def build_crossvlt(
 def _check_sizes(embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...], window_size: int) -> None:
     if len(depths) != NUM_STAGES or len(num_heads) != NUM_STAGES:
         raise ValueError(f"depths and num_heads need {NUM_STAGES} entries each, not {depths} and {num_heads}")
-    if window_size < 2 or min(depths) < 1:
-        raise ValueError(f"window_size must be at least 2 and every depth at least 1, not {window_size} and {depths}")
+    if window_size < 2 or min(depths) < 1 or min(num_heads) < 1:
+        raise ValueError(
+            "window_size must be at least 2, every depth and number of heads at least 1, "
+            f"not {window_size}, {depths} and {num_heads}"
+        )
     for i, heads in enumerate(num_heads):
         if (embed_dim * 2**i) % heads:
             raise ValueError(f"stage {i} has {embed_dim * 2**i} channels, which {heads} heads can't share equally")

@@ -15,17 +15,18 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
 
 $(VENV)/.installed: requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed: make PYTHON=python3.x")'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $@
 
-# Interrupted, the training goes on from its last epoch.
 $(DEMO)/.trained: configs/demo.yaml | $(VENV)/.installed
 	$(BIN)/python -m data.refshapes
-	$(TORCHRUN) train.py $(if $(wildcard $(DEMO)/last.pth),--resume $(DEMO)/last.pth,--cfg configs/demo.yaml)
+	@rm -rf $(DEMO) models/demo
+	$(TORCHRUN) train.py --cfg configs/demo.yaml
 	@touch $@
 
 models/demo/report.txt: $(DEMO)/.trained
+	@mkdir -p $(@D)
 	$(TORCHRUN) test.py --resume $(DEMO)/best.pth $(ON_REFSHAPES) --split val --shuffle_sentences > $@.part
 	$(TORCHRUN) test.py --resume $(DEMO)/best.pth $(ON_REFSHAPES) --split val,testA,testB --baselines \
 		--json models/demo/results.json --vis models/demo/vis >> $@.part

@@ -7,7 +7,7 @@
     torchrun --nproc_per_node 2 test.py --split val,testA,testB --resume ./checkpoints/best_refcoco.pth --json out.json
     python test.py --image photo.jpg --sentence "the left dog" --resume ./checkpoints/best_refcoco.pth --out dog.png
 
-Swin type, window and everything else about the model are read from the checkpoint.
+Swin type, window and everything else about the model, picture size and tokenizer are read from the checkpoint.
 """
 
 import json
@@ -17,25 +17,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import BertTokenizer
 from yacs.config import CfgNode
 
-from bert.tokenization import load_tokenizer, tokenize
+from bert.tokenization import check_vocabulary, load_tokenizer, tokenize
 from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset, open_image
 from data.loaders import build_eval_loader
-from data.transforms import preprocess_image
+from data.transforms import preprocess_image, preprocess_mask
 from lib import config
 from lib.baselines import baseline_metrics
 from lib.checkpoint import Checkpoint, load_weights, read_checkpoint
 from lib.evaluation import EvaluationResult, evaluate, predict
-from lib.metrics import METRIC_NAMES
+from lib.metrics import METRIC_NAMES, iou
 from lib.visualize import overlay, panel, sheet
 from refer.refer import REFER
 from utils import (
     Processes,
     UserError,
+    check_writable,
     launched_rank,
     on_main,
     run_command,
@@ -45,6 +46,7 @@ from utils import (
 )
 
 LOG = logging.getLogger("crossvlt")
+AS_TRAINED = ("DATA.IMG_SIZE", "DATA.MAX_TOKENS", "PRETRAINED.TOKENIZER")  # taken over from the checkpoint
 SPLIT_ORDER = ("val", "testA", "testB", "testC", "test")
 
 
@@ -106,7 +108,10 @@ def chosen_splits(asked: str, refer: REFER) -> list[str]:
     present = refer.splits()
     if asked == "all":
         known = [split for split in SPLIT_ORDER if split in present]
-        return known + sorted(set(present) - {"train", *known})
+        known += sorted(set(present) - {"train", *known})
+        if not known:
+            raise UserError("--split all: this dataset has a train split only")
+        return known
     names = [name.strip() for name in asked.split(",") if name.strip()]
     if not names:
         raise UserError(f"--split {asked!r} names no split; this dataset has {', '.join(present)}")
@@ -131,8 +136,8 @@ def draw(dataset: ReferDataset, result: EvaluationResult, folder: Path) -> Path:
         expression, counts = dataset.expressions[index], result.expressions[index]
         image, truth = open_image(dataset.image_path(index)), dataset.full_size_mask(index).astype(bool)
         predicted = Image.fromarray(result.masks[index]).resize(image.size, Image.Resampling.NEAREST)
-        iou = counts.intersection / counts.union if counts.union else 0.0
-        note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}  IoU {iou:.2f}"
+        score = iou(counts.intersection, counts.union)
+        note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}  IoU {score:.2f}"
         panels.append(panel(image, truth, np.array(predicted, dtype=bool), expression.sentence, note))
         name = f"{dataset.split}_{index:06d}_ref{expression.ref_id}_sent{expression.sent_id}.png"
         save_picture(panels[-1], folder / name)
@@ -160,7 +165,9 @@ def evaluate_splits(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokenizer: 
     set_up_logging(processes.rank)
     for path in (args.json, args.predictions):
         if path:
-            on_main(lambda path=path: write_lines(path, []) if not Path(path).exists() else None)
+            on_main(lambda path=path: check_writable(path))
+    if args.vis:
+        on_main(lambda: check_writable(Path(args.vis, "sheet.png")))
     model = load_model(checkpoint, processes)
     settings = {
         "checkpoint": str(checkpoint.path),
@@ -199,7 +206,7 @@ def evaluate_splits(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokenizer: 
             device=processes.device,
             keep_masks=drawn,
             log=LOG.debug,
-            progress=split,
+            progress=split if processes.is_main else None,
         )
         rows.append((split, result.metrics, len(dataset)))
         report.append(
@@ -217,14 +224,13 @@ def evaluate_splits(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokenizer: 
                 lambda dataset=dataset: baseline_metrics(
                     [e.image_id for e in dataset.expressions],
                     [e.ref_id for e in dataset.expressions],
-                    lambda index: dataset[index]["mask"],
+                    lambda index: preprocess_mask(dataset.full_size_mask(index), cfg.DATA.IMG_SIZE),
                 )
             )
             rows += [(f"  {name}", metrics, len(dataset)) for name, metrics in baselines.items()]
             report[-1]["baselines"] = baselines
         for counts in result.expressions:
             expression = dataset.expressions[counts.index]
-            iou = counts.intersection / counts.union if counts.union else 0.0
             lines.append(
                 json.dumps(
                     {
@@ -234,7 +240,7 @@ def evaluate_splits(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokenizer: 
                         "sentence": expression.sentence,
                         "intersection": counts.intersection,
                         "union": counts.union,
-                        "iou": iou,
+                        "iou": iou(counts.intersection, counts.union),
                     },
                     ensure_ascii=False,
                 )
@@ -259,7 +265,7 @@ def segment_own_picture(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokeniz
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must end in .png")
-    image = open_image(Path(args.image))
+    image = ImageOps.exif_transpose(open_image(Path(args.image)))  # as its viewer sees it: left must be left
     processes = set_up_processes(cfg.DEVICE)
     model = load_model(checkpoint, processes)
     ids, text_mask = (
@@ -278,16 +284,19 @@ def main() -> None:
     args = get_parser().parse_args()
     set_up_logging(launched_rank())
     checkpoint = read_checkpoint(args.resume)
-    checkpoint.check_prefix("PRETRAINED.DDP_TRAINED" in vars(args))
     as_trained = checkpoint.extra.get("config", {})
-    base = {key: as_trained[key] for key in ("DATA.IMG_SIZE", "DATA.MAX_TOKENS") if key in as_trained}
+    base = {key: as_trained[key] for key in AS_TRAINED if key in as_trained}
+    if Path(base.get("PRETRAINED.TOKENIZER", "")).suffix == ".txt" and not Path(base["PRETRAINED.TOKENIZER"]).exists():
+        del base["PRETRAINED.TOKENIZER"]  # trained elsewhere; another vocabulary than that one is refused below
     cfg, given = config.resolve(args, base)
+    checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
     check_model_flags(cfg, given, checkpoint)
     unused = config.unused_flags(args)
     if unused:
         LOG.warning("not used in evaluation: %s", ", ".join(unused))
-    tokenizer = load_tokenizer(config.tokenizer_name(cfg))
-    config.check_vocabulary(len(tokenizer), checkpoint.model_config["vocab_size"])
+    vocab_size = checkpoint.model_config["vocab_size"]
+    tokenizer = load_tokenizer(config.tokenizer_name(cfg, vocab_size))
+    check_vocabulary(tokenizer, vocab_size, checkpoint.extra.get("vocabulary"))
     if args.image or args.sentence or args.out:
         segment_own_picture(args, cfg, checkpoint, tokenizer)
     else:

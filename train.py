@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import BertTokenizer
 from yacs.config import CfgNode
 
 from bert.files import find_bert_file
-from bert.tokenization import load_tokenizer
+from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer
 from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_eval_loader, build_train_loader
@@ -34,7 +35,7 @@ from lib.engine import broadcast_buffers, train_one_epoch, training_step
 from lib.evaluation import evaluate
 from lib.metrics import METRIC_NAMES
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
-from refer.refer import REFER
+from refer.refer import REFER, check_dataset
 from utils import (
     MissingFileError,
     Processes,
@@ -53,10 +54,8 @@ LOG = logging.getLogger("crossvlt")
 # What may change when a run is resumed; everything else is the recipe that the checkpoint was trained by.
 CHANGEABLE = {
     "DATA.ROOT", "PRETRAINED.TOKENIZER", "TRAIN.EPOCHS", "TRAIN.STEPS", "OUTPUT_DIR", "LOG_DIR", "MODEL_ID",
-    "PRINT_FREQ", "BATCH_SIZE", "WORKERS", "PIN_MEM", "DEVICE",
+    "PRINT_FREQ", "BATCH_SIZE", "WORKERS", "PIN_MEM", "DEVICE", "PRETRAINED.DDP_TRAINED",
 }  # fmt: skip
-# What a checkpoint must hold for a run to go on from it, besides the weights.
-RESUMABLE = ("model_config", "config", "optimizer", "scheduler", "epoch", "step", "best_oIoU")
 
 
 def get_parser() -> config.Parser:
@@ -75,7 +74,7 @@ def open_resumed(path: str) -> Checkpoint:
         UserError: it has no optimizer state, so that going on would not be going on.
     """
     checkpoint = read_checkpoint(path)
-    if not set(RESUMABLE) <= set(checkpoint.extra):
+    if not checkpoint.is_resumable:
         raise UserError(
             f"--resume {path}: no optimizer state in it, so the training can't go on where it was; "
             f"start a new one from its weights with --init_from {path}"
@@ -87,6 +86,8 @@ def check_resumed(cfg: CfgNode, given: set[str], resumed: Checkpoint) -> None:
     """Refuse flags that contradict the recipe of the run that is resumed."""
     for key in sorted(given - CHANGEABLE):
         saved, now = resumed.extra["config"].get(key), config.lookup(cfg, key)
+        if key == "MODEL.WINDOW_SIZE":  # 0 in the configuration where the window came from a file's name
+            saved = resumed.model_config["window_size"]
         if saved != now:
             raise UserError(
                 f"--resume goes on with the saved recipe, where {key} is {saved!r}, not {now!r}: "
@@ -125,20 +126,32 @@ def window_size(cfg: CfgNode, swin: Path | None, start: Checkpoint | None) -> in
     return cfg.MODEL.WINDOW_SIZE or (int(named[1]) if named else of_start)
 
 
-def build_model(cfg: CfgNode, resumed: Checkpoint | None, swin: Path | None, bert: Path | None) -> CrossVLT:
+def rebuild(checkpoint: Checkpoint) -> CrossVLT:
+    """The network that a checkpoint's model_config means.
+
+    Raises:
+        UserError: it can't be built.
+    """
+    try:
+        return build_crossvlt(**checkpoint.model_config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path}: its model_config can't be built: {error}") from error
+
+
+def build_model(
+    cfg: CfgNode, resumed: Checkpoint | None, start: Checkpoint | None, swin: Path | None, bert: Path | None
+) -> CrossVLT:
     """The network with the weights it starts from."""
     torch.manual_seed(derive_seed("initialisation", cfg.SEED))
     if resumed is not None:
-        model = build_crossvlt(**resumed.extra["model_config"])
+        model = rebuild(resumed)
         load_weights(model, resumed)
         return model
-    start = read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM else None
     try:
         model = build_crossvlt(**config.model_keywords(cfg, window_size(cfg, swin, start)))
     except ValueError as error:
         raise UserError(f"the configured MODEL can't be built: {error}") from error
     if start is not None:
-        start.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
         load_weights(model, start)
     load_pretrained(model, swin, bert)
     return model
@@ -150,7 +163,7 @@ def open_run(cfg: CfgNode, resumed: Checkpoint | None) -> Path:
     Raises:
         UserError: a folder can't be made, or already holds another run.
     """
-    if Path(cfg.MODEL_ID).name != cfg.MODEL_ID:
+    if Path(cfg.MODEL_ID).name != cfg.MODEL_ID or cfg.MODEL_ID == "..":
         raise UserError(f"--model_id {cfg.MODEL_ID}: must be a plain name, it becomes a folder's")
     checkpoints, logs = Path(cfg.OUTPUT_DIR, cfg.MODEL_ID), Path(cfg.LOG_DIR, cfg.MODEL_ID)
     own = resumed is not None and resumed.path.resolve().parent == checkpoints.resolve()
@@ -181,13 +194,14 @@ def wrap(model: CrossVLT, processes: Processes) -> nn.Module:
     return DistributedDataParallel(model)
 
 
-def open_splits(cfg: CfgNode) -> tuple[ReferDataset, ReferDataset, int]:
-    """The training and validation split, and how many tokens the tokenizer knows."""
-    tokenizer = load_tokenizer(config.tokenizer_name(cfg))
+def open_splits(cfg: CfgNode) -> tuple[ReferDataset, ReferDataset, BertTokenizer]:
+    """The training and validation split, and the tokenizer they are read with."""
+    cfg.PRETRAINED.TOKENIZER = config.tokenizer_name(cfg, cfg.MODEL.VOCAB_SIZE)  # resolved: saved with the run
+    tokenizer = load_tokenizer(cfg.PRETRAINED.TOKENIZER)
     refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     how = {"img_size": cfg.DATA.IMG_SIZE, "max_tokens": cfg.DATA.MAX_TOKENS, "seed": cfg.SEED}
     train_set = ReferDataset(refer, "train", tokenizer, draw_sentences=True, **how)
-    return train_set, ReferDataset(refer, cfg.DATA.SPLIT, tokenizer, **how), len(tokenizer)
+    return train_set, ReferDataset(refer, cfg.DATA.SPLIT, tokenizer, **how), tokenizer
 
 
 def fit(
@@ -195,6 +209,7 @@ def fit(
     model: CrossVLT,
     train_set: ReferDataset,
     val_set: ReferDataset,
+    vocabulary: str,
     processes: Processes,
     resumed: Checkpoint | None,
 ) -> None:
@@ -219,6 +234,10 @@ def fit(
     if resumed:
         optimizer.load_state_dict(resumed.extra["optimizer"])
         scheduler.load_state_dict(resumed.extra["scheduler"])
+        for group, base, curve in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * curve(scheduler.last_epoch)  # the saved rate is another's where the length changed
+        resumed.state_dict.clear()  # copied by now; a model's and an optimizer's size of memory
+        del resumed.extra["optimizer"]
     LOG.info("%s: %.1f M parameters", cfg.MODEL_ID, sum(p.numel() for p in model.parameters()) / 1e6)
     LOG.info("not trained: %s", ", ".join(frozen))
     LOG.info(
@@ -247,16 +266,17 @@ def fit(
         )  # fmt: skip
         epoch, step = epoch + 1, step + means["steps"]
         broadcast_buffers(model)
-        metrics = validate(val_batches, num_expressions=len(val_set), progress=f"{cfg.DATA.SPLIT} {epoch}").metrics
+        title = f"{cfg.DATA.SPLIT} {epoch}" if processes.is_main else None
+        metrics = validate(val_batches, num_expressions=len(val_set), progress=title).metrics
         told = "  ".join(f"{name} {metrics[name]:.2f}" for name in METRIC_NAMES)
         LOG.info("epoch %d: mean loss %.4f  %s: %s", epoch, means["loss"], cfg.DATA.SPLIT, told)
-        is_best = metrics["oIoU"] > best or epoch == 1
+        is_best = metrics["oIoU"] > best or not (checkpoints / "best.pth").exists()
         best = max(best, metrics["oIoU"])
         content = {
             "model": model.state_dict(), "model_config": model.config, "config": config.flatten(cfg),
-            "epoch": epoch, "step": step, "metrics": metrics, "best_oIoU": best,
+            "vocabulary": vocabulary, "epoch": epoch, "step": step, "metrics": metrics, "best_oIoU": best,
         }  # fmt: skip
-        if is_best:
+        if from_main(is_best):
             on_main(functools.partial(save_checkpoint, checkpoints / "best.pth", content))
         content |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         on_main(functools.partial(save_checkpoint, checkpoints / "last.pth", content))
@@ -269,18 +289,24 @@ def main() -> None:
     cfg, given = config.resolve(args, base=resumed.extra["config"] if resumed else None)
     if resumed:
         check_resumed(cfg, given, resumed)
+    check_dataset(cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     swin, bert = (None, None) if resumed else find_pretrained(cfg)
-    train_set, val_set, num_tokens = open_splits(cfg)
+    start = resumed or (read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM else None)
+    if cfg.PRETRAINED.DDP_TRAINED and "PRETRAINED.DDP_TRAINED" in given:
+        if start is None:
+            raise UserError("--ddp_trained_weights is about a checkpoint: give --init_from or --resume too, or drop it")
+        start.check_prefix(True)
+    train_set, val_set, tokenizer = open_splits(cfg)
     processes = set_up_processes(cfg.DEVICE)
     set_up_logging(processes.rank)
     if not cfg.MODEL_ID:
         now = time.strftime("%Y%m%d-%H%M%S")
         cfg.MODEL_ID = from_main(f"{cfg.DATA.NAME}_{cfg.DATA.SPLIT_BY}_{cfg.MODEL.SWIN_TYPE}_{now}")
-    model = build_model(cfg, resumed, swin, bert).to(processes.device)
-    config.check_vocabulary(num_tokens, model.config["vocab_size"])
+    model = build_model(cfg, resumed, start, swin, bert).to(processes.device)
+    check_vocabulary(tokenizer, model.config["vocab_size"], start.extra.get("vocabulary") if start else None)
     if processes.world_size > 1 and processes.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    fit(cfg, model, train_set, val_set, processes, resumed)
+    fit(cfg, model, train_set, val_set, fingerprint(tokenizer), processes, resumed)
 
 
 if __name__ == "__main__":

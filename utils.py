@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,11 +64,15 @@ def set_up_processes(device: str = "auto") -> Processes:
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: PyTorch finds no CUDA GPU here; use --device cpu or auto")
+        # float32 means float32: TF32 convolutions would be off by more than the golden numbers allow.
+        torch.backends.cudnn.allow_tf32 = False
         index = local_rank if chosen.index is None else chosen.index
         if world_size > 1 and chosen.index is not None:
             raise UserError(f"--device {device}: with several processes each takes its own GPU; use --device cuda")
-        if index >= torch.cuda.device_count():
-            raise UserError(f"no GPU {index}: {torch.cuda.device_count()} here; start at most one process per GPU")
+        # Every process finds this, so that the main one tells it.
+        needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if chosen.index is None else index + 1
+        if needed > torch.cuda.device_count():
+            raise UserError(f"{needed} GPUs are needed, {torch.cuda.device_count()} here: start one process per GPU")
         chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     elif chosen.type != "cpu":
@@ -172,6 +177,8 @@ def written_aside(path: str | Path):  # noqa: ANN201  (a context manager over a 
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{path.name}.*.part"):  # left by a process that was killed while writing
+            stale.unlink(missing_ok=True)
         yield aside
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
@@ -181,6 +188,23 @@ def written_aside(path: str | Path):  # noqa: ANN201  (a context manager over a 
     finally:
         if aside.exists():
             aside.unlink()
+
+
+def check_writable(path: str | Path) -> None:
+    """Find out before the work whether its result can be written.
+
+    Raises:
+        UserError: ``path`` is a folder, or no file can be made beside it.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"can't write {path}: it is a folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from error
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -194,6 +218,10 @@ def run_command(main: Callable[[], None]) -> None:
         if launched_rank() == 0 or dist.is_initialized():
             where = f"[rank {launched_rank()}] " if launched_rank() else ""
             print(f"{where}error: {_last_line(error)}", file=sys.stderr)
+        if dist.is_initialized():  # an orderly tear-down would wait for processes that are stuck without this one
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(2)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

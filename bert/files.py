@@ -9,6 +9,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, t
 from utils import MissingFileError
 
 PRETRAINED = Path("pretrained")
+PUBLISHED = "bert-base-uncased"  # whose files may lie in ./pretrained itself
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 HUB_TIMEOUT = 8.0  # seconds to find out whether the hub answers; a download that has begun may take its time
 
@@ -18,7 +19,7 @@ def find_bert_file(name: str, filenames: tuple[str, ...], *, flag: str) -> Path:
 
     Args:
         name: the file itself, a folder holding it, or a hub name such as bert-base-uncased; for the last,
-            ./pretrained/<name>/, ./pretrained/ and the local cache come before the hub.
+            ./pretrained/<name>/, ./pretrained/ (bert-base-uncased only) and the local cache come before the hub.
         filenames: what the file may be called.
         flag: the flag that ``name`` came from, for the message.
 
@@ -36,7 +37,8 @@ def find_bert_file(name: str, filenames: tuple[str, ...], *, flag: str) -> Path:
     looks_like_a_path = name.startswith((".", "/", "~")) or path.suffix in {".txt", ".bin", ".pth", ".safetensors"}
     if looks_like_a_path or not HUB_NAME.fullmatch(name):
         raise MissingFileError(f"{flag} {name}: no such file or folder")
-    for folder in (PRETRAINED / name, PRETRAINED):
+    folders = [PRETRAINED / name] + ([PRETRAINED] if name == PUBLISHED else [])
+    for folder in folders:
         found = _first_of(folder, filenames)
         if found is not None:
             return found
@@ -48,7 +50,7 @@ def find_bert_file(name: str, filenames: tuple[str, ...], *, flag: str) -> Path:
     if fetched is None:
         raise MissingFileError(
             f"{flag} {name}: not in ./{PRETRAINED} nor in the local cache, and the hub can't be reached or doesn't "
-            f"have it; put {' or '.join(filenames)} from https://huggingface.co/{name} into ./{PRETRAINED}/, "
+            f"have it; put {' or '.join(filenames)} from https://huggingface.co/{name} into {folders[-1]}/, "
             "or name a file or folder"
         )
     return fetched

@@ -27,7 +27,7 @@ class LanguageStageOutput(NamedTuple):
 
 def bert_config(text_dim: int, text_heads: int, dropout: float, vocab_size: int) -> BertConfig:
     """BERT-base's settings with the given sizes (published: 768, 12, 0.1, 30522); the FFN is 4·text_dim wide."""
-    if text_dim % text_heads:
+    if text_heads < 1 or text_dim % text_heads:
         raise ValueError(f"text_dim {text_dim} can't be divided into {text_heads} equal heads")
     return BertConfig(
         vocab_size=vocab_size,

@@ -1,5 +1,6 @@
 """Sentences to token ids with BERT's WordPiece tokenizer (transformers'), exactly as published."""
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ def load_tokenizer(name: str) -> BertTokenizer:
 def read_vocabulary(path: str | Path) -> BertTokenizer:
     """The tokenizer of a vocab.txt: a token per line, its number the id; [PAD] is first, as ids are padded with 0."""
     try:
-        tokens = Path(path).read_text(encoding="utf-8").splitlines()
+        tokens = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a text file of tokens (UTF-8)") from error
     lacking = [token for token in SPECIAL_TOKENS if token not in tokens]
@@ -35,7 +36,40 @@ def read_vocabulary(path: str | Path) -> BertTokenizer:
         raise UserError(
             f"{path} is not a BERT vocabulary: " + (f"no {', '.join(lacking)}" if lacking else "[PAD] isn't first")
         )
+    if len(set(tokens)) != len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+        raise UserError(f"{path} is not a BERT vocabulary: {twice!r} is in it twice")
     return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=True)
+
+
+def fingerprint(tokenizer: BertTokenizer) -> str:
+    """What tells one vocabulary from another; saved with a model, whose word embeddings are those of its vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    text = "\n".join(sorted(vocabulary, key=vocabulary.__getitem__))
+    return f"{len(vocabulary)} tokens, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def check_vocabulary(tokenizer: BertTokenizer, vocab_size: int, trained_with: str | None) -> None:
+    """The tokenizer must be the one whose ids the model's word embedding knows.
+
+    Args:
+        tokenizer: to be used.
+        vocab_size: rows of the word embedding.
+        trained_with: :func:`fingerprint` of the tokenizer that the model was trained with, where that is known.
+
+    Raises:
+        UserError: it is another, or has too many tokens.
+    """
+    if len(tokenizer) > vocab_size:
+        raise UserError(
+            f"--bert_tokenizer has {len(tokenizer)} tokens, the model only {vocab_size} word embeddings "
+            "(MODEL.VOCAB_SIZE)"
+        )
+    if trained_with not in (None, fingerprint(tokenizer)):
+        raise UserError(
+            f"--bert_tokenizer is another one ({fingerprint(tokenizer)}) than the model was trained with "
+            f"({trained_with})"
+        )
 
 
 def tokenize(tokenizer: BertTokenizer, sentences: list[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:

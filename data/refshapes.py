@@ -323,7 +323,8 @@ def _put_in_place(new: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():  # else the old set, which could not be put back, is all there is
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def write_refshapes(

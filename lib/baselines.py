@@ -14,8 +14,8 @@ def baseline_metrics(
     """Metrics of two answers that ignore the sentence.
 
     ``all foreground``: every pixel. ``best object``: for each picture the one of its objects that scores best over
-    all of the picture's expressions — chosen knowing the truth, so no method that ignores the sentence and answers
-    with one object can do better.
+    all of the picture's expressions by mean IoU — chosen knowing the truth, so no method that ignores the sentence and
+    answers with one of these objects has a higher mean IoU.
 
     Args:
         groups: per expression, its picture.

@@ -25,6 +25,8 @@ PREFIX = "module."
 # The only keys that a file may lack or have beyond the model: index buffers, which are rebuilt, and the temperatures,
 # which released inference files leave out.
 ALLOWED_DIFFERENCES = re.compile(r"(.*\.relative_position_index|temp)")
+# What a file must hold, besides the weights, for a run to go on from it.
+RESUMABLE = ("model_config", "config", "optimizer", "scheduler", "epoch", "step", "best_oIoU")
 SHOWN_KEYS = 4
 SWIN_EMBED_DIMS = {96: ("tiny", "small"), 128: ("base",), 192: ("large",)}
 
@@ -47,13 +49,21 @@ class Checkpoint:
     def model_config(self) -> dict[str, Any]:
         """Keywords for build_crossvlt: as saved, else read off the shapes."""
         if "model_config" in self.extra:
-            return self.extra["model_config"]
+            saved = self.extra["model_config"]
+            if not isinstance(saved, dict) or not {"swin_type", "window_size", "vocab_size"} <= set(saved):
+                raise UserError(f"{self.path}: its model_config is not one of a CrossVLT")
+            return saved
         try:
             return infer_model_config(self.state_dict)
         except (KeyError, IndexError, ValueError, StopIteration) as error:
             raise UserError(
                 f"{self.path} doesn't hold the weights of a CrossVLT: its keys or shapes don't fit"
             ) from error
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether training can go on from it where it was."""
+        return set(RESUMABLE) <= set(self.extra)
 
     def check_prefix(self, wanted: bool) -> None:
         """Raise a UserError where ``--ddp_trained_weights`` promised a prefix that isn't there."""
@@ -162,19 +172,28 @@ def load_weights(model: nn.Module, path: str | Path | Checkpoint) -> Checkpoint:
 def load_strictly(model: nn.Module, state_dict: StateDict, source: str) -> None:
     """Load a state dict; only keys matching ``ALLOWED_DIFFERENCES`` may differ."""
     ours = model.state_dict()
+    allowed = {key for key in {*ours, *state_dict} if ALLOWED_DIFFERENCES.fullmatch(key)}
+    told = _differences(
+        {key: ours[key] for key in ours if key not in allowed or key in state_dict},
+        {key: value for key, value in state_dict.items() if key not in allowed or key in ours},
+    )
+    if told:
+        raise UserError(f"{source} doesn't fit the model: {told}")
+    model.load_state_dict({key: state_dict[key] for key in ours if key in state_dict}, strict=False)
+
+
+def _differences(wanted: StateDict, found: StateDict) -> str:
+    """How two state dicts differ in keys and shapes, in one line; empty where they don't."""
     problems = {
-        "missing": [key for key in ours if key not in state_dict and not ALLOWED_DIFFERENCES.fullmatch(key)],
-        "unexpected": [key for key in state_dict if key not in ours and not ALLOWED_DIFFERENCES.fullmatch(key)],
+        "missing": [key for key in wanted if key not in found],
+        "unexpected": [key for key in found if key not in wanted],
         "of another shape": [
-            f"{key} {tuple(state_dict[key].shape)} for {tuple(value.shape)}"
-            for key, value in ours.items()
-            if key in state_dict and state_dict[key].shape != value.shape
+            f"{key} {tuple(found[key].shape)} for {tuple(value.shape)}"
+            for key, value in wanted.items()
+            if key in found and found[key].shape != value.shape
         ],
     }
-    told = [f"{len(keys)} {problem} ({_some(keys)})" for problem, keys in problems.items() if keys]
-    if told:
-        raise UserError(f"{source} doesn't fit the model: " + "; ".join(told))
-    model.load_state_dict({key: state_dict[key] for key in ours if key in state_dict}, strict=False)
+    return "; ".join(f"{len(keys)} {problem} ({_some(keys)})" for problem, keys in problems.items() if keys)
 
 
 def _some(keys: list[str]) -> str:
@@ -235,20 +254,9 @@ def load_pretrained(model: nn.Module, swin: str | Path | None = None, bert: str 
             new = {key: _resized_table(key, value, ours) for key, value in swin_to_crossvlt(content).items()}
         else:
             new = bert_to_crossvlt(content, len(model.lang_stage1.encoder.layer))
-        wanted = {key for key in ours if expected[kind].fullmatch(key)}
-        missing, unexpected = sorted(wanted - set(new)), sorted(set(new) - wanted)
-        misshapen = [
-            f"{key} {tuple(new[key].shape)} for {tuple(ours[key].shape)}"
-            for key in sorted(wanted & set(new))
-            if new[key].shape != ours[key].shape
-        ]
-        told = [
-            f"{len(keys)} {problem} ({_some(keys)})"
-            for problem, keys in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshapen))
-            if keys
-        ]
+        told = _differences({key: value for key, value in ours.items() if expected[kind].fullmatch(key)}, new)
         if told:
-            raise UserError(f"{path} is not the {kind} file for this model: " + "; ".join(told))
+            raise UserError(f"{path} is not the {kind} file for this model: {told}")
         model.load_state_dict(new, strict=False)
 
 
@@ -290,7 +298,7 @@ def describe(checkpoint: Checkpoint) -> str:
         ("best oIoU", "not said" if best is None else f"{float(best):.2f}"),
         (
             "optimizer",
-            "yes: training can be resumed" if "optimizer" in checkpoint.extra else "no: for evaluation or --init_from",
+            "yes: training can be resumed" if checkpoint.is_resumable else "no: for evaluation or --init_from",
         ),
     ]
     return "\n".join(f"{name:<10} {value}" for name, value in lines)

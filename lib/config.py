@@ -11,6 +11,8 @@ from yacs.config import CfgNode
 
 from utils import MissingFileError, UserError
 
+SMALLEST = 32  # a picture of at most this side leaves the last stage one position
+MOST_TOKENS = 512  # positions of BERT
 SWIN_TYPES = ("tiny", "small", "base", "large")
 SWIN_FILES = {
     "tiny": "swin_tiny_patch4_window7_224.pth",
@@ -20,7 +22,6 @@ SWIN_FILES = {
 }
 SWIN_ADDRESS = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
-BERT_ADDRESS = "https://huggingface.co/bert-base-uncased"
 
 # In DATA, MODEL and PRETRAINED an empty value means: the published one, or what the checkpoint says.
 # fmt: off
@@ -224,17 +225,15 @@ def read_config_file(path: str) -> dict[str, Any]:
         raise UserError(f"--cfg {path} is not valid yaml: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"--cfg {path} holds no configuration keys")
-    known = flatten(DEFAULTS)
-    keys = flatten(tree)
-    for key in keys:
-        if key not in known:
-            raise UserError(f"{path}: unknown key {key}{suggestion(key, list(known))}")
-    return keys
+    return flatten(tree)
 
 
 def apply(cfg: CfgNode, keys: dict[str, Any], source: str) -> None:
     """Set dotted keys, each of the type its default has."""
+    known = flatten(DEFAULTS)
     for key, value in keys.items():
+        if key not in known:
+            raise UserError(f"{source}: unknown key {key}{suggestion(key, list(known))}")
         *parents, name = key.split(".")
         node = lookup(cfg, ".".join(parents)) if parents else cfg
         node[name] = _coerced(value, lookup(DEFAULTS, key), f"{source}: {key}")
@@ -270,6 +269,10 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> tup
     apply(cfg, from_file, args.cfg)
     flags = {key: value for key, value in vars(args).items() if key in flatten(DEFAULTS)}
     apply(cfg, flags, "flags")
+    if "TRAIN.EPOCHS" in flags:
+        if "TRAIN.STEPS" in flags:
+            raise UserError("--epochs and --steps both say how long to train: give one of them")
+        cfg.TRAIN.STEPS = 0  # else the flag would do nothing beside a file's or a resumed run's steps
     _check_ranges(cfg)
     if not cfg.DATA.SPLIT_BY:
         if cfg.DATA.NAME == "refcocog":
@@ -280,6 +283,16 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> tup
 
 def _check_ranges(cfg: CfgNode) -> None:
     flag_of = {flag.key: flag.names[-1] for flag in FLAGS}
+    for flag in FLAGS:
+        if flag.choices and lookup(cfg, flag.key) not in flag.choices:
+            raise UserError(f"{flag.key} {lookup(cfg, flag.key)!r}: choose one of {', '.join(flag.choices)}")
+    if cfg.DATA.IMG_SIZE <= SMALLEST:
+        raise UserError(f"--img_size {cfg.DATA.IMG_SIZE}: must be above {SMALLEST}")
+    if cfg.DATA.MAX_TOKENS > MOST_TOKENS:
+        raise UserError(f"--max_tokens {cfg.DATA.MAX_TOKENS}: BERT has positions for {MOST_TOKENS}")
+    for key in ("MODEL.DROP_PATH_RATE", "MODEL.TEXT_DROPOUT"):
+        if lookup(cfg, key) >= 1:
+            raise UserError(f"{key} {lookup(cfg, key)}: must be below 1")
     for key in (*POSITIVE_KEYS, *NON_NEGATIVE_KEYS):
         value, name = lookup(cfg, key), flag_of.get(key, key)
         if not value >= 0 or value == float("inf") or (key in POSITIVE_KEYS and value == 0):
@@ -311,18 +324,11 @@ def model_keywords(cfg: CfgNode, window_size: int) -> dict[str, Any]:
     }
 
 
-def tokenizer_name(cfg: CfgNode) -> str:
-    """The tokenizer a configuration means: as given, else RefShapes' own for RefShapes, else BERT's."""
+def tokenizer_name(cfg: CfgNode, vocab_size: int) -> str:
+    """The tokenizer a configuration means: as given, else BERT's — or RefShapes' own, on RefShapes with a model whose
+    word embeddings aren't BERT's."""
     if cfg.PRETRAINED.TOKENIZER:
         return cfg.PRETRAINED.TOKENIZER
-    if cfg.DATA.NAME == "refshapes":
+    if cfg.DATA.NAME == "refshapes" and (cfg.PRETRAINED.FROM_SCRATCH or vocab_size != DEFAULTS.MODEL.VOCAB_SIZE):
         return str(Path(cfg.DATA.ROOT, "refshapes", "vocab.txt"))
     return "bert-base-uncased"
-
-
-def check_vocabulary(num_tokens: int, vocab_size: int) -> None:
-    """The tokenizer's ids must be rows of the model's word embedding."""
-    if num_tokens > vocab_size:
-        raise UserError(
-            f"--bert_tokenizer has {num_tokens} tokens, the model only {vocab_size} word embeddings (MODEL.VOCAB_SIZE)"
-        )

@@ -50,7 +50,7 @@ def training_step(
         clip_grad: largest gradient norm; 0 leaves the gradient alone.
 
     Raises:
-        FloatingPointError: the loss is not finite; nothing was updated.
+        FloatingPointError: the loss is not finite; no weight was updated.
     """
     images, ids, text_mask, masks = (
         batch[name].to(device, non_blocking=True) for name in ("image", "input_ids", "attention_mask", "mask")

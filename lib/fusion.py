@@ -29,7 +29,7 @@ class LanguageToVisionFusion(nn.Module):
 
     Args:
         vision_dim: C, channels of the map.
-        inner_dim: D, width of the attention; its heads are 64 wide (one head where D < 64).
+        inner_dim: D, width of the attention; it has D // 64 heads (at least one), 64 wide where 64 divides D.
         text_dim: T, width of the language states.
     """
 

@@ -16,6 +16,11 @@ def intersection_and_union(predicted: torch.Tensor, truth: torch.Tensor) -> tupl
     return (predicted & truth).sum(1), (predicted | truth).sum(1)
 
 
+def iou(intersection: int, union: int) -> float:
+    """I/U, and 0 where U = 0."""
+    return intersection / union if union else 0.0
+
+
 @dataclass
 class SegmentationMetrics:
     """P@X, mean IoU and overall IoU over expressions (spec: evaluation).
@@ -46,7 +51,7 @@ class SegmentationMetrics:
         """
         if not self.pairs:
             raise ValueError("no expression was evaluated: there are no metrics of nothing")
-        ious = [intersection / union if union else 0.0 for intersection, union in self.pairs]
+        ious = [iou(*pair) for pair in self.pairs]
         count, union = len(ious), sum(union for _, union in self.pairs)
         values = {f"P@{threshold}": sum(iou >= threshold for iou in ious) / count for threshold in THRESHOLDS}
         values["mIoU"] = math.fsum(ious) / count

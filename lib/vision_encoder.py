@@ -176,7 +176,8 @@ class VisionStage(nn.Module):
             x = self.patch_embed(x)
         _, height, width, _ = x.shape
         padded = (height + -height % self.window_size, width + -width % self.window_size)
-        attn_mask = shift_bias(*padded, self.window_size, like=x) if self.window_size > 1 else None
+        any_shifted = any(block.shift for block in self.layers.blocks)
+        attn_mask = shift_bias(*padded, self.window_size, like=x) if any_shifted else None
         for block in self.layers.blocks:
             x = block(x, attn_mask)
         return x

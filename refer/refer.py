@@ -47,12 +47,7 @@ class REFER:
     """
 
     def __init__(self, data_root: str | Path, dataset: str = "refcoco", splitBy: str = "unc") -> None:
-        if dataset not in DATASETS:
-            close = difflib.get_close_matches(str(dataset), DATASETS, n=1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            raise UserError(f"unknown dataset {dataset!r}{hint}: choose one of {', '.join(DATASETS)}")
-        if splitBy not in DATASETS[dataset]:
-            raise UserError(f"unknown splitBy {splitBy!r}: {dataset} has {', '.join(DATASETS[dataset])}")
+        check_dataset(dataset, splitBy)
         folder = Path(data_root, dataset)
         self.instances_path, self.refs_path = folder / "instances.json", folder / f"refs({splitBy}).p"
         self.image_dir = folder / "images" if dataset == "refshapes" else Path(data_root) / COCO_IMAGES
@@ -197,6 +192,16 @@ class REFER:
             ) from error
         mask = np.ascontiguousarray(covered ^ twice if mode == "paper" else covered)
         return {"mask": mask, "area": int(np.count_nonzero(mask))}
+
+
+def check_dataset(dataset: str, splitBy: str) -> None:
+    """UserError, naming the right ones, unless there is such a dataset with such a split system."""
+    if dataset not in DATASETS:
+        close = difflib.get_close_matches(str(dataset), DATASETS, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        raise UserError(f"unknown dataset {dataset!r}{hint}: choose one of {', '.join(DATASETS)}")
+    if splitBy not in DATASETS[dataset]:
+        raise UserError(f"unknown splitBy {splitBy!r}: {dataset} has {', '.join(DATASETS[dataset])}")
 
 
 def _ids(ids: Ids) -> list[int]:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bert import files
-from bert.tokenization import load_tokenizer, read_vocabulary, tokenize
+from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer, read_vocabulary, tokenize
 from utils import MissingFileError, UserError
 
 TOKENS = [
@@ -54,15 +54,32 @@ def test_vocabulary_is_found_by_file_and_folder(vocabulary):
         assert len(load_tokenizer(str(name))) == len(TOKENS)
 
 
+def test_another_vocabulary_is_noticed(vocabulary, tmp_path):
+    tokenizer = read_vocabulary(vocabulary)
+    check_vocabulary(tokenizer, len(TOKENS), fingerprint(tokenizer))
+    check_vocabulary(tokenizer, len(TOKENS) + 5, None)  # a released file doesn't say
+    (tmp_path / "other.txt").write_text("\n".join(TOKENS[:-2] + TOKENS[:-3:-1]))
+    with pytest.raises(UserError, match=r"another one .* than the model was trained with"):
+        check_vocabulary(read_vocabulary(tmp_path / "other.txt"), len(TOKENS), fingerprint(tokenizer))
+    with pytest.raises(UserError, match=f"has {len(TOKENS)} tokens, the model only 9"):
+        check_vocabulary(tokenizer, 9, None)
+
+
 def test_hub_names_look_in_pretrained_first(vocabulary, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained" / "my-bert").mkdir(parents=True)
-    inside = tmp_path / "pretrained" / "my-bert" / "vocab.txt"
+    (tmp_path / "pretrained" / "bert-base-uncased").mkdir()
+    inside = tmp_path / "pretrained" / "bert-base-uncased" / "vocab.txt"
     beside = tmp_path / "pretrained" / "vocab.txt"
     for place in (beside, inside):  # the folder of that name goes before
         place.write_text(vocabulary.read_text())
-        found = files.find_bert_file("my-bert", ("vocab.txt",), flag="--bert_tokenizer")
+        found = files.find_bert_file("bert-base-uncased", ("vocab.txt",), flag="--bert_tokenizer")
         assert found.resolve() == place
+    with pytest.raises(MissingFileError):  # another BERT is not what lies in ./pretrained itself
+        files.find_bert_file("my-bert", ("vocab.txt",), flag="--bert_tokenizer")
+    (tmp_path / "pretrained" / "my-bert" / "vocab.txt").write_text(vocabulary.read_text())
+    found = files.find_bert_file("my-bert", ("vocab.txt",), flag="--bert_tokenizer")
+    assert found.parent.name == "my-bert"
 
 
 def test_local_cache_comes_before_the_hub(vocabulary, tmp_path, monkeypatch):
@@ -77,10 +94,9 @@ def test_a_silent_hub_is_given_up_in_time(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "HUB_TIMEOUT", 0.3)
     monkeypatch.setattr(files, "get_hf_file_metadata", lambda *a, **k: time.sleep(20))
     started = time.monotonic()
-    with pytest.raises(MissingFileError, match=r"--ck_bert my-bert: .*put a\.bin or b\.bin .*into \./pretrained/"):
+    with pytest.raises(MissingFileError, match=r"--ck_bert my-bert: .*put a\.bin or b\.bin .*into pretrained/my-bert/"):
         files.find_bert_file("my-bert", ("a.bin", "b.bin"), flag="--ck_bert")
     assert time.monotonic() - started < 10
-    assert files._fetch.__module__ == "bert.files"
     assert not list(tmp_path.iterdir())
 
 
@@ -110,6 +126,9 @@ def test_what_is_no_vocabulary(tmp_path):
         load_tokenizer(str(tmp_path))
     (tmp_path / "vocab.txt").write_text("\n".join(TOKENS[::-1]))
     with pytest.raises(UserError, match=r"\[PAD\] isn't first"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "vocab.txt").write_text("\n".join([*TOKENS, "dog"]))
+    with pytest.raises(UserError, match="'dog' is in it twice"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "vocab.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not a text file"):

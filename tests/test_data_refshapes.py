@@ -202,7 +202,7 @@ def test_the_kinds_of_expressions(basic, full):
     for words in ("above", "under", "behind", "in front of", "left of", "to the right of", "medium", "topmost"):
         assert f" {words} " in rich
         assert f" {words} " not in simple
-    for data in (basic, full):
+    for data, most_alone in ((basic, 0.92), (full, 0.85)):
         alone, kinds = 0, Counter()
         for ref, sentence in expressions(data, "train"):
             scene = data.scenes[ref["image_id"]]
@@ -211,7 +211,7 @@ def test_the_kinds_of_expressions(basic, full):
             named = GRAMMAR.fullmatch(sentence).groupdict()
             kinds[tuple(k for k, v in named.items() if v and v not in ("shape", "one", "object"))] += 1
         total = sum(kinds.values())
-        assert 0.4 < alone / total < 0.85  # colour and shape together are often enough, and often not
+        assert 0.4 < alone / total < most_alone  # colour and shape together are often enough, and often not
         assert max(kinds.values()) < 0.4 * total
         for part in ("color", "noun", "size", "most", "place"):
             assert sum(n for kind, n in kinds.items() if part in kind) > 0.05 * total
