@@ -34,6 +34,7 @@ from lib.metrics import METRIC_NAMES, iou
 from lib.visualize import overlay, panel, sheet
 from refer.refer import REFER
 from utils import (
+    MissingFileError,
     Processes,
     UserError,
     check_writable,
@@ -265,6 +266,8 @@ def segment_own_picture(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokeniz
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must end in .png")
+    if not Path(args.image).is_file():
+        raise MissingFileError(f"--image {args.image}: no such file")
     image = ImageOps.exif_transpose(open_image(Path(args.image)))  # as its viewer sees it: left must be left
     processes = set_up_processes(cfg.DEVICE)
     model = load_model(checkpoint, processes)

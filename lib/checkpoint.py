@@ -5,6 +5,7 @@ python -m lib.checkpoint FILE        what a checkpoint holds, needing no other f
 
 import argparse
 import re
+import shutil
 import sys
 import warnings
 from dataclasses import dataclass
@@ -274,8 +275,9 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     with written_aside(path) as aside:
         try:
             torch.save(content, aside)
-        except RuntimeError as error:  # PyTorch's writer reports a full disk so
-            raise UserError(f"can't write {path}: {str(error).splitlines()[0]}") from error
+        except RuntimeError as error:  # PyTorch's writer reports a full disk so, and doesn't say that it is full
+            free = shutil.disk_usage(aside.parent).free / 2**20
+            raise UserError(f"can't write {path}: is the disk full? ({free:.0f} MiB free)") from error
 
 
 def describe(checkpoint: Checkpoint) -> str:

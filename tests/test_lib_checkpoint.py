@@ -292,4 +292,11 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"can't write .*last\.pth: No space left"):
         save_checkpoint(tmp_path / "last.pth", {"epoch": 2})
     assert (tmp_path / "last.pth").read_bytes() == good
+
+    def full_disk_as_pytorch_says_it(content, path):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 9322560 vs 9322448")
+
+    monkeypatch.setattr(torch, "save", full_disk_as_pytorch_says_it)
+    with pytest.raises(UserError, match=r"can't write .*last\.pth: is the disk full\?"):
+        save_checkpoint(tmp_path / "last.pth", {"epoch": 2})
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]

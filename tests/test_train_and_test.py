@@ -71,7 +71,7 @@ def test_saved_config_trains_the_same_again(trained, run_script, tmp_path):
     assert entries(tmp_path / "checkpoints" / "again" / "last.pth")["step"] == 2
 
 
-def test_resumed_training_is_the_uninterrupted_one(run_script, train_flags, tmp_path):
+def test_resumed_training_is_the_uninterrupted_one(run_script, train_flags, refshapes_root, tmp_path):
     whole = tmp_path / "checkpoints" / "whole"
     parts = tmp_path / "checkpoints" / "parts"
     run_script("train.py", *train_flags, "--epochs", 2, "--model_id", "whole", processes=2)
@@ -102,6 +102,10 @@ def test_resumed_training_is_the_uninterrupted_one(run_script, train_flags, tmp_
     log = (tmp_path / "models" / "parts" / "train.log").read_text()
     assert "epoch 1:" in log  # the resumed run writes on in the same log
     assert "epoch 2:" in log
+    flags = ["--dataset", "refshapes", "--refer_data_root", refshapes_root, "-j", 0, "--json", tmp_path / "out.json"]
+    run_script("test.py", *flags, "--resume", parts / "last.pth", "--device", "cpu")
+    judged = json.loads((tmp_path / "out.json").read_text())[0]["metrics"]
+    assert judged["mIoU"] == pytest.approx(second["metrics"]["mIoU"], abs=0.01)  # validation and test.py are one
 
 
 def test_old_launcher(run_script, train_flags, tmp_path):
@@ -236,6 +240,8 @@ def test_own_picture(trained, run_script, refshapes_root, tmp_path):
         ("test.py", ["--resume", "{best}", "{data}", "--bert_tokenizer", "{tmp}/big"], "300 tokens"),
         ("test.py", ["--resume", "{best}", "{data}", "--bert_tokenizer", "{tmp}/none"], "no such file or folder"),
         ("test.py", ["--resume", "{best}", "{data}", "--image", "a.jpg"], "--sentence TEXT and --out PNG"),
+        ("test.py", ["--resume", "{best}", "{data}", "--image", "no.jpg", "--sentence", "a", "--out", "o.png"],
+         "--image no.jpg: no such file"),
         ("test.py", ["--resume", "{best}", "{data}", "--image", "{tmp}/torn.pth", "--sentence", "a", "--out", "o.png"],
          "torn.pth can't be decoded"),
     ],
