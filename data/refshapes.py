@@ -37,7 +37,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from data.refshapes_scenes import (
+from data.refshapes_language import Description, candidates
+from data.refshapes_objects import (
     COLORS,
     LEVELS,
     MOST,
@@ -46,15 +47,13 @@ from data.refshapes_scenes import (
     SHAPES,
     SIZES,
     SPLITS,
-    Description,
     Scene,
-    candidates,
     draw,
-    generate_scene,
     random_stream,
     stamp,
     whole_mask,
 )
+from data.refshapes_scenes import generate_scene
 from utils import UserError
 
 __all__ = ["Expression", "Scene", "describe", "generate_scene", "get_parser", "main", "render", "write_refshapes"]

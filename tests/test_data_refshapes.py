@@ -18,7 +18,8 @@ from pycocotools import mask as coco_mask
 
 from data import refshapes
 from data.refshapes import Scene, describe, generate_scene, main, render, write_refshapes
-from data.refshapes_scenes import SceneObject, candidates
+from data.refshapes_language import candidates
+from data.refshapes_objects import SceneObject
 from utils import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
