@@ -22,20 +22,19 @@ from transformers import BertTokenizer
 from yacs.config import CfgNode
 
 from bert.tokenization import check_vocabulary, load_tokenizer, tokenize
-from CrossVLT import CrossVLT, build_crossvlt
+from CrossVLT import build_crossvlt
 from data.dataset_refer_bert import ReferDataset, open_image
 from data.loaders import build_eval_loader
 from data.transforms import preprocess_image, preprocess_mask
 from lib import config
 from lib.baselines import baseline_metrics
-from lib.checkpoint import Checkpoint, load_weights, read_checkpoint
+from lib.checkpoint import Checkpoint, read_checkpoint, rebuild
 from lib.evaluation import EvaluationResult, evaluate, predict
 from lib.metrics import METRIC_NAMES, iou
 from lib.visualize import overlay, panel, sheet
 from refer.refer import REFER
 from utils import (
     MissingFileError,
-    Processes,
     UserError,
     check_writable,
     launched_rank,
@@ -92,16 +91,6 @@ def check_model_flags(cfg: CfgNode, given: set[str], checkpoint: Checkpoint) -> 
             raise UserError(
                 f"{flag}: {checkpoint.path} was trained with {name} {saved[name]}, not {asked}; drop that flag"
             )
-
-
-def load_model(checkpoint: Checkpoint, processes: Processes) -> CrossVLT:
-    """The network a checkpoint holds, ready to judge."""
-    try:
-        model = build_crossvlt(**checkpoint.model_config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint.path}: its model_config can't be built: {error}") from error
-    load_weights(model, checkpoint)
-    return model.to(processes.device).eval()
 
 
 def chosen_splits(asked: str, refer: REFER) -> list[str]:
@@ -169,7 +158,7 @@ def evaluate_splits(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokenizer: 
             on_main(lambda path=path: check_writable(path))
     if args.vis:
         on_main(lambda: check_writable(Path(args.vis, "sheet.png")))
-    model = load_model(checkpoint, processes)
+    model = rebuild(checkpoint, build_crossvlt).to(processes.device).eval()
     settings = {
         "checkpoint": str(checkpoint.path),
         "protocol": "paper",
@@ -270,7 +259,7 @@ def segment_own_picture(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokeniz
         raise MissingFileError(f"--image {args.image}: no such file")
     image = ImageOps.exif_transpose(open_image(Path(args.image)))  # as its viewer sees it: left must be left
     processes = set_up_processes(cfg.DEVICE)
-    model = load_model(checkpoint, processes)
+    model = rebuild(checkpoint, build_crossvlt).to(processes.device).eval()
     ids, text_mask = (
         torch.from_numpy(x.astype(np.int64)) for x in tokenize(tokenizer, [args.sentence], cfg.DATA.MAX_TOKENS)
     )

@@ -29,7 +29,7 @@ from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_eval_loader, build_train_loader
 from lib import config
-from lib.checkpoint import Checkpoint, load_pretrained, load_weights, read_checkpoint, save_checkpoint
+from lib.checkpoint import Checkpoint, load_pretrained, load_weights, read_checkpoint, rebuild, save_checkpoint
 from lib.criterion import CrossVLTCriterion
 from lib.engine import broadcast_buffers, train_one_epoch, training_step
 from lib.evaluation import evaluate
@@ -126,27 +126,13 @@ def window_size(cfg: CfgNode, swin: Path | None, start: Checkpoint | None) -> in
     return cfg.MODEL.WINDOW_SIZE or (int(named[1]) if named else of_start)
 
 
-def rebuild(checkpoint: Checkpoint) -> CrossVLT:
-    """The network that a checkpoint's model_config means.
-
-    Raises:
-        UserError: it can't be built.
-    """
-    try:
-        return build_crossvlt(**checkpoint.model_config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint.path}: its model_config can't be built: {error}") from error
-
-
 def build_model(
     cfg: CfgNode, resumed: Checkpoint | None, start: Checkpoint | None, swin: Path | None, bert: Path | None
 ) -> CrossVLT:
     """The network with the weights it starts from."""
     torch.manual_seed(derive_seed("initialisation", cfg.SEED))
     if resumed is not None:
-        model = rebuild(resumed)
-        load_weights(model, resumed)
-        return model
+        return rebuild(resumed, build_crossvlt)
     try:
         model = build_crossvlt(**config.model_keywords(cfg, window_size(cfg, swin, start)))
     except ValueError as error:

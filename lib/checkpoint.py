@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,24 @@ def load_weights(model: nn.Module, path: str | Path | Checkpoint) -> Checkpoint:
     checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
     load_strictly(model, checkpoint.state_dict, str(checkpoint.path))
     return checkpoint
+
+
+def rebuild(checkpoint: Checkpoint, build: Callable[..., nn.Module]) -> nn.Module:
+    """The network that a checkpoint holds, with its weights.
+
+    Args:
+        checkpoint: of any form.
+        build: build_crossvlt.
+
+    Raises:
+        UserError: its model_config can't be built, or its weights don't fit.
+    """
+    try:
+        model = build(**checkpoint.model_config)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path}: its model_config can't be built: {error}") from error
+    load_weights(model, checkpoint)
+    return model
 
 
 def load_strictly(model: nn.Module, state_dict: StateDict, source: str) -> None:

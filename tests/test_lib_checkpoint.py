@@ -19,6 +19,7 @@ from lib.checkpoint import (
     load_pretrained,
     load_weights,
     read_checkpoint,
+    rebuild,
     save_checkpoint,
     swin_to_crossvlt,
 )
@@ -275,8 +276,12 @@ def test_own_checkpoints_say_all(tmp_path, small_model):
     checkpoint = read_checkpoint(tmp_path / "last.pth")
     assert checkpoint.form == "training"
     assert checkpoint.model_config == model.config
-    load_weights(build_crossvlt(**checkpoint.model_config), checkpoint)
+    again = rebuild(checkpoint, build_crossvlt)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     assert "late" in describe(checkpoint)
+    checkpoint.extra["model_config"] = {**model.config, "fusion": "early"}
+    with pytest.raises(UserError, match=r"last\.pth: its model_config can't be built"):
+        rebuild(checkpoint, build_crossvlt)
     assert SMALL["window_size"] == checkpoint.model_config["window_size"]
 
 
