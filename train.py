@@ -86,7 +86,7 @@ def check_resumed(cfg: CfgNode, given: set[str], resumed: Checkpoint) -> None:
     """Refuse flags that contradict the recipe of the run that is resumed."""
     for key in sorted(given - CHANGEABLE):
         saved, now = resumed.extra["config"].get(key), config.lookup(cfg, key)
-        if key == "MODEL.WINDOW_SIZE":  # 0 in the configuration where the window came from a file's name
+        if key == "MODEL.WINDOW_SIZE" and now:  # saved as 0 where the window came from a file's name
             saved = resumed.model_config["window_size"]
         if saved != now:
             raise UserError(

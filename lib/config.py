@@ -211,10 +211,10 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def read_config_file(path: str) -> dict[str, Any]:
-    """The dotted keys of a yaml file, checked against the defaults.
+    """The dotted keys of a yaml file, as they are written there.
 
     Raises:
-        MissingFileError, UserError: no such file; not yaml; a key that doesn't exist, with the one that was meant.
+        MissingFileError, UserError: no such file; not yaml.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -229,7 +229,11 @@ def read_config_file(path: str) -> dict[str, Any]:
 
 
 def apply(cfg: CfgNode, keys: dict[str, Any], source: str) -> None:
-    """Set dotted keys, each of the type its default has."""
+    """Set dotted keys, each of the type its default has.
+
+    Raises:
+        UserError: a key that doesn't exist, with the one that was meant; a value of another type.
+    """
     known = flatten(DEFAULTS)
     for key, value in keys.items():
         if key not in known:
@@ -267,7 +271,8 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> tup
     apply(cfg, base or {}, "saved configuration")
     from_file = read_config_file(args.cfg) if args.cfg else {}
     apply(cfg, from_file, args.cfg)
-    flags = {key: value for key, value in vars(args).items() if key in flatten(DEFAULTS)}
+    known = flatten(DEFAULTS)
+    flags = {key: value for key, value in vars(args).items() if key in known}
     apply(cfg, flags, "flags")
     if "TRAIN.EPOCHS" in flags:
         if "TRAIN.STEPS" in flags:

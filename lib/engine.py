@@ -1,5 +1,6 @@
 """One epoch of training: step, learning rate, clipping, and the checks that keep a run honest."""
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -57,7 +58,7 @@ def training_step(
     )
     losses = criterion(model(images, ids, text_mask), masks)
     loss = losses["loss"].item()
-    if not torch.isfinite(losses["loss"]):
+    if not math.isfinite(loss):
         raise FloatingPointError(f"the loss is {loss}")
     optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()

@@ -94,7 +94,8 @@ def test_resumed_training_is_the_uninterrupted_one(run_script, train_flags, refs
         process.kill()
         process.wait()
     assert entries(parts / "last.pth")["epoch"] == 1
-    run_script("train.py", "--resume", parts / "last.pth", processes=2)
+    saved = tmp_path / "models" / "parts" / "config.yaml"  # its own configuration contradicts nothing
+    run_script("train.py", "--resume", parts / "last.pth", "--cfg", saved, processes=2)
     first, second = entries(whole / "last.pth"), entries(parts / "last.pth")
     assert (first["epoch"], first["step"], first["metrics"]) == (second["epoch"], second["step"], second["metrics"])
     for key, value in first["model"].items():
