@@ -24,14 +24,14 @@ from yacs.config import CfgNode
 from bert.tokenization import check_vocabulary, load_tokenizer, tokenize
 from CrossVLT import build_crossvlt
 from data.dataset_refer_bert import ReferDataset, open_image
-from data.loaders import build_eval_loader
+from data.loaders import DeviceBatches, build_eval_loader
 from data.transforms import preprocess_image, preprocess_mask
 from lib import config
 from lib.baselines import baseline_metrics
 from lib.checkpoint import Checkpoint, read_checkpoint, rebuild
 from lib.evaluation import EvaluationResult, evaluate, predict
 from lib.metrics import METRIC_NAMES, iou
-from lib.visualize import overlay, panel, sheet
+from lib.visualize import overlay, result_panel, sheet
 from refer.refer import REFER
 from utils import (
     MissingFileError,
@@ -123,12 +123,8 @@ def draw(dataset: ReferDataset, result: EvaluationResult, folder: Path) -> Path:
     """Write a panel per kept mask and a sheet of them all; gives back the sheet."""
     panels = []
     for index in sorted(result.masks):
-        expression, counts = dataset.expressions[index], result.expressions[index]
-        image, truth = open_image(dataset.image_path(index)), dataset.full_size_mask(index).astype(bool)
-        predicted = Image.fromarray(result.masks[index]).resize(image.size, Image.Resampling.NEAREST)
-        score = iou(counts.intersection, counts.union)
-        note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}  IoU {score:.2f}"
-        panels.append(panel(image, truth, np.array(predicted, dtype=bool), expression.sentence, note))
+        expression = dataset.expressions[index]
+        panels.append(result_panel(dataset, result, index))
         name = f"{dataset.split}_{index:06d}_ref{expression.ref_id}_sent{expression.sent_id}.png"
         save_picture(panels[-1], folder / name)
     save_picture(sheet(panels), folder / f"{dataset.split}_sheet.png")
@@ -191,9 +187,8 @@ def evaluate_splits(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokenizer: 
         drawn = set(np.linspace(0, len(dataset) - 1, min(args.vis_num, len(dataset))).astype(int)) if args.vis else ()
         result = evaluate(
             model,
-            batches,
+            DeviceBatches(batches, processes.device),
             num_expressions=len(dataset),
-            device=processes.device,
             keep_masks=drawn,
             log=LOG.debug,
             progress=split if processes.is_main else None,

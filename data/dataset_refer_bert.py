@@ -3,6 +3,7 @@
 Letters: S img_size, N max_tokens.
 """
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset
 from transformers import BertTokenizer
 
 from bert.tokenization import tokenize
-from data.transforms import preprocess_image, preprocess_mask
+from data.transforms import preprocess_mask, resize_image
 from refer.refer import REFER
 from utils import UserError, derive_seed
 
@@ -59,8 +60,9 @@ class ReferDataset(Dataset):
         seed: of the drawing and the shuffling.
         shuffle_sentences: permute the sentences within the split: a control that shows whether language is used.
 
-    A sample is a dict: ``image`` float32 [3, S, S], ``input_ids`` and ``attention_mask`` int64 [N], ``mask`` int64
-    [S, S] and ``index`` int64 []: the position in the dataset.
+    A sample is a dict: ``image`` uint8 [3, S, S], ``input_ids`` and ``attention_mask`` int64 [N], ``mask`` uint8
+    [S, S] and ``index`` int64 []: the position in the dataset. :class:`data.loaders.DeviceBatches` makes of them what
+    the model takes.
     """
 
     def __init__(
@@ -111,20 +113,41 @@ class ReferDataset(Dataset):
         """The picture file of a sample."""
         return self.refer.get_image_path(self.expressions[self.expression_of(index)].image_id)
 
+    def picture(self, index: int) -> Image.Image:
+        """The picture of a sample, RGB, at its own size."""
+        return open_image(self.image_path(index))
+
+    def check_pictures(self) -> None:
+        """Find out before the work whether every picture of the split is there.
+
+        Raises:
+            UserError: some are missing; it says how many, and names the first.
+        """
+        paths = [self.refer.get_image_path(image_id) for image_id in sorted({e.image_id for e in self.expressions})]
+        present = {
+            folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in {p.parent for p in paths}
+        }
+        missing = [path for path in paths if path.name not in present[path.parent]]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of the {len(paths)} pictures of split {self.split} are missing, {missing[0]} for one: "
+                "see refer/README.md for what belongs where"
+            )
+
     def full_size_mask(self, index: int) -> np.ndarray:
         """The true mask of a sample at the picture's own size: uint8 [H, W] of 0 and 1."""
         return self.refer.getMask(self.expressions[self.expression_of(index)].ref_id, mode=self.mask_mode)["mask"]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         chosen = self.expression_of(index)
-        image, mask = open_image(self.image_path(index)), self.full_size_mask(index)
+        image, mask = self.picture(index), self.full_size_mask(index)
         if image.size != mask.shape[::-1]:
             raise UserError(
                 f"the picture {self.image_path(index)} is {image.width}×{image.height}, "
                 f"but its annotation says {mask.shape[1]}×{mask.shape[0]}"
             )
         return {
-            "image": preprocess_image(image, self.img_size),
+            "image": resize_image(image, self.img_size),
             "input_ids": torch.from_numpy(self.input_ids[chosen].astype(np.int64)),
             "attention_mask": torch.from_numpy(self.attention_mask[chosen].astype(np.int64)),
             "mask": preprocess_mask(mask, self.img_size),

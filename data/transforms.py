@@ -1,4 +1,7 @@
-"""The published preprocessing, to the digit: PIL's bilinear resize to a square, ImageNet statistics."""
+"""The published preprocessing, to the digit: PIL's bilinear resize to a square, ImageNet statistics.
+
+Pictures travel as bytes and are normalised where the model is: a quarter of the transfer, the same float32 numbers.
+"""
 
 import numpy as np
 import torch
@@ -9,13 +12,22 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
+def resize_image(image: Image.Image, size: int) -> torch.Tensor:
+    """An RGB picture of any size → uint8 [3, size, size]."""
+    return TF.pil_to_tensor(TF.resize(image, [size, size], TF.InterpolationMode.BILINEAR))
+
+
+def normalize_images(images: torch.Tensor) -> torch.Tensor:
+    """uint8 [..., 3, H, W] → float32, scaled to [0, 1] and normalised, on the same device."""
+    return TF.normalize(images.to(torch.float32).div_(255), IMAGENET_MEAN, IMAGENET_STD, inplace=True)
+
+
 def preprocess_image(image: Image.Image, size: int) -> torch.Tensor:
     """An RGB picture of any size → float32 [3, size, size], normalised."""
-    resized = TF.resize(image, [size, size], TF.InterpolationMode.BILINEAR)
-    return TF.normalize(TF.to_tensor(resized), IMAGENET_MEAN, IMAGENET_STD)
+    return normalize_images(resize_image(image, size))
 
 
 def preprocess_mask(mask: np.ndarray, size: int) -> torch.Tensor:
-    """A mask [H, W] of 0 and 1 → int64 [size, size], by PIL's nearest neighbour."""
+    """A mask [H, W] of 0 and 1 → uint8 [size, size], by PIL's nearest neighbour."""
     resized = TF.resize(Image.fromarray(mask.astype(np.uint8)), [size, size], TF.InterpolationMode.NEAREST)
-    return torch.from_numpy(np.array(resized, dtype=np.int64))
+    return torch.from_numpy(np.array(resized, dtype=np.uint8))

@@ -22,12 +22,24 @@ class CrossVLTCriterion(nn.Module):
         self.segmentation_weight = segmentation_weight
         self.class_weights = class_weights
 
-    def forward(self, output: "CrossVLTOutput", masks: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: F821
+    def weight_sum(self, masks: torch.Tensor) -> float:
+        """Sum of the class weights over all pixels of masks [B, H, W]: what the cross-entropy is divided by."""
+        pixels, foreground = masks.numel(), int(masks.sum())
+        return self.class_weights[0] * (pixels - foreground) + self.class_weights[1] * foreground
+
+    def forward(
+        self,
+        output: "CrossVLTOutput",  # noqa: F821
+        masks: torch.Tensor,
+        normalizer: float | None = None,
+    ) -> dict[str, torch.Tensor]:
         """Compare the network's output with the true masks.
 
         Args:
             output: ``mask_logits`` [B, 2, H, W] and, where alignment is on, ``similarities``: maps [B, 1, h, w].
             masks: int64 [B, H, W] of 0 and 1.
+            normalizer: what the weighted cross-entropies' sum is divided by; None: by these masks' own
+                :meth:`weight_sum` (published).
 
         Returns:
             ``loss``; ``segmentation``: the cross-entropy before its factor; ``alignment``: one term per stage [4]
@@ -39,7 +51,11 @@ class CrossVLTCriterion(nn.Module):
         logits = _at_least_float32(output.mask_logits)
         if masks.shape != (logits.shape[0], *logits.shape[2:]):
             raise ValueError(f"masks of shape {tuple(masks.shape)} don't fit logits of shape {tuple(logits.shape)}")
-        segmentation = F.cross_entropy(logits, masks, weight=logits.new_tensor(self.class_weights))
+        weight = logits.new_tensor(self.class_weights)
+        if normalizer is None:
+            segmentation = F.cross_entropy(logits, masks, weight=weight)
+        else:
+            segmentation = F.cross_entropy(logits, masks, weight=weight, reduction="sum") / normalizer
         alignment = logits.new_zeros(0)
         if self.alignment:
             if output.similarities is None:

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lib.metrics import SegmentationMetrics, intersection_and_union
-from utils import gather
+from utils import StoppedError, gather
 
 SECONDS_BETWEEN_LINES = 30
 
@@ -60,24 +60,25 @@ def evaluate(
     batches: Iterable[dict[str, torch.Tensor]],
     *,
     num_expressions: int,
-    device: torch.device,
     keep_masks: Collection[int] = (),
     progress: str | None = None,
     log: Callable[[str], None] | None = None,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> EvaluationResult:
     """Judge every expression exactly once, whatever the number of processes.
 
     Args:
         model: an unwrapped CrossVLT; left in the mode it was in.
-        batches: this process's share: dicts with ``image`` [B, 3, S, S], ``input_ids`` and ``attention_mask``
-            [B, N], ``mask`` [B, S, S] and ``index`` [B].
+        batches: this process's share, on the model's device: dicts with ``image`` [B, 3, S, S], ``input_ids`` and
+            ``attention_mask`` [B, N], ``mask`` [B, S, S] and ``index`` [B], which is on the CPU.
         num_expressions: of all processes together.
-        device: where the model is.
         keep_masks: indices whose predicted masks are wanted.
         progress: a title: show a bar on a terminal.
         log: called with a plain line now and then where there is no bar.
+        stop_asked: looked at before each batch; where it is True on any process, all of them leave.
 
     Raises:
+        StoppedError: ``stop_asked`` said so.
         RuntimeError: an expression was judged twice or not at all.
     """
     was_training = model.training
@@ -86,9 +87,10 @@ def evaluate(
     bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch")
     last_line = time.monotonic()
     for number, batch in enumerate(bar, 1):
-        inputs = (batch[name].to(device, non_blocking=True) for name in ("image", "input_ids", "attention_mask"))
-        predicted = predict(model, *inputs)
-        counts = intersection_and_union(predicted, batch["mask"].to(device, non_blocking=True))
+        if stop_asked():
+            break
+        predicted = predict(model, batch["image"], batch["input_ids"], batch["attention_mask"])
+        counts = intersection_and_union(predicted, batch["mask"])
         rows.append(torch.stack([batch["index"], *(count.cpu() for count in counts)], dim=1))
         for index, mask in zip(batch["index"].tolist(), predicted, strict=True):
             if index in keep_masks:
@@ -96,10 +98,14 @@ def evaluate(
         if log and progress and bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
             log(f"{progress}: {number}/{len(batches)} batches")
             last_line = time.monotonic()
+    bar.close()
     model.train(was_training)
 
     own = torch.cat(rows).numpy() if rows else np.empty((0, 3), dtype=np.int64)
-    table = np.concatenate(gather(own))
+    everyone = gather((own, stop_asked()))
+    if any(stopped for _, stopped in everyone):
+        raise StoppedError("the evaluation was stopped")
+    table = np.concatenate([part for part, _ in everyone])
     table = table[np.argsort(table[:, 0], kind="stable")]
     if not np.array_equal(table[:, 0], np.arange(num_expressions)):
         raise RuntimeError(f"{len(table)} results for {num_expressions} expressions: some were judged twice or never")

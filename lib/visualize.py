@@ -1,9 +1,13 @@
 """Pictures a person can read: an overlay, a panel (picture, truth, prediction, sentence), a sheet of panels."""
 
 import textwrap
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from lib.evaluation import EvaluationResult
+from lib.metrics import iou
 
 TRUTH_COLOR = (40, 190, 90)
 PREDICTION_COLOR = (240, 70, 60)
@@ -57,6 +61,22 @@ def panel(image: Image.Image, truth: np.ndarray, prediction: np.ndarray, sentenc
         draw.text((left, top - TEXT_SIZE), title, fill=color, font=small)
         canvas.paste(picture.resize((width, PANEL_HEIGHT), Image.Resampling.BICUBIC), (left, top))
     return canvas
+
+
+def result_panel(dataset: Any, result: EvaluationResult, index: int) -> Image.Image:
+    """The panel of an expression whose predicted mask an evaluation has kept.
+
+    Args:
+        dataset: a ReferDataset.
+        result: of evaluating it.
+        index: among ``result.masks``.
+    """
+    expression, counts, image = dataset.expressions[index], result.expressions[index], dataset.picture(index)
+    predicted = Image.fromarray(result.masks[index]).resize(image.size, Image.Resampling.NEAREST)
+    score = iou(counts.intersection, counts.union)
+    note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}  IoU {score:.2f}"
+    truth = dataset.full_size_mask(index).astype(bool)
+    return panel(image, truth, np.array(predicted, dtype=bool), expression.sentence, note)
 
 
 def sheet(panels: list[Image.Image], columns: int = 2) -> Image.Image:

@@ -9,8 +9,8 @@ from PIL import Image
 
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset, open_image
-from data.loaders import build_eval_loader, build_train_loader
-from data.transforms import preprocess_image, preprocess_mask
+from data.loaders import DeviceBatches, build_eval_loader, build_train_loader
+from data.transforms import normalize_images, preprocess_image, preprocess_mask, resize_image
 from refer.refer import REFER
 from utils import UserError
 
@@ -35,7 +35,7 @@ def test_preprocessing_to_the_digit():
     assert np.abs(got.numpy() - want.transpose(2, 0, 1)).max() < 1e-6
     mask = source.integers(0, 2, (37, 53), dtype=np.uint8)
     got = preprocess_mask(mask, 24)
-    assert got.dtype == torch.int64
+    assert got.dtype == torch.uint8
     assert np.array_equal(got.numpy(), np.asarray(Image.fromarray(mask).resize((24, 24), Image.Resampling.NEAREST)))
 
 
@@ -45,7 +45,8 @@ def test_a_sample_is_what_the_files_say(make_dataset):
     sample, expression = dataset[index], dataset.expressions[index]
     ref = dataset.refer.loadRefs(expression.ref_id)[0]
     picture = open_image(dataset.refer.get_image_path(ref["image_id"]))
-    assert torch.equal(sample["image"], preprocess_image(picture, 48))
+    assert torch.equal(sample["image"], resize_image(picture, 48))
+    assert torch.equal(normalize_images(sample["image"]), preprocess_image(picture, 48))
     assert torch.equal(sample["mask"], preprocess_mask(dataset.refer.getMask(ref)["mask"], 48))
     assert expression.sentence in [sentence["raw"] for sentence in ref["sentences"]]
     vocabulary = (dataset.refer.instances_path.parent / "vocab.txt").read_text().splitlines()
@@ -120,20 +121,70 @@ def test_evaluation_shares_hold_everything_once(length, batch_size, world_size):
     assert sorted(batch for share in shares for batch in share) == sorted(alone)
 
 
+def train_batches(rank=0, epoch=0, first_step=0, world_size=2, batch_size=3, accum_steps=1, length=20):
+    how = {"workers": 0, "rank": rank, "world_size": world_size, "seed": 0, "accum_steps": accum_steps}
+    loader = build_train_loader(list(range(length)), batch_size=batch_size, **how)
+    loader.batch_sampler.set_position(epoch, first_step)
+    assert len(loader) == len(list(loader))
+    return [batch.tolist() for batch in loader]
+
+
 def test_training_shares_differ_and_are_shuffled_by_epoch():
-    data = list(range(20))
-
-    def order(rank, epoch, world_size=2):
-        loader = build_train_loader(data, batch_size=3, workers=0, rank=rank, world_size=world_size, seed=0)
-        loader.sampler.set_epoch(epoch)
-        return [batch.tolist() for batch in loader]
-
-    assert [len(batch) for batch in order(0, 0)] == [3, 3, 3]  # the incomplete one is dropped
-    first, second = ({i for batch in order(rank, 0) for i in batch} for rank in (0, 1))
+    assert [len(batch) for batch in train_batches()] == [3, 3, 3]  # what doesn't fill a step is left out
+    first, second = ({i for batch in train_batches(rank) for i in batch} for rank in (0, 1))
     assert not first & second
-    assert order(0, 0) == order(0, 0) != order(0, 1)
-    with pytest.raises(UserError, match=r"20 training samples don't fill one batch of 11 on 2 process"):
-        build_train_loader(data, batch_size=11, workers=0, rank=0, world_size=2, seed=0)
+    assert train_batches() == train_batches() != train_batches(epoch=1)
+    with pytest.raises(UserError, match=r"20 training samples don't fill one step of 2 process\(es\) × 11 × 1"):
+        train_batches(batch_size=11)
+
+
+def test_a_step_has_the_same_samples_however_they_are_divided():
+    def steps(world_size, batch_size, accum_steps):
+        shares = [
+            train_batches(rank, 3, world_size=world_size, batch_size=batch_size, accum_steps=accum_steps)
+            for rank in range(world_size)
+        ]
+        number = len(shares[0]) // accum_steps
+        return [
+            sorted(i for share in shares for batch in share[k * accum_steps : (k + 1) * accum_steps] for i in batch)
+            for k in range(number)
+        ]
+
+    whole = steps(1, 4, 1)
+    assert len(whole) == 5
+    for division in ((2, 2, 1), (1, 2, 2), (1, 1, 4), (4, 1, 1), (2, 1, 2)):
+        assert steps(*division) == whole
+
+
+def test_an_epoch_goes_on_from_any_step():
+    whole = train_batches(epoch=2, accum_steps=2, batch_size=2)
+    assert len(whole) == 4
+    for done in (0, 1, 2):
+        assert train_batches(epoch=2, first_step=done, accum_steps=2, batch_size=2) == whole[2 * done :]
+
+
+def test_batches_reach_the_model_normalised(make_dataset):
+    dataset = make_dataset()
+    loader = build_eval_loader(dataset, batch_size=3, workers=0, rank=0, world_size=1)
+    batches = DeviceBatches(loader, torch.device("cpu"))
+    assert len(batches) == len(loader)
+    batch = next(iter(batches))
+    pictures = [preprocess_image(dataset.picture(index), 48) for index in range(3)]
+    assert torch.equal(batch["image"], torch.stack(pictures))
+    assert (batch["mask"].dtype, batch["mask"].shape) == (torch.int64, (3, 48, 48))
+    assert batch["index"].tolist() == [0, 1, 2]
+
+
+def test_missing_pictures_are_found_at_once(make_dataset, monkeypatch, tmp_path):
+    dataset = make_dataset()
+    dataset.check_pictures()
+    real = dataset.refer.get_image_path
+    gone = {dataset.expressions[0].image_id, dataset.expressions[-1].image_id}
+    monkeypatch.setattr(
+        dataset.refer, "get_image_path", lambda i: tmp_path / "nowhere" / f"{i}.jpg" if i in gone else real(i)
+    )
+    with pytest.raises(UserError, match=r"2 of the 7 pictures of split val are missing, .*\.jpg for one"):
+        dataset.check_pictures()
 
 
 def test_broken_pictures_are_named(tmp_path, make_dataset):

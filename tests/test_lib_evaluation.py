@@ -1,4 +1,4 @@
-"""The evaluate loop, predict, one training epoch and the pictures."""
+"""The evaluate loop, predict and the pictures."""
 
 import numpy as np
 import pytest
@@ -6,12 +6,9 @@ import torch
 from PIL import Image
 
 from CrossVLT import CrossVLTOutput
-from lib.criterion import CrossVLTCriterion
-from lib.engine import train_one_epoch, training_step
 from lib.evaluation import evaluate, predict
-from lib.optim import build_lr_scheduler, build_optimizer
 from lib.visualize import PREDICTION_COLOR, overlay, panel, sheet
-from utils import UserError
+from utils import StoppedError
 
 
 class Echo(torch.nn.Module):
@@ -36,7 +33,7 @@ def test_evaluate_counts_pixels_in_order():
     half = batch_of(
         [0, 1], [[[1, 1], [0, 0]], [[0, 0], [0, 0]]], torch.tensor([[1.0, -1], [-1, -1]]).expand(2, 3, 2, 2)
     )
-    result = evaluate(model, [perfect, half], num_expressions=3, device=torch.device("cpu"), keep_masks={0, 2})
+    result = evaluate(model, [perfect, half], num_expressions=3, keep_masks={0, 2})
     assert [tuple(row) for row in result.expressions] == [(0, 1, 2), (1, 0, 1), (2, 2, 2)]
     assert result.metrics["mIoU"] == pytest.approx(50)
     assert result.metrics["oIoU"] == pytest.approx(60)
@@ -49,7 +46,7 @@ def test_evaluate_counts_pixels_in_order():
 def test_evaluate_insists_on_every_expression_once(indices):
     batch = batch_of(indices, [[[1, 0]]] * len(indices))
     with pytest.raises(RuntimeError, match="judged twice or never"):
-        evaluate(Echo(), [batch], num_expressions=2, device=torch.device("cpu"))
+        evaluate(Echo(), [batch], num_expressions=2)
 
 
 def test_predict_at_another_size():
@@ -63,60 +60,19 @@ def test_predict_at_another_size():
     assert not mask[4:].any()
 
 
-def training_parts(model, lr=1e-3):
-    optimizer = build_optimizer(model, lr=lr, weight_decay=0.0)
-    return model, CrossVLTCriterion(), optimizer, build_lr_scheduler(optimizer, 10)
+def test_evaluation_can_be_stopped_between_batches():
+    seen = []
+    batches = [batch_of([i], [[[1, 0]]]) for i in range(3)]
 
+    def asked():
+        seen.append(None)
+        return len(seen) > 1
 
-def as_batch(images, ids, text_mask, masks):
-    return {"image": images, "input_ids": ids, "attention_mask": text_mask, "mask": masks, "index": torch.arange(2)}
-
-
-def test_a_step_clips_and_reports(small_model, small_inputs):
-    parts = training_parts(small_model(drop_path_rate=0.0, text_dropout=0.0).train())
-    batch, device = as_batch(*small_inputs()), torch.device("cpu")
-    values = training_step(*parts, batch, device=device, clip_grad=0.0)
-    assert values["loss"] == pytest.approx(
-        2 * values["segmentation"] + sum(values[f"alignment{i}"] for i in (1, 2, 3, 4)), rel=1e-5
-    )
-    assert values["lr"] == 1e-3
-    assert parts[2].param_groups[0]["lr"] == pytest.approx(1e-3 * 0.9**0.9)
-    clipped = training_parts(small_model(drop_path_rate=0.0, text_dropout=0.0).train())
-    again = training_step(*clipped, batch, device=device, clip_grad=0.5 * values["grad_norm"])
-    assert again["grad_norm"] == pytest.approx(values["grad_norm"], rel=1e-5)  # told before clipping
-    norm = torch.stack(
-        [p.grad.norm() for g in clipped[2].param_groups for p in g["params"] if p.grad is not None]
-    ).norm()
-    assert norm.item() == pytest.approx(0.5 * values["grad_norm"], rel=1e-4)
-
-
-def test_a_loss_that_is_not_finite_stops_before_the_update(small_model, small_inputs):
-    parts = training_parts(small_model().train())
-    batch = as_batch(*small_inputs())
-    batch["image"] = batch["image"] * float("nan")
-    before = [p.detach().clone() for p in parts[0].parameters()]
-
-    def step(batch):
-        return training_step(*parts, batch, device=torch.device("cpu"))
-
-    with pytest.raises(UserError, match=r"epoch 1, step 8: the loss is nan on samples \[0, 1\]"):
-        train_one_epoch(
-            step, [batch], title="epoch 1", first_step=7, total_steps=9, print_freq=1, log=print, show_bar=False
-        )
-    assert all(torch.equal(a, b) for a, b in zip(before, parts[0].parameters(), strict=True))
-
-
-def test_an_epoch_ends_with_the_training():
-    lines = []
-    done = train_one_epoch(
-        lambda batch: {"loss": batch, "segmentation": 0.5, "alignment1": 1.0, "lr": 0.1, "grad_norm": 2.0},
-        [1.0, 2.0, 3.0, 4.0, 5.0], title="epoch 3", first_step=6, total_steps=9, print_freq=2, log=lines.append,
-        show_bar=False,
-    )  # fmt: skip
-    assert (done["steps"], done["loss"]) == (3, 2.0)
-    assert [line.split("  ")[0] for line in lines] == ["epoch 3 step 8/9", "epoch 3 step 9/9"]
-    assert "loss 1.5000" in lines[0]  # the mean since the last line
-    assert "loss 3.0000" in lines[1]
+    model = Echo().train()
+    with pytest.raises(StoppedError):
+        evaluate(model, batches, num_expressions=3, stop_asked=asked)
+    assert len(seen) == 3  # before the first batch, before the second, and at the end for all processes
+    assert model.training
 
 
 def test_overlay_tints_the_mask_only():
