@@ -3,8 +3,10 @@
 import hashlib
 import logging
 import os
+import re
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,9 @@ from termcolor import colored
 
 LOGGER = logging.getLogger("crossvlt")
 LEVEL_COLORS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
+EXIT_MISTAKE = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved, start it again
+EXIT_INTERRUPTED = 130
 
 
 class UserError(ValueError):
@@ -24,6 +29,10 @@ class UserError(ValueError):
 
 class MissingFileError(UserError, FileNotFoundError):
     """A file or folder the user has to provide is not there."""
+
+
+class StoppedError(Exception):
+    """A signal asked this program to end, and what it had done is saved."""
 
 
 class Processes(NamedTuple):
@@ -44,11 +53,13 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def set_up_processes(device: str = "auto") -> Processes:
+def set_up_processes(device: str = "auto", *, tf32: bool = False) -> Processes:
     """Join the processes a launcher (torchrun, torch.distributed.launch) has started, or be the only one.
 
     Args:
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or, for a single process, ``cuda:N``.
+        tf32: let a GPU round the factors of float32 products to TF32: faster, and off by more than the golden
+            numbers allow.
 
     Raises:
         UserError: the device isn't there, or there are more processes than GPUs.
@@ -64,8 +75,8 @@ def set_up_processes(device: str = "auto") -> Processes:
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"--device {device}: PyTorch finds no CUDA GPU here; use --device cpu or auto")
-        # float32 means float32: TF32 convolutions would be off by more than the golden numbers allow.
-        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's own default is True here, and False for products
+        torch.backends.cuda.matmul.allow_tf32 = tf32
         index = local_rank if chosen.index is None else chosen.index
         if world_size > 1 and chosen.index is not None:
             raise UserError(f"--device {device}: with several processes each takes its own GPU; use --device cuda")
@@ -119,8 +130,29 @@ def on_main(function: Callable[[], Any]) -> Any:
     if error is not None:
         raise error
     if failed:
-        sys.exit(2)
+        sys.exit(EXIT_MISTAKE)
     return result
+
+
+def agree(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
+    """The sums of every process's values, in float64, the same on every process.
+
+    Args:
+        values: as many on every process.
+        group: processes joined by gloo (see :func:`cpu_group`): nothing on a GPU is waited for.
+    """
+    if not dist.is_initialized():
+        return values
+    sums = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(sums, group=group)
+    return sums.tolist()
+
+
+def cpu_group() -> dist.ProcessGroup | None:
+    """A group of all processes that exchanges numbers on the CPU, whatever the gradients go through."""
+    if not dist.is_initialized() or dist.get_backend() == "gloo":
+        return None
+    return dist.new_group(backend="gloo")
 
 
 class _ColoredFormatter(logging.Formatter):
@@ -180,14 +212,22 @@ def written_aside(path: str | Path):  # noqa: ANN201  (a context manager over a 
         for stale in path.parent.glob(f".{path.name}.*.part"):  # left by a process that was killed while writing
             stale.unlink(missing_ok=True)
         yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(aside)
         os.replace(aside, path)
+        _sync(path.parent)  # else a power failure could still take the name back
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
     finally:
         if aside.exists():
             aside.unlink()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(path: str | Path) -> None:
@@ -208,26 +248,50 @@ def check_writable(path: str | Path) -> None:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run an entry point: a user's mistake becomes one line and exit status 2, Ctrl-C becomes status 130.
+    """Run an entry point; what ends it becomes an exit status, and a user's mistake one line.
 
+    Statuses: 0; 1 a bug, with its traceback, or another process that died; 2 (``EXIT_MISTAKE``) a user's mistake;
+    75 (``EXIT_STOPPED``) stopped by a signal with everything saved; 130 Ctrl-C where there was nothing to save.
     A mistake that every process finds before they have joined is told by the main process alone.
     """
+    status = 0
+    where = f"[rank {launched_rank()}] " if launched_rank() else ""
     try:
         main()
     except UserError as error:
+        status = EXIT_MISTAKE
         if launched_rank() == 0 or dist.is_initialized():
-            where = f"[rank {launched_rank()}] " if launched_rank() else ""
             print(f"{where}error: {_last_line(error)}", file=sys.stderr)
-        if dist.is_initialized():  # an orderly tear-down would wait for processes that are stuck without this one
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(2)
-        sys.exit(2)
+    except StoppedError as error:
+        status = EXIT_STOPPED
+        if launched_rank() == 0:
+            print(error, file=sys.stderr)
     except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        tear_down_processes()
+    except Exception as error:
+        if not dist.is_initialized():
+            raise
+        status = 1
+        if is_lost_process(error):
+            print(f"{where}ended, because another process ended first: its error is the one to read", file=sys.stderr)
+        else:
+            print("".join(f"{where}{line}" for line in traceback.format_exc().splitlines(True)), file=sys.stderr)
+    if status in (1, EXIT_MISTAKE) and dist.is_initialized():
+        # An orderly tear-down would wait for processes that are stuck without this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    tear_down_processes()
+    if status:
+        sys.exit(status)
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Whether a collective failed because another process is gone."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and re.search(r"gloo|[Cc]onnection (closed|reset)", str(error)) is not None
+    )
 
 
 def _last_line(error: UserError) -> str:

@@ -8,6 +8,7 @@ import re
 import shutil
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,10 @@ PREFIX = "module."
 # which released inference files leave out.
 ALLOWED_DIFFERENCES = re.compile(r"(.*\.relative_position_index|temp)")
 # What a file must hold, besides the weights, for a run to go on from it.
-RESUMABLE = ("model_config", "config", "optimizer", "scheduler", "epoch", "step", "best_oIoU")
+RESUMABLE = (
+    "model_config", "config", "vocabulary", "optimizer", "scheduler", "scaler", "ema", "random", "share",
+    "epoch", "epoch_step", "step", "best_oIoU", "metrics", "meters", "skipped",
+)  # fmt: skip
 SHOWN_KEYS = 4
 SWIN_EMBED_DIMS = {96: ("tiny", "small"), 128: ("base",), 192: ("large",)}
 
@@ -92,6 +96,8 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items())
     ):
         raise UserError(f"{path} is not a checkpoint of a CrossVLT: no state dict of tensors in it")
+    if form == "training" and zipfile.is_zipfile(path):
+        _check_sums(Path(path))
     prefixed = all(key.startswith(PREFIX) for key in state_dict)
     return Checkpoint(Path(path), form, strip_prefix(state_dict), prefixed, extra)
 
@@ -115,6 +121,14 @@ def _read_tensors(path: Path) -> Any:
             ) from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} is torn or not a PyTorch file: {first}") from error
+
+
+def _check_sums(path: Path) -> None:
+    """torch.load doesn't look at the check sums that torch.save writes: a flipped bit would become a weight."""
+    with zipfile.ZipFile(path) as archive:
+        bad = archive.testzip()
+    if bad is not None:
+        raise UserError(f"{path} is damaged: the check sum of {bad} in it is wrong")
 
 
 def strip_prefix(state_dict: StateDict) -> StateDict:
