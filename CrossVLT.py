@@ -94,6 +94,18 @@ class CrossVLT(nn.Module):
         )
         return CrossVLTOutput(logits, similarities)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only what enters the encoders' layers, and compute the rest again for backward: same gradients."""
+        for part in self.modules():
+            if hasattr(part, "grad_checkpointing"):
+                part.grad_checkpointing = enable
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers of both encoders, Swin's and BERT's: what is worth compiling one by one."""
+        stages = (self.lang_stage1.encoder, self.lang_stage2, self.lang_stage3, self.lang_stage4)
+        swin = [block for stage in self.backbone for block in stage.layers.blocks]
+        return swin + [layer for stage in stages for layer in stage.layer]
+
 
 def similarity_map(pixels: torch.Tensor, sentence: torch.Tensor) -> torch.Tensor:
     """Cosine similarity of every position [B, h, w, A] with its sentence [B, A] → [B, 1, h, w]."""

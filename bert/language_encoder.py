@@ -4,10 +4,12 @@ Letters: B batch, N tokens, T text width, L positions of the vision map, V its c
 The layers are transformers'; the division into stages and the vision→language layer are the paper's (section III).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig
 from transformers.models.bert.modeling_bert import (
     BertAttention,
@@ -40,7 +42,18 @@ def bert_config(text_dim: int, text_heads: int, dropout: float, vocab_size: int)
     )
 
 
-class LanguageEncoder(nn.Module):
+class _Checkpointing(nn.Module):
+    """Can compute a part's inner activations again for backward instead of keeping them."""
+
+    grad_checkpointing = False
+
+    def _run(self, part: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
+
+
+class LanguageEncoder(_Checkpointing):
     """The BERT layers of stage 1 and its alignment projection (``lang_stage1.encoder``)."""
 
     def __init__(self, config: BertConfig, num_layers: int, align_dim: int) -> None:
@@ -51,7 +64,7 @@ class LanguageEncoder(nn.Module):
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> LanguageStageOutput:
         """hidden [B, N, T], bias [B, 1, 1, N] added to the scores → the stage's output."""
         for layer in self.layer:
-            hidden = layer(hidden, bias)
+            hidden = self._run(layer, hidden, bias)
         return LanguageStageOutput(hidden, self.proj(hidden[:, 0]))
 
 
@@ -71,7 +84,7 @@ class LanguageStage1(nn.Module):
         return self.embeddings(input_ids)
 
 
-class VisionToLanguageStage(nn.Module):
+class VisionToLanguageStage(_Checkpointing):
     """One of ``lang_stage{2,3,4}``: a BERT layer whose attention looks at the picture, then an ordinary BERT layer.
 
     Args:
@@ -96,14 +109,18 @@ class VisionToLanguageStage(nn.Module):
 
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor, vision: torch.Tensor) -> LanguageStageOutput:
         """hidden [B, N, T], bias [B, 1, 1, N], vision [B, L, V] (every position is seen) → the stage's output."""
+        hidden = self._run(self._look, hidden, bias, vision)
+        for layer in self.layer:
+            hidden = self._run(layer, hidden, bias)
+        return LanguageStageOutput(hidden, self.proj(hidden[:, 0]))
+
+    def _look(self, hidden: torch.Tensor, bias: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
+        """The layer whose attention sees the picture."""
         if hasattr(self, "crossattention"):
             attended, _ = self.crossattention(hidden, encoder_hidden_states=vision)
         else:
             attended, _ = self.attention(hidden, bias)
-        hidden = self.output(self.intermediate(attended), attended)
-        for layer in self.layer:
-            hidden = layer(hidden, bias)
-        return LanguageStageOutput(hidden, self.proj(hidden[:, 0]))
+        return self.output(self.intermediate(attended), attended)
 
 
 @torch.no_grad()

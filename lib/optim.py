@@ -17,15 +17,18 @@ class ParameterGroups(NamedTuple):
     not_optimized: list[str]
 
 
-def group_parameter_names(names: list[str]) -> ParameterGroups:
+def group_parameter_names(names: list[str], *, train_temperature: bool = False) -> ParameterGroups:
     """Sort parameter names as the published recipe does (spec: training).
 
     Vision parameters named after norms and position biases don't decay; everything else does, the decoder's BatchNorm
-    and BERT's LayerNorm too. The word embeddings and ``temp`` are in no group: they stay as they start.
+    and BERT's LayerNorm too. The word embeddings and ``temp`` are in no group: they stay as they start. With
+    ``train_temperature`` (the paper's description) ``temp`` is trained, without decay: similarities are divided by it.
     """
     groups = ParameterGroups([], [], [])
     for name in names:
-        if name == "temp" or name.startswith("lang_stage1.embeddings."):
+        if name == "temp" and train_temperature:
+            groups.no_decay.append(name)
+        elif name == "temp" or name.startswith("lang_stage1.embeddings."):
             groups.not_optimized.append(name)
         elif name.startswith("backbone.") and any(word in name for word in NO_DECAY_WORDS):
             groups.no_decay.append(name)
@@ -34,14 +37,14 @@ def group_parameter_names(names: list[str]) -> ParameterGroups:
     return groups
 
 
-def names_without_gradient(model: nn.Module, *, alignment: bool) -> list[str]:
+def names_without_gradient(model: nn.Module, *, alignment: bool, train_temperature: bool = False) -> list[str]:
     """Parameters that no loss reaches or no optimizer moves; DistributedDataParallel wants them frozen.
 
     Besides those outside the optimizer: the last stage's gate, which nothing follows, and with the alignment loss off
-    the projections into its space.
+    the projections into its space and ``temp``.
     """
     names = [name for name, _ in model.named_parameters()]
-    frozen = set(group_parameter_names(names).not_optimized)
+    frozen = set(group_parameter_names(names, train_temperature=train_temperature and alignment).not_optimized)
     last = len(model.backbone) - 1
     for name in names:
         projects = name.endswith((".proj.weight", ".proj.bias")) and ".attn." not in name and "patch_embed" not in name
@@ -57,10 +60,15 @@ def freeze(model: nn.Module, names: list[str]) -> None:
         parameters[name].requires_grad_(False)
 
 
-def build_optimizer(model: nn.Module, lr: float, weight_decay: float, *, amsgrad: bool = False) -> torch.optim.AdamW:
-    """AdamW over the published groups of an unwrapped CrossVLT (betas and eps are PyTorch's defaults)."""
+def build_optimizer(
+    model: nn.Module, lr: float, weight_decay: float, *, amsgrad: bool = False, train_temperature: bool = False
+) -> torch.optim.AdamW:
+    """AdamW over the published groups of an unwrapped CrossVLT (betas and eps are PyTorch's defaults).
+
+    On a GPU it is PyTorch's fused one: one kernel for all parameters, the same update.
+    """
     parameters = dict(model.named_parameters())
-    groups = group_parameter_names(list(parameters))
+    groups = group_parameter_names(list(parameters), train_temperature=train_temperature)
     assert len(parameters) == sum(map(len, groups)), "a parameter is in no group or in two"
     return torch.optim.AdamW(
         [
@@ -70,6 +78,7 @@ def build_optimizer(model: nn.Module, lr: float, weight_decay: float, *, amsgrad
         lr=lr,
         weight_decay=weight_decay,
         amsgrad=amsgrad,
+        fused=all(parameter.is_cuda for parameter in parameters.values()),
     )
 
 

@@ -4,13 +4,15 @@ Letters: B batch, H×W the stage's map, C = embed_dim·2^stage its channels, N t
 Maps are channels-last ([B, H, W, C]) inside; what leaves for the decoder and the alignment is channels-first.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed
 from timm.models.swin_transformer import PatchMerging, WindowAttention, window_partition, window_reverse
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lib.fusion import LanguageToVisionFusion, gate
 
@@ -169,6 +171,7 @@ class VisionStage(nn.Module):
         self.window_size = window_size
         self.fuse = fuse
         self.last = last
+        self.grad_checkpointing = False
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """The part that sees no language: picture [B, 3, H₀, W₀] (stage 0) or map [B, H, W, C] → [B, H, W, C]."""
@@ -179,12 +182,18 @@ class VisionStage(nn.Module):
         any_shifted = any(block.shift for block in self.layers.blocks)
         attn_mask = shift_bias(*padded, self.window_size, like=x) if any_shifted else None
         for block in self.layers.blocks:
-            x = block(x, attn_mask)
+            x = self._run(block, x, attn_mask)
         return x
+
+    def _run(self, part: Callable[..., Any], *inputs: torch.Tensor | None) -> Any:
+        """Call a part of the stage; with gradient checkpointing what it computes is computed again for backward."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(part, *inputs, use_reentrant=False)
+        return part(*inputs)
 
     def forward(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
         """x as for :meth:`encode`, text [B, N, T] with its mask [B, N] → the stage's three features."""
-        return self.fuse_language(self.encode(x), text, attention_mask)
+        return self._run(self.fuse_language, self.encode(x), text, attention_mask)
 
     def fuse_language(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
         """The rest of the stage, on encoded x [B, H, W, C]: fusion, gate, down-sampling, fusion, gate."""
