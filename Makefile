@@ -1,5 +1,6 @@
 # make demo   set up, make RefShapes, train a small CrossVLT on two CPU processes, evaluate it, draw its predictions
 # make test   set up, run the tests
+# make stress kill 20 trainings at random moments and compare what becomes of them (about a quarter of an hour)
 # make lint   ruff, as CI runs it
 # make lock   resolve requirements*.txt anew into requirements.lock
 PYTHON ?= python3
@@ -10,7 +11,7 @@ ON_REFSHAPES := --dataset refshapes --device cpu --batch-size 32
 # One thread per process: more threads than cores only get in each other's way.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
 
-.PHONY: demo test lint lock
+.PHONY: demo test stress lint lock
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: requirements.lock
@@ -37,6 +38,9 @@ demo: models/demo/report.txt
 
 test: | $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+stress: | $(VENV)/.installed
+	$(BIN)/python -m benchmarks.stress --kills 20 --out benchmarks/results/stress.md
 
 lint: | $(VENV)/.installed
 	$(BIN)/ruff check .

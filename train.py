@@ -4,22 +4,31 @@
     python -m torch.distributed.launch --nproc_per_node 2 --master_port 12345 train.py --dataset refcoco \\
         --swin_type base --batch-size 6 --lr 0.00003 --wd 1e-2 --epochs 40 --img_size 480
 
-    torchrun --nproc_per_node 2 train.py --dataset refcoco+           # the same by torchrun
-    python train.py --dataset refcocog --splitBy umd -b 12            # one process
-    python train.py --resume checkpoints/<model_id>/last.pth          # go on with a run
+    torchrun --nproc_per_node 2 train.py --cfg configs/refcoco+.yaml            # the same by torchrun, from a yaml
+    python train.py --cfg configs/one_24gb_gpu.yaml --dataset refcoco           # one GPU, the published global batch
+    python train.py --cfg … --model_id mine --auto_resume                       # begin, or go on after any end
+    python train.py --resume checkpoints/<model_id>/last.pth                    # go on with a run
 
-A run writes <output-dir>/<model_id>/{best,last}.pth and models/<model_id>/{train.log, config.yaml}.
+A run writes <output-dir>/<model_id>/{best,last}.pth and models/<model_id>/{train.log, metrics.jsonl, config.yaml,
+environment.json, tensorboard/}. It ends with status 0; 2 after a user's mistake; 75 when a signal (SIGTERM, SIGINT,
+SIGUSR1) stopped it with everything saved; 1 after a bug, or because another process died.
 """
 
-import functools
+import contextlib
 import logging
+import math
+import os
 import re
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
 from transformers import BertTokenizer
 from yacs.config import CfgNode
 
@@ -27,21 +36,32 @@ from bert.files import find_bert_file
 from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer
 from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
-from data.loaders import build_eval_loader, build_train_loader
+from data.loaders import DeviceBatches, build_eval_loader, build_train_loader
 from lib import config
-from lib.checkpoint import Checkpoint, load_pretrained, load_weights, read_checkpoint, rebuild, save_checkpoint
+from lib.checkpoint import Checkpoint, load_pretrained, load_strictly, load_weights, read_checkpoint, rebuild
 from lib.criterion import CrossVLTCriterion
-from lib.engine import broadcast_buffers, train_one_epoch, training_step
-from lib.evaluation import evaluate
-from lib.metrics import METRIC_NAMES
+from lib.engine.checkpoints import BEST, LAST, CheckpointFolder
+from lib.engine.control import Control
+from lib.engine.precision import Precision, compile_blocks
+from lib.engine.preflight import GIB, check_space, checkpoint_bytes, duration, time_training, time_validation
+from lib.engine.progress import Progress, restore_random_states
+from lib.engine.resume import find_resumed, for_share, share_of
+from lib.engine.step import TrainingStep
+from lib.engine.trainer import Trainer
+from lib.evaluation import EvaluationResult, evaluate
+from lib.journal import Journal, write_environment
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
+from lib.visualize import result_panel
 from refer.refer import REFER, check_dataset
 from utils import (
     MissingFileError,
     Processes,
     UserError,
+    cpu_group,
     derive_seed,
     from_main,
+    gather,
+    launched_rank,
     on_main,
     run_command,
     set_up_logging,
@@ -54,8 +74,19 @@ LOG = logging.getLogger("crossvlt")
 # What may change when a run is resumed; everything else is the recipe that the checkpoint was trained by.
 CHANGEABLE = {
     "DATA.ROOT", "PRETRAINED.TOKENIZER", "TRAIN.EPOCHS", "TRAIN.STEPS", "OUTPUT_DIR", "LOG_DIR", "MODEL_ID",
-    "PRINT_FREQ", "BATCH_SIZE", "WORKERS", "PIN_MEM", "DEVICE", "PRETRAINED.DDP_TRAINED",
+    "PRINT_FREQ", "BATCH_SIZE", "WORKERS", "PIN_MEM", "DEVICE", "PRETRAINED.DDP_TRAINED", "TRAIN.ACCUM_STEPS",
+    "TRAIN.GLOBAL_BATCH", "TRAIN.COMPILE", "TRAIN.GRAD_CHECKPOINT", "TRAIN.SAVE_STEPS", "TRAIN.SAVE_MINUTES",
+    "TRAIN.KEEP",
 }  # fmt: skip
+DRAWN = 4  # expressions whose masks are drawn after each epoch
+
+
+class Splits(NamedTuple):
+    """What is trained and validated on, and the tokenizer both are read with."""
+
+    train: ReferDataset
+    val: ReferDataset
+    tokenizer: BertTokenizer
 
 
 def get_parser() -> config.Parser:
@@ -63,23 +94,13 @@ def get_parser() -> config.Parser:
         parser.add_argument(
             "--resume", metavar="FILE", help="go on with a run from its last.pth, by its saved configuration"
         )
+        parser.add_argument(
+            "--auto_resume",
+            action="store_true",
+            help="go on with the run --model_id from its newest good checkpoint, or begin it where there is none",
+        )
 
     return config.get_parser("train", __doc__, add_more)
-
-
-def open_resumed(path: str) -> Checkpoint:
-    """The checkpoint of a run to go on with.
-
-    Raises:
-        UserError: it has no optimizer state, so that going on would not be going on.
-    """
-    checkpoint = read_checkpoint(path)
-    if not checkpoint.is_resumable:
-        raise UserError(
-            f"--resume {path}: no optimizer state in it, so the training can't go on where it was; "
-            f"start a new one from its weights with --init_from {path}"
-        )
-    return checkpoint
 
 
 def check_resumed(cfg: CfgNode, given: set[str], resumed: Checkpoint) -> None:
@@ -90,7 +111,7 @@ def check_resumed(cfg: CfgNode, given: set[str], resumed: Checkpoint) -> None:
             saved = resumed.model_config["window_size"]
         if saved != now:
             raise UserError(
-                f"--resume goes on with the saved recipe, where {key} is {saved!r}, not {now!r}: "
+                f"{resumed.path} goes on with its saved recipe, where {key} is {saved!r}, not {now!r}: "
                 "drop that flag, or start a new run with --init_from"
             )
 
@@ -143,8 +164,8 @@ def build_model(
     return model
 
 
-def open_run(cfg: CfgNode, resumed: Checkpoint | None) -> Path:
-    """Make the run's folders; gives back that of its checkpoints.
+def open_run(cfg: CfgNode, resumed: Checkpoint | None, processes: Processes) -> tuple[Path, Path]:
+    """Make the run's folders and begin its log; gives back the folders of its checkpoints and of its logs.
 
     Raises:
         UserError: a folder can't be made, or already holds another run.
@@ -153,11 +174,10 @@ def open_run(cfg: CfgNode, resumed: Checkpoint | None) -> Path:
         raise UserError(f"--model_id {cfg.MODEL_ID}: must be a plain name, it becomes a folder's")
     checkpoints, logs = Path(cfg.OUTPUT_DIR, cfg.MODEL_ID), Path(cfg.LOG_DIR, cfg.MODEL_ID)
     own = resumed is not None and resumed.path.resolve().parent == checkpoints.resolve()
-    for name in ("last.pth", "best.pth"):
+    for name in (LAST, BEST):
         if (checkpoints / name).exists() and not own:
             raise UserError(
-                f"{checkpoints} already holds a run: choose another --model_id, or go on with it by "
-                f"--resume {checkpoints / 'last.pth'}"
+                f"{checkpoints} already holds a run: choose another --model_id, or go on with it by --auto_resume"
             )
     for folder in (checkpoints, logs):
         try:
@@ -167,7 +187,9 @@ def open_run(cfg: CfgNode, resumed: Checkpoint | None) -> Path:
     set_up_logging(0, logs / "train.log")
     with written_aside(logs / "config.yaml") as aside:
         aside.write_text(cfg.dump(), encoding="utf-8")
-    return checkpoints
+    step = resumed.extra["step"] if resumed else 0
+    write_environment(logs / "environment.json", from_step=step, processes=processes.world_size)
+    return checkpoints, logs
 
 
 def wrap(model: CrossVLT, processes: Processes) -> nn.Module:
@@ -180,101 +202,167 @@ def wrap(model: CrossVLT, processes: Processes) -> nn.Module:
     return DistributedDataParallel(model)
 
 
-def open_splits(cfg: CfgNode) -> tuple[ReferDataset, ReferDataset, BertTokenizer]:
-    """The training and validation split, and the tokenizer they are read with."""
+def open_splits(cfg: CfgNode) -> Splits:
+    """Read the annotations and tokenise the sentences."""
     cfg.PRETRAINED.TOKENIZER = config.tokenizer_name(cfg, cfg.MODEL.VOCAB_SIZE)  # resolved: saved with the run
     tokenizer = load_tokenizer(cfg.PRETRAINED.TOKENIZER)
     refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     how = {"img_size": cfg.DATA.IMG_SIZE, "max_tokens": cfg.DATA.MAX_TOKENS, "seed": cfg.SEED}
     train_set = ReferDataset(refer, "train", tokenizer, draw_sentences=True, **how)
-    return train_set, ReferDataset(refer, cfg.DATA.SPLIT, tokenizer, **how), tokenizer
+    return Splits(train_set, ReferDataset(refer, cfg.DATA.SPLIT, tokenizer, **how), tokenizer)
+
+
+def build_step(
+    cfg: CfgNode, model: CrossVLT, total_steps: int, precision: Precision, resumed: Checkpoint | None
+) -> TrainingStep:
+    """Optimizer, scheduler, moving average and what else a step needs, as they begin or as they were saved."""
+    train = cfg.TRAIN
+    how = {"alignment": train.ALIGNMENT, "train_temperature": train.TRAIN_TEMPERATURE}
+    frozen = names_without_gradient(model, **how)
+    freeze(model, frozen)
+    LOG.info("not trained: %s", ", ".join(frozen))
+    optimizer = build_optimizer(
+        model, train.LR, train.WEIGHT_DECAY, amsgrad=train.AMSGRAD, train_temperature=train.TRAIN_TEMPERATURE
+    )
+    scheduler = build_lr_scheduler(optimizer, total_steps, train.WARMUP_STEPS)
+    ema = ModelEmaV3(model, train.EMA) if train.EMA else None
+    if resumed:
+        saved = resumed.extra
+        optimizer.load_state_dict(saved["optimizer"])
+        scheduler.load_state_dict(saved["scheduler"])
+        for group, base, curve in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * curve(scheduler.last_epoch)  # the saved rate is another's where the length changed
+        precision.scaler.load_state_dict(saved["scaler"])
+        if ema:
+            load_strictly(ema.module, saved["ema"], str(resumed.path))
+        resumed.state_dict.clear()  # copied by now; a model's and an optimizer's size of memory
+        saved["optimizer"] = saved["ema"] = None
+    return TrainingStep(
+        model, CrossVLTCriterion(train.ALIGNMENT), optimizer, scheduler, precision,
+        clip_grad=train.CLIP_GRAD, ema=ema, global_norm=train.GLOBAL_NORM, group=cpu_group(),
+    )  # fmt: skip
 
 
 def fit(
     cfg: CfgNode,
     model: CrossVLT,
-    train_set: ReferDataset,
-    val_set: ReferDataset,
-    vocabulary: str,
+    splits: Splits,
+    accum_steps: int,
     processes: Processes,
     resumed: Checkpoint | None,
+    *,
+    may_be_done: bool,
 ) -> None:
-    """Train to the last step, with a validation and a checkpoint after each epoch."""
+    """Train to the last step, having looked first whether everything that comes can come."""
+    train, device = cfg.TRAIN, processes.device
     share = {"batch_size": cfg.BATCH_SIZE, "workers": cfg.WORKERS, "pin_memory": cfg.PIN_MEM}
     share |= {"rank": processes.rank, "world_size": processes.world_size}
-    device = processes.device
-    train_batches = build_train_loader(train_set, seed=cfg.SEED, **share)
-    val_batches = build_eval_loader(val_set, **share)
-    epoch, step, best = (resumed.extra[key] for key in ("epoch", "step", "best_oIoU")) if resumed else (0, 0, 0.0)
-    total_steps = cfg.TRAIN.STEPS or step + max(0, cfg.TRAIN.EPOCHS - epoch) * len(train_batches)
-    if step >= total_steps:
-        raise UserError(f"this run has all its {step} steps done; ask for more by --epochs or --steps")
-    if total_steps < cfg.TRAIN.WARMUP_STEPS:
-        raise UserError(f"--warmup_steps {cfg.TRAIN.WARMUP_STEPS}: the whole training has {total_steps} steps")
-    checkpoints = on_main(lambda: open_run(cfg, resumed))
-
-    frozen = names_without_gradient(model, alignment=cfg.TRAIN.ALIGNMENT)
-    freeze(model, frozen)
-    optimizer = build_optimizer(model, cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY, amsgrad=cfg.TRAIN.AMSGRAD)
-    scheduler = build_lr_scheduler(optimizer, total_steps, cfg.TRAIN.WARMUP_STEPS)
-    if resumed:
-        optimizer.load_state_dict(resumed.extra["optimizer"])
-        scheduler.load_state_dict(resumed.extra["scheduler"])
-        for group, base, curve in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-            group["lr"] = base * curve(scheduler.last_epoch)  # the saved rate is another's where the length changed
-        resumed.state_dict.clear()  # copied by now; a model's and an optimizer's size of memory
-        del resumed.extra["optimizer"]
-    LOG.info("%s: %.1f M parameters", cfg.MODEL_ID, sum(p.numel() for p in model.parameters()) / 1e6)
-    LOG.info("not trained: %s", ", ".join(frozen))
-    LOG.info(
-        f"{len(train_set)} samples; steps {step}…{total_steps}, {len(train_batches)} per epoch; global "
-        f"batch {processes.world_size * cfg.BATCH_SIZE} = {processes.world_size} × {cfg.BATCH_SIZE} on {device.type}"
+    loader = build_train_loader(splits.train, seed=cfg.SEED, accum_steps=accum_steps, **share)
+    steps_per_epoch = loader.batch_sampler.steps_per_epoch
+    micro_batches = DeviceBatches(loader, device)
+    progress = Progress.from_state_dict(resumed.extra) if resumed else Progress()
+    total_steps = train.STEPS or (
+        progress.step - progress.epoch_step + max(0, train.EPOCHS - progress.epoch) * steps_per_epoch
     )
-    wrapped = wrap(model, processes)
-    do_step = functools.partial(
-        training_step, wrapped, CrossVLTCriterion(cfg.TRAIN.ALIGNMENT), optimizer, scheduler,
-        device=device, clip_grad=cfg.TRAIN.CLIP_GRAD,
-    )  # fmt: skip
-    validate = functools.partial(evaluate, model, device=device, log=LOG.debug)
-    first = torch.utils.data.Subset(val_set, range(min(len(val_set), 2 * cfg.BATCH_SIZE * processes.world_size)))
-    # Two batches now: better to stumble over the validation split at once than after an epoch.
-    validate(build_eval_loader(first, **share), num_expressions=len(first))
+    if progress.step >= total_steps and not progress.epoch_step:
+        told = f"this run has all its {progress.step} steps done; ask for more by --epochs or --steps"
+        if not may_be_done:
+            raise UserError(told)
+        LOG.info(told)
+        return
+    if total_steps < train.WARMUP_STEPS:
+        raise UserError(f"--warmup_steps {train.WARMUP_STEPS}: the whole training has {total_steps} steps")
+    checkpoints, logs = on_main(lambda: open_run(cfg, resumed, processes))
+    on_main(splits.train.check_pictures)
+    on_main(splits.val.check_pictures)
+    if resumed:
+        LOG.info("goes on from %s: epoch %d, step %d", resumed.path, progress.epoch + 1, progress.step)
+    LOG.info("%s: %.1f M parameters", cfg.MODEL_ID, sum(p.numel() for p in model.parameters()) / 1e6)
+    LOG.info(
+        f"{len(splits.train)} samples; steps {progress.step}…{total_steps}, {steps_per_epoch} per epoch; global batch "
+        f"{train.GLOBAL_BATCH} = {processes.world_size} process(es) × {cfg.BATCH_SIZE} × {accum_steps} accumulated on "
+        f"{device.type}"
+    )
+    if train.TF32 and device.type != "cuda":
+        LOG.warning("--tf32: TF32 is a way of GPUs; not used on %s", device.type)
 
-    while step < total_steps:
-        # Everything random in an epoch follows from its number: a resumed run draws what an uninterrupted one does.
-        torch.manual_seed(derive_seed("epoch", cfg.SEED, epoch, processes.rank))
-        train_set.set_epoch(epoch)
-        train_batches.sampler.set_epoch(epoch)
-        wrapped.train()
-        means = train_one_epoch(
-            do_step, train_batches, title=f"epoch {epoch + 1}", first_step=step, total_steps=total_steps,
-            print_freq=cfg.PRINT_FREQ, log=LOG.debug, show_bar=processes.is_main,
-        )  # fmt: skip
-        epoch, step = epoch + 1, step + means["steps"]
-        broadcast_buffers(model)
-        title = f"{cfg.DATA.SPLIT} {epoch}" if processes.is_main else None
-        metrics = validate(val_batches, num_expressions=len(val_set), progress=title).metrics
-        told = "  ".join(f"{name} {metrics[name]:.2f}" for name in METRIC_NAMES)
-        LOG.info("epoch %d: mean loss %.4f  %s: %s", epoch, means["loss"], cfg.DATA.SPLIT, told)
-        is_best = metrics["oIoU"] > best or not (checkpoints / "best.pth").exists()
-        best = max(best, metrics["oIoU"])
-        content = {
-            "model": model.state_dict(), "model_config": model.config, "config": config.flatten(cfg),
-            "vocabulary": vocabulary, "epoch": epoch, "step": step, "metrics": metrics, "best_oIoU": best,
-        }  # fmt: skip
-        if from_main(is_best):
-            on_main(functools.partial(save_checkpoint, checkpoints / "best.pth", content))
-        content |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-        on_main(functools.partial(save_checkpoint, checkpoints / "last.pth", content))
-    LOG.info("done: best oIoU %.2f on %s, in %s", best, cfg.DATA.SPLIT, checkpoints / "best.pth")
+    precision = Precision(train.AMP, device)
+    step = build_step(cfg, model, total_steps, precision, resumed)
+    folder = CheckpointFolder(checkpoints, train.KEEP)
+    size, weights = checkpoint_bytes(model, amsgrad=train.AMSGRAD, ema=bool(train.EMA))
+    free = on_main(lambda: check_space(checkpoints, size, weights, train.KEEP))
+    model.set_grad_checkpointing(train.GRAD_CHECKPOINT)
+    if train.COMPILE:
+        compile_blocks(model.blocks())
+
+    with Control(train.SAVE_STEPS, train.SAVE_MINUTES, step.group) as control:
+
+        def validate(judged: nn.Module, dataset: ReferDataset | Subset = splits.val) -> EvaluationResult:
+            # Compiled code would have to be made anew for validation; and so it is test.py's very arithmetic.
+            uncompiled = torch.compiler.set_stance("force_eager") if train.COMPILE else contextlib.nullcontext()
+            whole = dataset is splits.val
+            with uncompiled:
+                return evaluate(
+                    judged, DeviceBatches(build_eval_loader(dataset, **share), device), num_expressions=len(dataset),
+                    keep_masks=drawn if whole else (), log=LOG.debug, stop_asked=lambda: bool(control.received),
+                    progress=f"{cfg.DATA.SPLIT} {progress.epoch + 1}" if whole and processes.is_main else None,
+                )  # fmt: skip
+
+        def draw(result: EvaluationResult, at_step: int) -> None:
+            if journal.takes_pictures:
+                for number, index in enumerate(sorted(result.masks)):
+                    journal.draw(f"val/{number}", result_panel(splits.val, result, index), at_step)
+
+        def set_position(epoch: int, first_step: int) -> None:
+            splits.train.set_epoch(epoch)
+            loader.batch_sampler.set_position(epoch, first_step)
+
+        drawn = set(np.linspace(0, len(splits.val) - 1, min(DRAWN, len(splits.val))).astype(int).tolist())
+        # Two batches now: better to stumble over the validation split at once than after an epoch.
+        first = Subset(splits.val, range(min(len(splits.val), 2 * cfg.BATCH_SIZE * processes.world_size)))
+        judging = time_validation(lambda: validate(model, first)) / len(first) * len(splits.val)
+        training = time_training(model, step.criterion, precision, next(iter(micro_batches)))
+        LOG.info(
+            f"expected: {duration(training * accum_steps * steps_per_epoch)} of training and {duration(judging)} of "
+            f"validation per epoch, data loading not counted; a checkpoint has {size / GIB:.2f} GiB, {free / GIB:.0f} "
+            "are free"
+        )
+        step.model = wrap(model, processes)
+        journal = Journal(logs if processes.is_main else None, progress.step, validated=progress.epoch_step == 0)
+        if resumed and progress.epoch_step:
+            restore_random_states(resumed.extra["random"][processes.rank])
+        try:
+            Trainer(
+                model=model, step=step, micro_batches=micro_batches, set_position=set_position, accum_steps=accum_steps,
+                steps_per_epoch=steps_per_epoch, total_steps=total_steps, validate=validate, draw=draw,
+                progress=progress, control=control, checkpoints=folder, journal=journal, logs=logs,
+                constants={
+                    "model_config": model.config, "config": config.flatten(cfg),
+                    "vocabulary": fingerprint(splits.tokenizer),
+                    "share": [processes.world_size, cfg.BATCH_SIZE, accum_steps],
+                },
+                split=cfg.DATA.SPLIT, seed=cfg.SEED, print_freq=cfg.PRINT_FREQ, processes=processes,
+            ).run()  # fmt: skip
+        finally:
+            journal.close()
+    LOG.info("done: best oIoU %.2f on %s, in %s", progress.best_oIoU, cfg.DATA.SPLIT, checkpoints / BEST)
 
 
 def main() -> None:
     args = get_parser().parse_args()
-    resumed = open_resumed(args.resume) if args.resume else None
-    cfg, given = config.resolve(args, base=resumed.extra["config"] if resumed else None)
+    set_up_logging(launched_rank())
+    cfg, given = config.resolve(args)
+    resumed = find_resumed(args.resume, args.auto_resume, cfg.OUTPUT_DIR, cfg.MODEL_ID)
     if resumed:
+        cfg, given = config.resolve(args, base=resumed.extra["config"])
         check_resumed(cfg, given, resumed)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    accum_steps = config.divide_batch(cfg, given, world_size)
+    if resumed:
+        resumed = for_share(resumed, (world_size, cfg.BATCH_SIZE, accum_steps))
+        before = math.prod(share_of(resumed))
+        if before != cfg.TRAIN.GLOBAL_BATCH:
+            LOG.warning("the global batch was %d so far and is %d from here on", before, cfg.TRAIN.GLOBAL_BATCH)
     check_dataset(cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     swin, bert = (None, None) if resumed else find_pretrained(cfg)
     start = resumed or (read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM else None)
@@ -282,17 +370,21 @@ def main() -> None:
         if start is None:
             raise UserError("--ddp_trained_weights is about a checkpoint: give --init_from or --resume too, or drop it")
         start.check_prefix(True)
-    train_set, val_set, tokenizer = open_splits(cfg)
-    processes = set_up_processes(cfg.DEVICE)
+    splits = open_splits(cfg)
+    processes = set_up_processes(cfg.DEVICE, tf32=cfg.TRAIN.TF32)
     set_up_logging(processes.rank)
+    where = gather((resumed.path.name, resumed.extra["step"]) if resumed else None)
+    if len(set(where)) > 1:
+        raise UserError(f"the processes found different checkpoints ({where}): --output-dir must be one folder for all")
     if not cfg.MODEL_ID:
         now = time.strftime("%Y%m%d-%H%M%S")
         cfg.MODEL_ID = from_main(f"{cfg.DATA.NAME}_{cfg.DATA.SPLIT_BY}_{cfg.MODEL.SWIN_TYPE}_{now}")
     model = build_model(cfg, resumed, start, swin, bert).to(processes.device)
-    check_vocabulary(tokenizer, model.config["vocab_size"], start.extra.get("vocabulary") if start else None)
+    vocabulary = start.extra.get("vocabulary") if start else None
+    check_vocabulary(splits.tokenizer, model.config["vocab_size"], vocabulary)
     if processes.world_size > 1 and processes.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    fit(cfg, model, train_set, val_set, fingerprint(tokenizer), processes, resumed)
+    fit(cfg, model, splits, accum_steps, processes, resumed, may_be_done=args.auto_resume)
 
 
 if __name__ == "__main__":

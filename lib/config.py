@@ -21,6 +21,7 @@ SWIN_FILES = {
     "large": "swin_large_patch4_window12_384_22k.pth",
 }
 SWIN_ADDRESS = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+BASE_KEY = "_BASE_"
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
 
 # In DATA, MODEL and PRETRAINED an empty value means: the published one, or what the checkpoint says.
@@ -40,7 +41,10 @@ DEFAULTS = CfgNode({
     },
     "TRAIN": {
         "EPOCHS": 40, "STEPS": 0, "LR": 3e-5, "WEIGHT_DECAY": 1e-2, "AMSGRAD": False, "WARMUP_STEPS": 0,
-        "CLIP_GRAD": 0.0, "ALIGNMENT": True,
+        "CLIP_GRAD": 0.0, "ALIGNMENT": True, "TRAIN_TEMPERATURE": False, "EMA": 0.0,
+        "ACCUM_STEPS": 0, "GLOBAL_BATCH": 0, "GLOBAL_NORM": False,
+        "AMP": "off", "TF32": False, "COMPILE": False, "GRAD_CHECKPOINT": False,
+        "SAVE_STEPS": 0, "SAVE_MINUTES": 30.0, "KEEP": 2,
     },
     "OUTPUT_DIR": "./checkpoints", "LOG_DIR": "./models", "MODEL_ID": "", "PRINT_FREQ": 10,
     "BATCH_SIZE": 6, "WORKERS": 2, "PIN_MEM": False, "SEED": 0, "DEVICE": "auto",
@@ -89,13 +93,35 @@ FLAGS = (
          "insist that the checkpoint's keys begin with module. (stripping them needs no flag)", value=True),
     Flag(("--epochs",), "TRAIN.EPOCHS", "passes over the training split", TRAIN_ONLY),
     Flag(("--steps",), "TRAIN.STEPS", "optimizer steps of the whole training, instead of --epochs", TRAIN_ONLY),
-    Flag(("-b", "--batch-size"), "BATCH_SIZE", "samples per process"),
+    Flag(("-b", "--batch-size"), "BATCH_SIZE", "samples per process and forward pass"),
+    Flag(("--accum-steps",), "TRAIN.ACCUM_STEPS", "forward passes per process and optimizer step", TRAIN_ONLY),
+    Flag(("--global_batch",), "TRAIN.GLOBAL_BATCH",
+         "samples per optimizer step of all processes, reached by accumulating (published: 12)", TRAIN_ONLY),
+    Flag(("--global_norm",), "TRAIN.GLOBAL_NORM",
+         "one normaliser of the cross-entropy for the whole global batch (published: one per forward pass)",
+         TRAIN_ONLY, value=True),
     Flag(("--lr",), "TRAIN.LR", "initial learning rate", TRAIN_ONLY),
     Flag(("--wd", "--weight-decay"), "TRAIN.WEIGHT_DECAY", "weight decay", TRAIN_ONLY, metavar="WD"),
     Flag(("--amsgrad",), "TRAIN.AMSGRAD", "AMSGrad variant of AdamW", TRAIN_ONLY, value=True),
     Flag(("--warmup_steps",), "TRAIN.WARMUP_STEPS", "steps of linear warm-up (published: 0)", TRAIN_ONLY),
     Flag(("--clip_grad",), "TRAIN.CLIP_GRAD", "largest gradient norm, 0: no clipping (published: 0)", TRAIN_ONLY),
     Flag(("--no_alignment",), "TRAIN.ALIGNMENT", "train without the alignment losses", TRAIN_ONLY, value=False),
+    Flag(("--train_temperature",), "TRAIN.TRAIN_TEMPERATURE",
+         "train the temperatures too, as the paper says (published code: fixed)", TRAIN_ONLY, value=True),
+    Flag(("--ema",), "TRAIN.EMA", "decay of a moving average of the weights, which is then validated and kept as best; "
+         "0: none (published: 0)", TRAIN_ONLY),
+    Flag(("--amp",), "TRAIN.AMP", "mixed precision (published: off)", TRAIN_ONLY, choices=("off", "bf16", "fp16")),
+    Flag(("--tf32",), "TRAIN.TF32", "float32 products and convolutions by TF32, on GPUs that have it (published: not)",
+         TRAIN_ONLY, value=True),
+    Flag(("--compile",), "TRAIN.COMPILE", "compile the encoders' blocks (the first steps take minutes)",
+         TRAIN_ONLY, value=True),
+    Flag(("--grad_checkpoint",), "TRAIN.GRAD_CHECKPOINT",
+         "compute the encoders' activations again for backward instead of keeping them: less memory, slower",
+         TRAIN_ONLY, value=True),
+    Flag(("--save_steps",), "TRAIN.SAVE_STEPS", "a checkpoint every so many steps too, 0: not by steps", TRAIN_ONLY),
+    Flag(("--save_minutes",), "TRAIN.SAVE_MINUTES", "a checkpoint every so many minutes too, 0: not by the clock",
+         TRAIN_ONLY),
+    Flag(("--keep",), "TRAIN.KEEP", "how many of the newest resumable checkpoints stay", TRAIN_ONLY),
     Flag(("--output-dir",), "OUTPUT_DIR", "checkpoints go to <output-dir>/<model_id>/", TRAIN_ONLY),
     Flag(("--log_dir",), "LOG_DIR", "logs go to <log_dir>/<model_id>/", TRAIN_ONLY),
     Flag(("--model_id",), "MODEL_ID", "name of the run (default: <dataset>_<splitBy>_<swin_type>_<time>)", TRAIN_ONLY),
@@ -114,6 +140,7 @@ POSITIVE_KEYS = (
     "BATCH_SIZE",
     "TRAIN.LR",
     "PRINT_FREQ",
+    "TRAIN.KEEP",
     "MODEL.TEXT_DIM",
     "MODEL.TEXT_LAYERS",
     "MODEL.TEXT_HEADS",
@@ -125,6 +152,11 @@ NON_NEGATIVE_KEYS = (
     "TRAIN.WEIGHT_DECAY",
     "TRAIN.WARMUP_STEPS",
     "TRAIN.CLIP_GRAD",
+    "TRAIN.EMA",
+    "TRAIN.ACCUM_STEPS",
+    "TRAIN.GLOBAL_BATCH",
+    "TRAIN.SAVE_STEPS",
+    "TRAIN.SAVE_MINUTES",
     "WORKERS",
     "SEED",
     "MODEL.WINDOW_SIZE",
@@ -210,12 +242,20 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_config_file(path: str) -> dict[str, Any]:
+def read_config_file(path: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The dotted keys of a yaml file, as they are written there.
 
+    Its ``_BASE_``, if it has one, names the file (relative to its own folder) whose keys hold where it has none.
+
+    Args:
+        path: of the yaml file.
+        above: the files that have this one as their base.
+
     Raises:
-        MissingFileError, UserError: no such file; not yaml.
+        MissingFileError, UserError: no such file; not yaml; a file is its own base.
     """
+    if Path(path).resolve() in above:
+        raise UserError(f"--cfg {path}: by {BASE_KEY} it is its own base")
     try:
         with open(path, encoding="utf-8") as file:
             tree = yaml.safe_load(file)
@@ -225,7 +265,12 @@ def read_config_file(path: str) -> dict[str, Any]:
         raise UserError(f"--cfg {path} is not valid yaml: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"--cfg {path} holds no configuration keys")
-    return flatten(tree)
+    base = tree.pop(BASE_KEY, None)
+    if base is None:
+        return flatten(tree)
+    if not isinstance(base, str):
+        raise UserError(f"--cfg {path}: {BASE_KEY} must be a file's name, not {base!r}")
+    return read_config_file(str(Path(path).parent / base), (*above, Path(path).resolve())) | flatten(tree)
 
 
 def apply(cfg: CfgNode, keys: dict[str, Any], source: str) -> None:
@@ -295,13 +340,37 @@ def _check_ranges(cfg: CfgNode) -> None:
         raise UserError(f"--img_size {cfg.DATA.IMG_SIZE}: must be above {SMALLEST}")
     if cfg.DATA.MAX_TOKENS > MOST_TOKENS:
         raise UserError(f"--max_tokens {cfg.DATA.MAX_TOKENS}: BERT has positions for {MOST_TOKENS}")
-    for key in ("MODEL.DROP_PATH_RATE", "MODEL.TEXT_DROPOUT"):
+    for key in ("MODEL.DROP_PATH_RATE", "MODEL.TEXT_DROPOUT", "TRAIN.EMA"):
         if lookup(cfg, key) >= 1:
-            raise UserError(f"{key} {lookup(cfg, key)}: must be below 1")
+            raise UserError(f"{flag_of.get(key, key)} {lookup(cfg, key)}: must be below 1")
     for key in (*POSITIVE_KEYS, *NON_NEGATIVE_KEYS):
         value, name = lookup(cfg, key), flag_of.get(key, key)
         if not value >= 0 or value == float("inf") or (key in POSITIVE_KEYS and value == 0):
             raise UserError(f"{name} {value}: must be {'above' if key in POSITIVE_KEYS else 'at least'} 0")
+
+
+def divide_batch(cfg: CfgNode, given: set[str], world_size: int) -> int:
+    """Forward passes per process and optimizer step; afterwards ``TRAIN.GLOBAL_BATCH`` says what a step's samples are.
+
+    Raises:
+        UserError: the global batch can't be divided so.
+    """
+    train, per_pass = cfg.TRAIN, world_size * cfg.BATCH_SIZE
+    if train.ACCUM_STEPS:
+        total = per_pass * train.ACCUM_STEPS
+        if train.GLOBAL_BATCH not in (0, total) and "TRAIN.GLOBAL_BATCH" in given:
+            raise UserError(
+                f"--global_batch {train.GLOBAL_BATCH}, but {world_size} process(es) × --batch-size {cfg.BATCH_SIZE} × "
+                f"--accum-steps {train.ACCUM_STEPS} are {total}: leave one of them out"
+            )
+        train.GLOBAL_BATCH, train.ACCUM_STEPS = total, 0
+    train.GLOBAL_BATCH = train.GLOBAL_BATCH or per_pass
+    if train.GLOBAL_BATCH % per_pass:
+        raise UserError(
+            f"a global batch of {train.GLOBAL_BATCH} can't be divided among {world_size} process(es) with --batch-size "
+            f"{cfg.BATCH_SIZE}: change --batch-size or --global_batch"
+        )
+    return train.GLOBAL_BATCH // per_pass
 
 
 def unused_flags(args: argparse.Namespace) -> list[str]:

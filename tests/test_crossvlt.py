@@ -11,6 +11,8 @@ from timm.layers import DropPath
 
 from CrossVLT import SWIN_VARIANTS, build_crossvlt
 from lib.criterion import CrossVLTCriterion
+from lib.engine.precision import Precision
+from lib.engine.step import TrainingStep
 from lib.optim import build_lr_scheduler, build_optimizer, group_parameter_names
 
 GOLDEN = ROOT / "tests" / "data" / "golden"
@@ -59,33 +61,35 @@ def test_three_training_steps_are_the_published_ones():
     model = no_dropout(set_golden_weights(build_crossvlt("tiny")).double().train())
     start = {name: p.detach().clone() for name, p in model.named_parameters()}
     skipped = group_parameter_names(list(start)).not_optimized
-    criterion, optimizer = CrossVLTCriterion(), build_optimizer(model, lr=3e-5, weight_decay=1e-2)
+    optimizer = build_optimizer(model, lr=3e-5, weight_decay=1e-2)
     scheduler = build_lr_scheduler(optimizer, total_steps=10)
+    step = TrainingStep(model, CrossVLTCriterion(), optimizer, scheduler, Precision("off", torch.device("cpu")))
     for number, want in enumerate(golden["steps"]):
         inputs = golden_inputs(f"train_tiny_224:step{number}", 2, 224, 224)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([want["lr"]] * 2, rel=1e-12)
-        output = model(inputs.images.double(), inputs.input_ids, inputs.attention_mask)
-        losses = criterion(output, inputs.masks)
-        optimizer.zero_grad()
-        losses["loss"].backward()
-        assert losses["loss"].item() == pytest.approx(want["loss"], rel=1e-7)
-        assert losses["segmentation"].item() == pytest.approx(want["seg"], rel=1e-7)
-        assert losses["alignment"].tolist() == pytest.approx(want["align"], rel=1e-7)
+        batch = {"image": inputs.images.double(), "input_ids": inputs.input_ids, "mask": inputs.masks}
+        batch["attention_mask"] = inputs.attention_mask
+        if number == 0:
+            with torch.no_grad():
+                output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
+        values = step([batch])
+        assert values["loss"] == pytest.approx(want["loss"], rel=1e-7)
+        assert values["segmentation"] == pytest.approx(want["seg"], rel=1e-7)
+        assert [values[f"alignment{i}"] for i in (1, 2, 3, 4)] == pytest.approx(want["align"], rel=1e-7)
+        assert (values["lr"], values["grad_norm"]) == pytest.approx((want["lr"], want["grad_norm_optimized"]), rel=1e-6)
         norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
         total = np.linalg.norm([norm for name, norm in norms.items() if name not in skipped])
         assert total == pytest.approx(want["grad_norm_optimized"], rel=1e-6)
         if number == 0:
-            logits = output.mask_logits.detach().numpy()
+            logits = output.mask_logits.numpy()
             assert np.abs(logits[:, :, ::8, ::8] - recorded["logits"]).max() < 1e-7
             for stage, (similarity, stride) in enumerate(zip(output.similarities, (8, 4, 2, 1), strict=True), 1):
-                strided = similarity.detach().numpy()[:, :, ::stride, ::stride]
+                strided = similarity.numpy()[:, :, ::stride, ::stride]
                 assert np.abs(strided - recorded[f"sim{stage}"]).max() < 1e-7
             assert set(norms) == {name for name, norm in golden["grad_norms_step0"].items() if norm is not None}
             for name, norm in norms.items():
                 if golden["updates_end"][name]["grad_rms"] > 1e-9:
                     assert norm == pytest.approx(golden["grad_norms_step0"][name], rel=1e-6), name
-        optimizer.step()
-        scheduler.step()
     for name, parameter in model.named_parameters():
         want = golden["updates_end"][name]
         update = (parameter - start[name]).detach()

@@ -1,6 +1,7 @@
 """Configuration and flags: precedence, the published flags, and what a mistake is answered with."""
 
 import pytest
+from conftest import ROOT
 
 from lib import config
 from utils import MissingFileError, UserError
@@ -149,3 +150,90 @@ def test_model_keywords_build_what_is_configured(small_config):
     assert (built["embed_dim"], built["depths"], built["window_size"], built["vocab_size"]) == (32, [1] * 4, 4, 200)
     with_defaults = config.model_keywords(resolved("--swin_type", "tiny")[0], 0)
     assert build_crossvlt(**with_defaults).config == build_crossvlt("tiny").config
+
+
+RECIPES = {
+    "refcoco": ("refcoco", "unc"),
+    "refcoco+": ("refcoco+", "unc"),
+    "refcocog_umd": ("refcocog", "umd"),
+    "refcocog_google": ("refcocog", "google"),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_published_recipes_are_the_defaults(name):
+    cfg, _ = resolved("--cfg", ROOT / "configs" / f"{name}.yaml")
+    assert RECIPES[name] == (cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    assert config.divide_batch(cfg, set(), world_size=2) == 1
+    assert cfg.TRAIN.GLOBAL_BATCH == 12
+    defaults = config.flatten(config.DEFAULTS)
+    apart = {key for key, value in config.flatten(cfg).items() if value != defaults[key]}
+    assert apart <= {"DATA.NAME", "DATA.SPLIT_BY", "TRAIN.GLOBAL_BATCH"}
+
+
+def test_variants_differ_from_the_published_recipe_in_what_they_say():
+    published = config.flatten(resolved("--cfg", ROOT / "configs" / "published.yaml")[0])
+    for name, differing in {
+        "one_24gb_gpu": {"TRAIN.GRAD_CHECKPOINT": True, "BATCH_SIZE": 2},
+        "bf16": {"TRAIN.AMP": "bf16"},
+    }.items():
+        keys = config.flatten(resolved("--cfg", ROOT / "configs" / f"{name}.yaml")[0])
+        assert {key: value for key, value in keys.items() if value != published[key]} == differing
+
+
+def test_every_recipe_opens_with_its_command():
+    for path in (ROOT / "configs").glob("*.yaml"):
+        commands = [
+            line[1:].split("train.py")[1].split() for line in path.read_text().splitlines() if "train.py" in line
+        ]
+        assert commands, path
+        cfg, _ = resolved(*commands[0])
+        assert cfg.DATA.NAME in ("refcoco", "refcoco+", "refcocog", "refshapes")
+        assert str(path.relative_to(ROOT)) in commands[0]
+
+
+def test_a_base_is_found_beside_its_file_and_may_have_one(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "c.yaml").write_text("_BASE_: ../b.yaml\nTRAIN: {LR: 0.5}\n")
+    (tmp_path / "b.yaml").write_text("_BASE_: d.yaml\nTRAIN: {LR: 0.1, EPOCHS: 3}\n")
+    (tmp_path / "d.yaml").write_text("TRAIN: {EPOCHS: 1, AMP: bf16}\n")
+    cfg, given = resolved("--cfg", tmp_path / "a" / "c.yaml")
+    assert (cfg.TRAIN.LR, cfg.TRAIN.EPOCHS, cfg.TRAIN.AMP) == (0.5, 3, "bf16")
+    assert given == {"TRAIN.LR", "TRAIN.EPOCHS", "TRAIN.AMP"}
+    (tmp_path / "d.yaml").write_text("_BASE_: a/c.yaml\nSEED: 1\n")
+    with pytest.raises(UserError, match=r"c\.yaml: by _BASE_ it is its own base"):
+        resolved("--cfg", tmp_path / "a" / "c.yaml")
+    (tmp_path / "d.yaml").write_text("_BASE_: [1]\n")
+    with pytest.raises(UserError, match="must be a file's name"):
+        resolved("--cfg", tmp_path / "b.yaml")
+    (tmp_path / "d.yaml").unlink()
+    with pytest.raises(MissingFileError, match=r"d\.yaml: No such file"):
+        resolved("--cfg", tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size", "accum_steps", "total"),
+    [
+        (["-b", 6], 2, 1, 12), (["-b", 6, "--accum-steps", 2], 1, 2, 12), (["-b", 6, "--global_batch", 12], 1, 2, 12),
+        (["-b", 3, "--global_batch", 12, "--accum-steps", 2], 2, 2, 12), (["-b", 1, "--global_batch", 12], 3, 4, 12),
+    ],
+)  # fmt: skip
+def test_the_global_batch_is_divided(flags, world_size, accum_steps, total):
+    cfg, given = resolved(*flags)
+    assert config.divide_batch(cfg, given, world_size) == accum_steps
+    assert total == cfg.TRAIN.GLOBAL_BATCH
+    # Saved and gone on with by other processes, the global batch stays.
+    again, given = resolved("-b", 1, base=config.flatten(cfg))
+    assert config.divide_batch(again, given, 1) == total
+
+
+def test_a_global_batch_that_cannot_be():
+    for flags, told in (
+        (["-b", 5, "--global_batch", 12], "a global batch of 12 can't be divided among 1 process"),
+        (["-b", 6, "--global_batch", 12, "--accum-steps", 4], "× --accum-steps 4 are 24: leave one of them out"),
+    ):
+        cfg, given = resolved(*flags)
+        with pytest.raises(UserError, match=told):
+            config.divide_batch(cfg, given, 1)
+    cfg, given = resolved("-b", 2, "--accum-steps", 3, base={"TRAIN.GLOBAL_BATCH": 12})  # a resumed run's
+    assert (config.divide_batch(cfg, given, 1), cfg.TRAIN.GLOBAL_BATCH) == (3, 6)

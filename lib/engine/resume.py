@@ -1,0 +1,107 @@
+"""Which checkpoint a run goes on from: the newest good one, and one that fits the processes there are."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from lib.checkpoint import Checkpoint, read_checkpoint
+from lib.engine.checkpoints import LAST, numbered
+from utils import UserError
+
+LOG = logging.getLogger("crossvlt")
+
+
+def open_resumed(path: str) -> Checkpoint:
+    """The checkpoint of a run to go on with.
+
+    Raises:
+        UserError: it has no optimizer state, so that going on would not be going on.
+    """
+    checkpoint = read_checkpoint(path)
+    if not checkpoint.is_resumable:
+        raise UserError(
+            f"--resume {path}: no optimizer state in it, so the training can't go on where it was; "
+            f"start a new one from its weights with --init_from {path}"
+        )
+    return checkpoint
+
+
+def find_resumed(resume: str | None, auto_resume: bool, output_dir: str, model_id: str) -> Checkpoint | None:
+    """What ``--resume`` or ``--auto_resume`` means; None: a new run begins.
+
+    Raises:
+        UserError: the flags contradict each other, or no file of the run's can be read.
+    """
+    if not auto_resume:
+        return open_resumed(resume) if resume else None
+    if resume:
+        raise UserError("--resume and --auto_resume both say where to go on: give one of them")
+    if not model_id:
+        raise UserError("--auto_resume needs --model_id: it goes on with the run of that name")
+    folder = Path(output_dir, model_id)
+    found = newest_good(folder)
+    if found is None and ((folder / LAST).exists() or numbered(folder)):
+        raise UserError(f"--auto_resume: no checkpoint in {folder} can be read; move them away to begin anew")
+    return found
+
+
+def newest_good(folder: Path, wanted: Callable[[Checkpoint], bool] = lambda checkpoint: True) -> Checkpoint | None:
+    """The newest checkpoint of a folder that can be read, can be gone on with, and is wanted; None without one.
+
+    A torn or foreign file is named in a warning, and the one before it is tried.
+    """
+    last = folder / LAST
+    candidates = [last, *(path for path in numbered(folder) if not (last.exists() and path.samefile(last)))]
+    for path in candidates:
+        if not path.exists():
+            continue
+        try:
+            checkpoint = read_checkpoint(path)
+        except UserError as error:
+            LOG.warning("%s; trying the checkpoint before it", error)
+            continue
+        if not checkpoint.is_resumable:
+            LOG.warning("%s has no optimizer state to go on with; trying the checkpoint before it", path)
+        elif wanted(checkpoint):
+            return checkpoint
+    return None
+
+
+def share_of(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """(processes, batch size, accumulation steps) that a resumable checkpoint was saved under."""
+    return tuple(checkpoint.extra["share"])
+
+
+def for_share(checkpoint: Checkpoint, share: tuple[int, int, int]) -> Checkpoint:
+    """The checkpoint itself, or, saved inside an epoch and under another share, the last one that ends an epoch.
+
+    Inside an epoch only the same division of the samples over the same processes can be gone on with exactly.
+
+    Raises:
+        UserError: there is none beside it.
+    """
+    saved = share_of(checkpoint)
+    if share == saved:
+        return checkpoint
+    differs = f"saved by {_told(*saved)}, now {_told(*share)}"
+    if checkpoint.extra["epoch_step"] == 0:
+        LOG.warning("%s: %s; the epoch to come is divided anew", checkpoint.path, differs)
+        return checkpoint
+    step = checkpoint.extra["step"]
+    found = newest_good(
+        checkpoint.path.parent, lambda other: other.extra["epoch_step"] == 0 and other.extra["step"] <= step
+    )
+    if found is None:
+        raise UserError(
+            f"{checkpoint.path} was saved inside an epoch ({differs}), and no checkpoint between two epochs lies "
+            "beside it: go on with as many processes, the same --batch-size and --accum-steps"
+        )
+    LOG.warning(
+        "%s: %s; going back from step %d to the end of epoch %d, step %d",
+        checkpoint.path, differs, step, found.extra["epoch"], found.extra["step"],
+    )  # fmt: skip
+    return found
+
+
+def _told(processes: int, batch_size: int, accum_steps: int) -> str:
+    return f"{processes} process(es) × {batch_size} × {accum_steps} accumulated"
