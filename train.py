@@ -273,6 +273,8 @@ def fit(
     if total_steps < train.WARMUP_STEPS:
         raise UserError(f"--warmup_steps {train.WARMUP_STEPS}: the whole training has {total_steps} steps")
     checkpoints, logs = on_main(lambda: open_run(cfg, resumed, processes))
+    folder = CheckpointFolder(checkpoints, train.KEEP)
+    on_main(folder.clean)
     on_main(splits.train.check_pictures)
     on_main(splits.val.check_pictures)
     if resumed:
@@ -288,7 +290,6 @@ def fit(
 
     precision = Precision(train.AMP, device)
     step = build_step(cfg, model, total_steps, precision, resumed)
-    folder = CheckpointFolder(checkpoints, train.KEEP)
     size, weights = checkpoint_bytes(model, amsgrad=train.AMSGRAD, ema=bool(train.EMA))
     free = on_main(lambda: check_space(checkpoints, size, weights, train.KEEP))
     model.set_grad_checkpointing(train.GRAD_CHECKPOINT)

@@ -329,7 +329,7 @@ def describe(checkpoint: Checkpoint) -> str:
         ("fusion", config.get("fusion", "cross")),
         ("parameters", f"{parameters / 1e6:.1f} M in {len(checkpoint.state_dict)} entries"),
         ("temp", "none" if temp is None else " ".join(f"{t:.4f}" for t in temp.tolist())),
-        ("epoch", checkpoint.extra.get("epoch", "not said")),
+        ("epoch", _told_position(checkpoint.extra)),
         ("best oIoU", "not said" if best is None else f"{float(best):.2f}"),
         (
             "optimizer",
@@ -337,6 +337,14 @@ def describe(checkpoint: Checkpoint) -> str:
         ),
     ]
     return "\n".join(f"{name:<10} {value}" for name, value in lines)
+
+
+def _told_position(extra: dict[str, Any]) -> str:
+    """``12``, ``12 and 40 steps (step 3040)``, or that the file doesn't say."""
+    if "epoch" not in extra:
+        return "not said"
+    inside = f" and {extra['epoch_step']} steps" if extra.get("epoch_step") else ""
+    return f"{extra['epoch']}{inside}" + (f" (step {extra['step']})" if "step" in extra else "")
 
 
 def get_parser() -> argparse.ArgumentParser:
