@@ -23,12 +23,10 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Subset
 from transformers import BertTokenizer
 from yacs.config import CfgNode
 
@@ -43,15 +41,14 @@ from lib.criterion import CrossVLTCriterion
 from lib.engine.checkpoints import BEST, LAST, CheckpointFolder
 from lib.engine.control import Control
 from lib.engine.precision import Precision, compile_blocks
-from lib.engine.preflight import GIB, check_space, checkpoint_bytes, duration, time_training, time_validation
+from lib.engine.preflight import GIB, check_space, checkpoint_bytes, duration, time_training
 from lib.engine.progress import Progress, restore_random_states
-from lib.engine.resume import find_resumed, for_share, share_of
+from lib.engine.resume import check_recipe, find_resumed, for_share, share_of
 from lib.engine.step import TrainingStep
 from lib.engine.trainer import Trainer
-from lib.evaluation import EvaluationResult, evaluate
+from lib.engine.validation import Validation
 from lib.journal import Journal, write_environment
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
-from lib.visualize import result_panel
 from refer.refer import REFER, check_dataset
 from utils import (
     MissingFileError,
@@ -70,15 +67,6 @@ from utils import (
 )
 
 LOG = logging.getLogger("crossvlt")
-
-# What may change when a run is resumed; everything else is the recipe that the checkpoint was trained by.
-CHANGEABLE = {
-    "DATA.ROOT", "PRETRAINED.TOKENIZER", "TRAIN.EPOCHS", "TRAIN.STEPS", "OUTPUT_DIR", "LOG_DIR", "MODEL_ID",
-    "PRINT_FREQ", "BATCH_SIZE", "WORKERS", "PIN_MEM", "DEVICE", "PRETRAINED.DDP_TRAINED", "TRAIN.ACCUM_STEPS",
-    "TRAIN.GLOBAL_BATCH", "TRAIN.COMPILE", "TRAIN.GRAD_CHECKPOINT", "TRAIN.SAVE_STEPS", "TRAIN.SAVE_MINUTES",
-    "TRAIN.KEEP",
-}  # fmt: skip
-DRAWN = 4  # expressions whose masks are drawn after each epoch
 
 
 class Splits(NamedTuple):
@@ -101,19 +89,6 @@ def get_parser() -> config.Parser:
         )
 
     return config.get_parser("train", __doc__, add_more)
-
-
-def check_resumed(cfg: CfgNode, given: set[str], resumed: Checkpoint) -> None:
-    """Refuse flags that contradict the recipe of the run that is resumed."""
-    for key in sorted(given - CHANGEABLE):
-        saved, now = resumed.extra["config"].get(key), config.lookup(cfg, key)
-        if key == "MODEL.WINDOW_SIZE" and now:  # saved as 0 where the window came from a file's name
-            saved = resumed.model_config["window_size"]
-        if saved != now:
-            raise UserError(
-                f"{resumed.path} goes on with its saved recipe, where {key} is {saved!r}, not {now!r}: "
-                "drop that flag, or start a new run with --init_from"
-            )
 
 
 def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
@@ -255,15 +230,13 @@ def fit(
 ) -> None:
     """Train to the last step, having looked first whether everything that comes can come."""
     train, device = cfg.TRAIN, processes.device
-    share = {"batch_size": cfg.BATCH_SIZE, "workers": cfg.WORKERS, "pin_memory": cfg.PIN_MEM}
-    share |= {"rank": processes.rank, "world_size": processes.world_size}
-    loader = build_train_loader(splits.train, seed=cfg.SEED, accum_steps=accum_steps, **share)
+    loading = {"batch_size": cfg.BATCH_SIZE, "workers": cfg.WORKERS, "pin_memory": cfg.PIN_MEM}
+    loading |= {"rank": processes.rank, "world_size": processes.world_size}
+    loader = build_train_loader(splits.train, seed=cfg.SEED, accum_steps=accum_steps, **loading)
     steps_per_epoch = loader.batch_sampler.steps_per_epoch
-    micro_batches = DeviceBatches(loader, device)
     progress = Progress.from_state_dict(resumed.extra) if resumed else Progress()
-    total_steps = train.STEPS or (
-        progress.step - progress.epoch_step + max(0, train.EPOCHS - progress.epoch) * steps_per_epoch
-    )
+    epochs_left = max(0, train.EPOCHS - progress.epoch)
+    total_steps = train.STEPS or progress.step - progress.epoch_step + epochs_left * steps_per_epoch
     if progress.step >= total_steps and not progress.epoch_step:
         told = f"this run has all its {progress.step} steps done; ask for more by --epochs or --steps"
         if not may_be_done:
@@ -272,6 +245,7 @@ def fit(
         return
     if total_steps < train.WARMUP_STEPS:
         raise UserError(f"--warmup_steps {train.WARMUP_STEPS}: the whole training has {total_steps} steps")
+
     checkpoints, logs = on_main(lambda: open_run(cfg, resumed, processes))
     folder = CheckpointFolder(checkpoints, train.KEEP)
     on_main(folder.clean)
@@ -287,7 +261,6 @@ def fit(
     )
     if train.TF32 and device.type != "cuda":
         LOG.warning("--tf32: TF32 is a way of GPUs; not used on %s", device.type)
-
     precision = Precision(train.AMP, device)
     step = build_step(cfg, model, total_steps, precision, resumed)
     size, weights = checkpoint_bytes(model, amsgrad=train.AMSGRAD, ema=bool(train.EMA))
@@ -296,33 +269,22 @@ def fit(
     if train.COMPILE:
         compile_blocks(model.blocks())
 
-    with Control(train.SAVE_STEPS, train.SAVE_MINUTES, step.group) as control:
+    def set_position(epoch: int, first_step: int) -> None:
+        splits.train.set_epoch(epoch)
+        loader.batch_sampler.set_position(epoch, first_step)
 
-        def validate(judged: nn.Module, dataset: ReferDataset | Subset = splits.val) -> EvaluationResult:
-            # Compiled code would have to be made anew for validation; and so it is test.py's very arithmetic.
-            uncompiled = torch.compiler.set_stance("force_eager") if train.COMPILE else contextlib.nullcontext()
-            whole = dataset is splits.val
-            with uncompiled:
-                return evaluate(
-                    judged, DeviceBatches(build_eval_loader(dataset, **share), device), num_expressions=len(dataset),
-                    keep_masks=drawn if whole else (), log=LOG.debug, stop_asked=lambda: bool(control.received),
-                    progress=f"{cfg.DATA.SPLIT} {progress.epoch + 1}" if whole and processes.is_main else None,
-                )  # fmt: skip
-
-        def draw(result: EvaluationResult, at_step: int) -> None:
-            if journal.takes_pictures:
-                for number, index in enumerate(sorted(result.masks)):
-                    journal.draw(f"val/{number}", result_panel(splits.val, result, index), at_step)
-
-        def set_position(epoch: int, first_step: int) -> None:
-            splits.train.set_epoch(epoch)
-            loader.batch_sampler.set_position(epoch, first_step)
-
-        drawn = set(np.linspace(0, len(splits.val) - 1, min(DRAWN, len(splits.val))).astype(int).tolist())
-        # Two batches now: better to stumble over the validation split at once than after an epoch.
-        first = Subset(splits.val, range(min(len(splits.val), 2 * cfg.BATCH_SIZE * processes.world_size)))
-        judging = time_validation(lambda: validate(model, first)) / len(first) * len(splits.val)
-        training = time_training(model, step.criterion, precision, next(iter(micro_batches)))
+    with Control(train.SAVE_STEPS, train.SAVE_MINUTES, step.group) as control, contextlib.ExitStack() as at_the_end:
+        validation = Validation(
+            splits.val,
+            lambda dataset: DeviceBatches(build_eval_loader(dataset, **loading), device),
+            looked_at=2 * cfg.BATCH_SIZE * processes.world_size,
+            title=cfg.DATA.SPLIT if processes.is_main else None,
+            stop_asked=lambda: bool(control.received),
+            compiled=train.COMPILE,
+        )
+        judging = validation.look_ahead(model)
+        batches = DeviceBatches(loader, device)
+        training = time_training(model, step.criterion, precision, next(iter(batches)), compiled=train.COMPILE)
         LOG.info(
             f"expected: {duration(training * accum_steps * steps_per_epoch)} of training and {duration(judging)} of "
             f"validation per epoch, data loading not counted; a checkpoint has {size / GIB:.2f} GiB, {free / GIB:.0f} "
@@ -330,22 +292,35 @@ def fit(
         )
         step.model = wrap(model, processes)
         journal = Journal(logs if processes.is_main else None, progress.step, validated=progress.epoch_step == 0)
+        at_the_end.callback(journal.close)
         if resumed and progress.epoch_step:
             restore_random_states(resumed.extra["random"][processes.rank])
-        try:
-            Trainer(
-                model=model, step=step, micro_batches=micro_batches, set_position=set_position, accum_steps=accum_steps,
-                steps_per_epoch=steps_per_epoch, total_steps=total_steps, validate=validate, draw=draw,
-                progress=progress, control=control, checkpoints=folder, journal=journal, logs=logs,
-                constants={
-                    "model_config": model.config, "config": config.flatten(cfg),
-                    "vocabulary": fingerprint(splits.tokenizer),
-                    "share": [processes.world_size, cfg.BATCH_SIZE, accum_steps],
-                },
-                split=cfg.DATA.SPLIT, seed=cfg.SEED, print_freq=cfg.PRINT_FREQ, processes=processes,
-            ).run()  # fmt: skip
-        finally:
-            journal.close()
+        Trainer(
+            model=model,
+            step=step,
+            micro_batches=batches,
+            set_position=set_position,
+            accum_steps=accum_steps,
+            steps_per_epoch=steps_per_epoch,
+            total_steps=total_steps,
+            validate=validation,
+            draw=validation.draw,
+            progress=progress,
+            control=control,
+            checkpoints=folder,
+            journal=journal,
+            logs=logs,
+            constants={
+                "model_config": model.config,
+                "config": config.flatten(cfg),
+                "vocabulary": fingerprint(splits.tokenizer),
+                "share": [processes.world_size, cfg.BATCH_SIZE, accum_steps],
+            },
+            split=cfg.DATA.SPLIT,
+            seed=cfg.SEED,
+            print_freq=cfg.PRINT_FREQ,
+            processes=processes,
+        ).run()
     LOG.info("done: best oIoU %.2f on %s, in %s", progress.best_oIoU, cfg.DATA.SPLIT, checkpoints / BEST)
 
 
@@ -356,7 +331,7 @@ def main() -> None:
     resumed = find_resumed(args.resume, args.auto_resume, cfg.OUTPUT_DIR, cfg.MODEL_ID)
     if resumed:
         cfg, given = config.resolve(args, base=resumed.extra["config"])
-        check_resumed(cfg, given, resumed)
+        check_recipe(resumed, config.flatten(cfg), given)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     accum_steps = config.divide_batch(cfg, given, world_size)
     if resumed:

@@ -2,7 +2,6 @@
 
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,13 +17,16 @@ SECONDS_WORTH_REPEATING = 20
 GIB = 2**30
 
 
-def time_training(model: nn.Module, criterion: CrossVLTCriterion, precision: Precision, batch: Batch) -> float:
+def time_training(
+    model: nn.Module, criterion: CrossVLTCriterion, precision: Precision, batch: Batch, *, compiled: bool = False
+) -> float:
     """Seconds of a forward and backward pass on a batch; afterwards everything is as it was.
 
     Args:
         model: not yet wrapped in DistributedDataParallel.
         criterion, precision: as the training's.
         batch: as the training's, on the model's device.
+        compiled: the first pass compiles, and says nothing about the others.
 
     Raises:
         UserError: it doesn't fit into the GPU's memory.
@@ -32,7 +34,7 @@ def time_training(model: nn.Module, criterion: CrossVLTCriterion, precision: Pre
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     states, was_training = random_states(), model.training
     model.train()
-    for _ in range(2):  # the first one also compiles, and makes libraries load
+    for _ in range(2):  # the first one also makes libraries load
         started = time.perf_counter()
         try:
             with precision.autocast():
@@ -44,7 +46,7 @@ def time_training(model: nn.Module, criterion: CrossVLTCriterion, precision: Pre
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         model.zero_grad(set_to_none=True)
-        if seconds > SECONDS_WORTH_REPEATING:
+        if seconds > SECONDS_WORTH_REPEATING and not compiled:
             break
     with torch.no_grad():
         for name, buffer in model.named_buffers():
@@ -52,13 +54,6 @@ def time_training(model: nn.Module, criterion: CrossVLTCriterion, precision: Pre
     model.train(was_training)
     restore_random_states(states)
     return seconds
-
-
-def time_validation(validate: Callable[[], object]) -> float:
-    """Seconds that ``validate`` takes."""
-    started = time.perf_counter()
-    validate()
-    return time.perf_counter() - started
 
 
 def checkpoint_bytes(model: nn.Module, *, amsgrad: bool, ema: bool) -> tuple[int, int]:

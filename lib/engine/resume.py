@@ -3,12 +3,21 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lib.checkpoint import Checkpoint, read_checkpoint
 from lib.engine.checkpoints import LAST, numbered
 from utils import UserError
 
 LOG = logging.getLogger("crossvlt")
+
+# What may change when a run is resumed; everything else is the recipe that the checkpoint was trained by.
+CHANGEABLE = {
+    "DATA.ROOT", "PRETRAINED.TOKENIZER", "TRAIN.EPOCHS", "TRAIN.STEPS", "OUTPUT_DIR", "LOG_DIR", "MODEL_ID",
+    "PRINT_FREQ", "BATCH_SIZE", "WORKERS", "PIN_MEM", "DEVICE", "PRETRAINED.DDP_TRAINED", "TRAIN.ACCUM_STEPS",
+    "TRAIN.GLOBAL_BATCH", "TRAIN.COMPILE", "TRAIN.GRAD_CHECKPOINT", "TRAIN.SAVE_STEPS", "TRAIN.SAVE_MINUTES",
+    "TRAIN.KEEP",
+}  # fmt: skip
 
 
 def open_resumed(path: str) -> Checkpoint:
@@ -43,6 +52,25 @@ def find_resumed(resume: str | None, auto_resume: bool, output_dir: str, model_i
     if found is None and ((folder / LAST).exists() or numbered(folder)):
         raise UserError(f"--auto_resume: no checkpoint in {folder} can be read; move them away to begin anew")
     return found
+
+
+def check_recipe(resumed: Checkpoint, now: dict[str, Any], given: set[str]) -> None:
+    """Refuse flags that contradict the recipe of the run that is resumed.
+
+    Args:
+        resumed: its checkpoint.
+        now: the dotted keys of the configuration.
+        given: those of them that a flag or a file sets.
+    """
+    for key in sorted(given - CHANGEABLE):
+        saved, asked = resumed.extra["config"].get(key), now[key]
+        if key == "MODEL.WINDOW_SIZE" and asked:  # saved as 0 where the window came from a file's name
+            saved = resumed.model_config["window_size"]
+        if saved != asked:
+            raise UserError(
+                f"{resumed.path} goes on with its saved recipe, where {key} is {saved!r}, not {asked!r}: "
+                "drop that flag, or start a new run with --init_from"
+            )
 
 
 def newest_good(folder: Path, wanted: Callable[[Checkpoint], bool] = lambda checkpoint: True) -> Checkpoint | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -35,7 +36,7 @@ class Trainer:
         accum_steps: micro-batches per step.
         steps_per_epoch, total_steps: optimizer steps.
         validate: judges a model; called by all processes.
-        draw: gives the journal pictures of a validation, on the main process.
+        draw: pictures of a validation for the journal, by name.
         progress: where the run is; brought forward.
         control: entered by the caller.
         checkpoints: written to by the main process.
@@ -59,7 +60,7 @@ class Trainer:
         steps_per_epoch: int,
         total_steps: int,
         validate: Callable[[nn.Module], EvaluationResult],
-        draw: Callable[[EvaluationResult, int], None],
+        draw: Callable[[EvaluationResult], dict[str, Image.Image]],
         progress: Progress,
         control: Control,
         checkpoints: CheckpointFolder,
@@ -207,7 +208,9 @@ class Trainer:
         mean = "".join(f"mean loss {loss:.4f}  " for loss in losses.values())
         LOG.info("epoch %d: %s%s: %s", progress.epoch, mean, self.split, told)
         self.journal.write("eval", progress.step, {"epoch": progress.epoch, "split": self.split, **losses, **metrics})
-        self.draw(result, progress.step)
+        if self.journal.takes_pictures:
+            for name, picture in self.draw(result).items():
+                self.journal.draw(name, picture, progress.step)
         if from_main(metrics["oIoU"] > progress.best_oIoU or not (self.checkpoints.folder / BEST).exists()):
             progress.best_oIoU = max(progress.best_oIoU, metrics["oIoU"])
             content = {**self.constants, **progress.state_dict(), "model": judged.state_dict()}
