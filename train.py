@@ -15,6 +15,7 @@ SIGUSR1) stopped it with everything saved; 1 after a bug, or because another pro
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -38,12 +39,12 @@ from data.loaders import DeviceBatches, build_eval_loader, build_train_loader
 from lib import config
 from lib.checkpoint import Checkpoint, load_pretrained, load_strictly, load_weights, read_checkpoint, rebuild
 from lib.criterion import CrossVLTCriterion
-from lib.engine.checkpoints import BEST, LAST, CheckpointFolder
+from lib.engine.checkpoints import BEST, LAST, CheckpointFolder, numbered
 from lib.engine.control import Control
 from lib.engine.precision import Precision, compile_blocks
 from lib.engine.preflight import GIB, check_space, checkpoint_bytes, duration, time_training
 from lib.engine.progress import Progress, restore_random_states
-from lib.engine.resume import check_recipe, find_resumed, for_share, share_of
+from lib.engine.resume import check_recipe, check_same, find_resumed, for_share, share_of, warn_once
 from lib.engine.step import TrainingStep
 from lib.engine.trainer import Trainer
 from lib.engine.validation import Validation
@@ -149,11 +150,12 @@ def open_run(cfg: CfgNode, resumed: Checkpoint | None, processes: Processes) -> 
         raise UserError(f"--model_id {cfg.MODEL_ID}: must be a plain name, it becomes a folder's")
     checkpoints, logs = Path(cfg.OUTPUT_DIR, cfg.MODEL_ID), Path(cfg.LOG_DIR, cfg.MODEL_ID)
     own = resumed is not None and resumed.path.resolve().parent == checkpoints.resolve()
-    for name in (LAST, BEST):
-        if (checkpoints / name).exists() and not own:
-            raise UserError(
-                f"{checkpoints} already holds a run: choose another --model_id, or go on with it by --auto_resume"
-            )
+    if not own and ((checkpoints / LAST).exists() or numbered(checkpoints)):
+        raise UserError(
+            f"{checkpoints} already holds a run: choose another --model_id, or go on with it by --auto_resume"
+        )
+    if not own and (checkpoints / BEST).exists():
+        raise UserError(f"{checkpoints / BEST} is another run's: choose another --model_id, or move it away")
     for folder in (checkpoints, logs):
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -203,6 +205,8 @@ def build_step(
     ema = ModelEmaV3(model, train.EMA) if train.EMA else None
     if resumed:
         saved = resumed.extra
+        for group, new in zip(saved["optimizer"]["param_groups"], optimizer.param_groups, strict=True):
+            group["fused"] = new["fused"]  # as this device wants it
         optimizer.load_state_dict(saved["optimizer"])
         scheduler.load_state_dict(saved["scheduler"])
         for group, base, curve in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
@@ -247,7 +251,7 @@ def fit(
         raise UserError(f"--warmup_steps {train.WARMUP_STEPS}: the whole training has {total_steps} steps")
 
     checkpoints, logs = on_main(lambda: open_run(cfg, resumed, processes))
-    folder = CheckpointFolder(checkpoints, train.KEEP)
+    folder = CheckpointFolder(checkpoints, train.KEEP, from_step=progress.step)
     on_main(folder.clean)
     on_main(splits.train.check_pictures)
     on_main(splits.val.check_pictures)
@@ -279,19 +283,19 @@ def fit(
             lambda dataset: DeviceBatches(build_eval_loader(dataset, **loading), device),
             looked_at=2 * cfg.BATCH_SIZE * processes.world_size,
             title=cfg.DATA.SPLIT if processes.is_main else None,
-            stop_asked=lambda: bool(control.received),
+            stop_asked=control.stop_asked,
             compiled=train.COMPILE,
         )
         judging = validation.look_ahead(model)
-        batches = DeviceBatches(loader, device)
-        training = time_training(model, step.criterion, precision, next(iter(batches)), compiled=train.COMPILE)
+        step.model, batches = wrap(model, processes), DeviceBatches(loader, device)
+        training = time_training(step.model, step.criterion, precision, next(iter(batches)))
         LOG.info(
             f"expected: {duration(training * accum_steps * steps_per_epoch)} of training and {duration(judging)} of "
             f"validation per epoch, data loading not counted; a checkpoint has {size / GIB:.2f} GiB, {free / GIB:.0f} "
             "are free"
         )
-        step.model = wrap(model, processes)
-        journal = Journal(logs if processes.is_main else None, progress.step, validated=progress.epoch_step == 0)
+        journal = Journal(logs if processes.is_main else None)
+        on_main(lambda: journal.begin(progress.step, validated=progress.epoch_step == 0))
         at_the_end.callback(journal.close)
         if resumed and progress.epoch_step:
             restore_random_states(resumed.extra["random"][processes.rank])
@@ -338,7 +342,10 @@ def main() -> None:
         resumed = for_share(resumed, (world_size, cfg.BATCH_SIZE, accum_steps))
         before = math.prod(share_of(resumed))
         if before != cfg.TRAIN.GLOBAL_BATCH:
-            LOG.warning("the global batch was %d so far and is %d from here on", before, cfg.TRAIN.GLOBAL_BATCH)
+            warn_once(
+                f"the global batch was {before} so far and is {cfg.TRAIN.GLOBAL_BATCH} from here on; an epoch has "
+                "another number of steps, so the learning rate jumps to another place of its curve"
+            )
     check_dataset(cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     swin, bert = (None, None) if resumed else find_pretrained(cfg)
     start = resumed or (read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM else None)
@@ -349,9 +356,7 @@ def main() -> None:
     splits = open_splits(cfg)
     processes = set_up_processes(cfg.DEVICE, tf32=cfg.TRAIN.TF32)
     set_up_logging(processes.rank)
-    where = gather((resumed.path.name, resumed.extra["step"]) if resumed else None)
-    if len(set(where)) > 1:
-        raise UserError(f"the processes found different checkpoints ({where}): --output-dir must be one folder for all")
+    on_main(functools.partial(check_same, gather((resumed.path.name, resumed.extra["step"]) if resumed else None)))
     if not cfg.MODEL_ID:
         now = time.strftime("%Y%m%d-%H%M%S")
         cfg.MODEL_ID = from_main(f"{cfg.DATA.NAME}_{cfg.DATA.SPLIT_BY}_{cfg.MODEL.SWIN_TYPE}_{now}")
@@ -360,6 +365,7 @@ def main() -> None:
     check_vocabulary(splits.tokenizer, model.config["vocab_size"], vocabulary)
     if processes.world_size > 1 and processes.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    start = None  # what --init_from has read is copied: a model's and perhaps an optimizer's size of memory
     fit(cfg, model, splits, accum_steps, processes, resumed, may_be_done=args.auto_resume)
 
 

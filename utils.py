@@ -171,6 +171,13 @@ class _TerminalHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """On a full disk the log stops; what needs the disk more says so itself."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
     """The project's logger: to stderr (from other ranks only warnings), and into ``file`` on the main process.
 
@@ -186,7 +193,7 @@ def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
     terminal.setFormatter(_ColoredFormatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     LOGGER.addHandler(terminal)
     if file is not None and rank == 0:
-        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file = _LogFile(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOGGER.addHandler(to_file)
     return LOGGER
@@ -252,7 +259,7 @@ def run_command(main: Callable[[], None]) -> None:
 
     Statuses: 0; 1 a bug, with its traceback, or another process that died; 2 (``EXIT_MISTAKE``) a user's mistake;
     75 (``EXIT_STOPPED``) stopped by a signal with everything saved; 130 Ctrl-C where there was nothing to save.
-    A mistake that every process finds before they have joined is told by the main process alone.
+    A mistake that every process finds before they have joined is told by one process of each node.
     """
     status = 0
     where = f"[rank {launched_rank()}] " if launched_rank() else ""
@@ -260,23 +267,26 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         status = EXIT_MISTAKE
-        if launched_rank() == 0 or dist.is_initialized():
-            print(f"{where}error: {_last_line(error)}", file=sys.stderr)
+        # Before they have joined, all processes of a node find the same.
+        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0" or dist.is_initialized():
+            _tell(f"{where}error: {_last_line(error)}")
     except StoppedError as error:
         status = EXIT_STOPPED
         if launched_rank() == 0:
-            print(error, file=sys.stderr)
+            _tell(str(error))
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
-        print("interrupted", file=sys.stderr)
+        _tell("interrupted")
+    except SystemExit as leaving:  # another process tells why, or --help was asked for
+        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except Exception as error:
         if not dist.is_initialized():
             raise
         status = 1
         if is_lost_process(error):
-            print(f"{where}ended, because another process ended first: its error is the one to read", file=sys.stderr)
+            _tell(f"{where}ended, because another process ended first: its error is the one to read")
         else:
-            print("".join(f"{where}{line}" for line in traceback.format_exc().splitlines(True)), file=sys.stderr)
+            _tell("".join(f"{where}{line}" for line in traceback.format_exc().splitlines(True)))
     if status in (1, EXIT_MISTAKE) and dist.is_initialized():
         # An orderly tear-down would wait for processes that are stuck without this one.
         sys.stdout.flush()
@@ -285,6 +295,14 @@ def run_command(main: Callable[[], None]) -> None:
     tear_down_processes()
     if status:
         sys.exit(status)
+
+
+def _tell(text: str) -> None:
+    """Say why a run ends, on stderr and in its log."""
+    print(text, file=sys.stderr)
+    for handler in LOGGER.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, text.rstrip(), (), None))
 
 
 def is_lost_process(error: Exception) -> bool:

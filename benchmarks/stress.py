@@ -2,9 +2,9 @@
 
     python -m benchmarks.stress --kills 20          (make stress)
 
-Each run is trained by two processes on a small RefShapes set, killed once with SIGKILL, every third one while it writes
-a checkpoint, and gone on with by --auto_resume. It passes where the final weights, optimizer state, metrics and every
-logged number are bit for bit those of the uninterrupted run.
+Each run is trained by two processes (or --processes) on a small RefShapes set, killed once with SIGKILL, every third
+one while it writes a checkpoint, and gone on with by --auto_resume. It passes where the final weights, optimizer
+state, metrics and every logged number are bit for bit those of the uninterrupted run.
 """
 
 import json
@@ -27,7 +27,6 @@ from lib.config import Parser
 from utils import UserError, run_command, written_aside
 
 ROOT = Path(__file__).resolve().parent.parent
-PROCESSES = 2
 CONFIG = """
 DATA: {{NAME: refshapes, IMG_SIZE: 64, ROOT: "{root}"}}
 MODEL: {{SWIN_TYPE: tiny, WINDOW_SIZE: 4, EMBED_DIM: 32, DEPTHS: [1, 1, 1, 1], NUM_HEADS: [1, 2, 4, 8],
@@ -56,8 +55,8 @@ class Kill(NamedTuple):
 class Experiment:
     """Runs of one configuration in a folder of their own."""
 
-    def __init__(self, folder: Path, train_images: int = 24) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, train_images: int = 24, processes: int = 2) -> None:
+        self.folder, self.processes = folder, processes
         write_refshapes(folder / "data", train_images=train_images, val_images=7, testA_images=3, testB_images=3)
         (folder / "config.yaml").write_text(CONFIG.format(root=folder / "data"))
 
@@ -80,7 +79,7 @@ class Experiment:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        environment = {**os.environ, **meeting, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(PROCESSES)}
+        environment = {**os.environ, **meeting, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(self.processes)}
         command = [sys.executable, *self.command(name)]
         with open(self.folder / f"{name}.txt", "a") as output:
             processes = [
@@ -88,7 +87,7 @@ class Experiment:
                     command, cwd=ROOT, stdout=output, stderr=output,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 )
-                for rank in range(PROCESSES)
+                for rank in range(self.processes)
             ]  # fmt: skip
             try:
                 if kill is not None:
@@ -161,6 +160,7 @@ def difference(first: object, second: object, where: str = "") -> str | None:
 def get_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.stress", description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="runs to kill (default: 20)")
+    parser.add_argument("--processes", type=int, default=2, help="that train together (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("--out", metavar="FILE", help="write the table to this file too")
     return parser
@@ -170,11 +170,11 @@ def main() -> None:
     args = get_parser().parse_args()
     moments = random.Random(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="stress_"))
-    experiment = Experiment(folder)
+    experiment = Experiment(folder, processes=args.processes)
     experiment.train("whole")
     wanted, seconds = experiment.result("whole"), experiment.seconds("whole")
     lines = [
-        f"# {args.kills} kills of {PROCESSES} processes",
+        f"# {args.kills} kills of {args.processes} processes",
         "",
         f"{wanted['checkpoint']['step']} steps, {seconds:.0f} s uninterrupted.",
         "",

@@ -19,7 +19,9 @@ def resize_image(image: Image.Image, size: int) -> torch.Tensor:
 
 def normalize_images(images: torch.Tensor) -> torch.Tensor:
     """uint8 [..., 3, H, W] → float32, scaled to [0, 1] and normalised, on the same device."""
-    return TF.normalize(images.to(torch.float32).div_(255), IMAGENET_MEAN, IMAGENET_STD, inplace=True)
+    # A GPU would multiply by the rounded 1/255 instead of dividing by a number that isn't on it.
+    most = torch.full((), 255.0, device=images.device)
+    return TF.normalize(images.to(torch.float32).div_(most), IMAGENET_MEAN, IMAGENET_STD, inplace=True)
 
 
 def preprocess_image(image: Image.Image, size: int) -> torch.Tensor:

@@ -125,8 +125,11 @@ def _read_tensors(path: Path) -> Any:
 
 def _check_sums(path: Path) -> None:
     """torch.load doesn't look at the check sums that torch.save writes: a flipped bit would become a weight."""
-    with zipfile.ZipFile(path) as archive:
-        bad = archive.testzip()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except Exception as error:  # whatever a flipped bit in the archive's own tables can cause
+        raise UserError(f"{path} is damaged: {error}") from error
     if bad is not None:
         raise UserError(f"{path} is damaged: the check sum of {bad} in it is wrong")
 
@@ -309,6 +312,8 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         try:
             torch.save(content, aside)
         except RuntimeError as error:  # PyTorch's writer reports a full disk so, and doesn't say that it is full
+            if "CUDA" in str(error):
+                raise
             free = shutil.disk_usage(aside.parent).free / 2**20
             raise UserError(f"can't write {path}: is the disk full? ({free:.0f} MiB free)") from error
 

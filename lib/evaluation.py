@@ -1,7 +1,7 @@
 """The one evaluate loop, for validation while training and for test.py, and the one predict()."""
 
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from lib.metrics import SegmentationMetrics, intersection_and_union
 from utils import StoppedError, gather
 
 SECONDS_BETWEEN_LINES = 30
+Batch = dict[str, torch.Tensor]
 
 
 class ExpressionResult(NamedTuple):
@@ -57,13 +58,13 @@ def predict(
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[dict[str, torch.Tensor]],
+    batches: Collection[Batch],
     *,
     num_expressions: int,
     keep_masks: Collection[int] = (),
     progress: str | None = None,
     log: Callable[[str], None] | None = None,
-    stop_asked: Callable[[], bool] = lambda: False,
+    stop_asked: Callable[[], bool] | None = None,
 ) -> EvaluationResult:
     """Judge every expression exactly once, whatever the number of processes.
 
@@ -75,7 +76,7 @@ def evaluate(
         keep_masks: indices whose predicted masks are wanted.
         progress: a title: show a bar on a terminal.
         log: called with a plain line now and then where there is no bar.
-        stop_asked: looked at before each batch; where it is True on any process, all of them leave.
+        stop_asked: called before each batch, by all processes together, and the same on all: whether to leave.
 
     Raises:
         StoppedError: ``stop_asked`` said so.
@@ -84,28 +85,26 @@ def evaluate(
     was_training = model.training
     model.eval()
     rows, masks = [], {}
-    bar = tqdm(batches, desc=progress, disable=None if progress else True, leave=False, unit="batch")
+    bar = tqdm(total=len(batches), desc=progress, disable=None if progress else True, leave=False, unit="batch")
     last_line = time.monotonic()
-    for number, batch in enumerate(bar, 1):
-        if stop_asked():
-            break
-        predicted = predict(model, batch["image"], batch["input_ids"], batch["attention_mask"])
-        counts = intersection_and_union(predicted, batch["mask"])
-        rows.append(torch.stack([batch["index"], *(count.cpu() for count in counts)], dim=1))
-        for index, mask in zip(batch["index"].tolist(), predicted, strict=True):
-            if index in keep_masks:
-                masks[index] = mask.cpu().numpy()
-        if log and progress and bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-            log(f"{progress}: {number}/{len(batches)} batches")
-            last_line = time.monotonic()
-    bar.close()
-    model.train(was_training)
+    try:
+        for number, batch in enumerate(_unless_stopped(batches, stop_asked), 1):
+            predicted = predict(model, batch["image"], batch["input_ids"], batch["attention_mask"])
+            counts = intersection_and_union(predicted, batch["mask"])
+            rows.append(torch.stack([batch["index"], *(count.cpu() for count in counts)], dim=1))
+            for index, mask in zip(batch["index"].tolist(), predicted, strict=True):
+                if index in keep_masks:
+                    masks[index] = mask.cpu().numpy()
+            bar.update()
+            if log and progress and bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
+                log(f"{progress}: {number}/{len(batches)} batches")
+                last_line = time.monotonic()
+    finally:
+        bar.close()
+        model.train(was_training)
 
     own = torch.cat(rows).numpy() if rows else np.empty((0, 3), dtype=np.int64)
-    everyone = gather((own, stop_asked()))
-    if any(stopped for _, stopped in everyone):
-        raise StoppedError("the evaluation was stopped")
-    table = np.concatenate([part for part, _ in everyone])
+    table = np.concatenate(gather(own))
     table = table[np.argsort(table[:, 0], kind="stable")]
     if not np.array_equal(table[:, 0], np.arange(num_expressions)):
         raise RuntimeError(f"{len(table)} results for {num_expressions} expressions: some were judged twice or never")
@@ -113,3 +112,17 @@ def evaluate(
     metrics.add(table[:, 1].tolist(), table[:, 2].tolist())
     everyones_masks = {index: mask for part in gather(masks) for index, mask in part.items()} if keep_masks else {}
     return EvaluationResult([ExpressionResult(*row) for row in table.tolist()], metrics.compute(), everyones_masks)
+
+
+def _unless_stopped(batches: Collection[Batch], stop_asked: Callable[[], bool] | None) -> Iterator[Batch]:
+    """The batches, with the question in as many rounds on every process, though one may have a batch less."""
+    if stop_asked is None:
+        yield from batches
+        return
+    iterator = iter(batches)
+    for _ in range(max(gather(len(batches)))):
+        if stop_asked():
+            raise StoppedError("stopped while judging: nothing was lost, and nothing has changed")
+        batch = next(iterator, None)
+        if batch is not None:
+            yield batch

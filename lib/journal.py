@@ -8,6 +8,8 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,23 @@ class Journal:
 
     Args:
         folder: of the run's logs; None: nothing is written (processes other than the main one).
-        step: that the run goes on from; what is written of later steps is dropped, so that nothing is there twice.
-        validated: whether the validation after that step is done.
     """
 
-    def __init__(self, folder: Path | None, step: int = 0, *, validated: bool = True) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.path = folder / METRICS_FILE if folder else None
         self._events = None
-        if folder is None:
+
+    def begin(self, step: int = 0, *, validated: bool = True) -> None:
+        """Go on after ``step``: what is written of later ones is dropped, so that nothing is there twice.
+
+        Args:
+            step: done so far.
+            validated: whether the validation after that step is done.
+
+        Raises:
+            UserError: the files can't be written.
+        """
+        if self.path is None:
             return
         _drop_after(self.path, step, validated)
         try:
@@ -43,7 +54,9 @@ class Journal:
         except ImportError:
             LOG.info("no TensorBoard event files: TensorBoard isn't installed (requirements-extra.txt)")
             return
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        folder = self.path.with_name("tensorboard")
+        with _told(folder):
+            self._events = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Write one line: ``kind`` (train, eval), ``step`` and the values.
@@ -53,7 +66,7 @@ class Journal:
         """
         if self.path is None:
             return
-        try:
+        with _told(self.path):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             if self._events is not None:
@@ -61,8 +74,6 @@ class Journal:
                     if isinstance(value, float):
                         self._events.add_scalar(f"{TAGS[kind]}/{name}", value, step)
                 self._events.flush()
-        except OSError as error:
-            raise UserError(f"can't write {self.path}: {error.strerror or error}") from error
 
     @property
     def takes_pictures(self) -> bool:
@@ -72,12 +83,22 @@ class Journal:
     def draw(self, name: str, picture: Image.Image, step: int) -> None:
         """Add an RGB picture to the event files."""
         if self._events is not None:
-            self._events.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            with _told(self.path.with_name("tensorboard")):
+                self._events.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
         """Write out what is still buffered."""
         if self._events is not None:
             self._events.close()
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A full disk as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from error
 
 
 def _drop_after(path: Path, step: int, validated: bool) -> None:

@@ -80,14 +80,56 @@ def test_the_newest_checkpoints_stay(tmp_path):
     assert (tmp_path / "last.pth").stat().st_nlink == 2
     (tmp_path / "step_mine.pth").touch()  # not one of ours
     (tmp_path / "best.pth").touch()
-    folder.save(content_at(9, 1, 1), ends_epoch=False)  # gone back: what came after is another run's future
+    resumed = CheckpointFolder(tmp_path, keep=2, from_step=8)  # gone back: what came after is another run's future
+    resumed.save(content_at(10, 1, 2), ends_epoch=False)
     assert names(tmp_path) == [
         "best.pth",
         "last.pth",
         "step_00000008_epoch_001.pth",
-        "step_00000009.pth",
+        "step_00000010.pth",
         "step_mine.pth",
     ]
+
+
+def test_a_torn_checkpoint_does_not_push_out_a_good_one(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (3, 6, 9):
+        folder.save(content_at(step), ends_epoch=False)
+    (tmp_path / "step_00000009.pth").write_bytes(b"torn")
+    resumed = newest_good(tmp_path)
+    assert resumed.extra["step"] == 6
+    CheckpointFolder(tmp_path, keep=2, from_step=6).save(content_at(11), ends_epoch=False)
+    assert [path.name for path in numbered(tmp_path)] == ["step_00000011.pth", "step_00000006.pth"]
+
+
+def test_killed_between_a_checkpoint_and_its_second_name(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    folder.save(content_at(6), ends_epoch=False)
+    torch.save(content_at(9), tmp_path / "step_00000009.pth")
+    assert newest_good(tmp_path).extra["step"] == 9
+    for path in numbered(tmp_path):
+        path.unlink()
+    assert newest_good(tmp_path).path.name == "last.pth"
+
+
+@pytest.mark.parametrize("where", ["data", "tables"])
+def test_flipped_bits_are_refused(tmp_path, where):
+    torch.save(content_at(6), tmp_path / "c.pth")
+    content = (tmp_path / "c.pth").read_bytes()
+    source = random.Random(0)
+    data = content.find(np.full(50, 6.0, np.float32).tobytes())
+    outcomes = set()
+    for _ in range(40):
+        at = data + source.randrange(200) if where == "data" else source.randrange(len(content) * 3 // 4, len(content))
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << source.randrange(8)
+        (tmp_path / "c.pth").write_bytes(flipped)
+        try:
+            read_checkpoint(tmp_path / "c.pth")
+            outcomes.add("read")  # a byte that means nothing, such as a time stamp
+        except UserError:
+            outcomes.add("refused")
+    assert outcomes == {"refused"} if where == "data" else "refused" in outcomes
 
 
 def test_a_file_system_without_links(tmp_path, monkeypatch):
@@ -206,6 +248,12 @@ def test_checkpoints_are_due_by_steps_and_by_the_clock():
         assert not control.after_step(3, is_main=True)[1]
 
 
+def begun(folder, step=0, **how):
+    journal = Journal(folder)
+    journal.begin(step, **how)
+    return journal
+
+
 def events_of(folder):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -213,14 +261,14 @@ def events_of(folder):
 
 
 def test_the_journal_is_read_back_by_the_real_readers(tmp_path):
-    journal = Journal(tmp_path)
+    journal = begun(tmp_path)
     assert journal.takes_pictures
     for step in (2, 4, 6):
         journal.write("train", step, {"epoch": 1, "loss": 3.0 / step, "skipped": 0})
     journal.write("eval", 6, {"epoch": 1, "split": "val", "oIoU": 12.5})
     journal.draw("val/0", Image.new("RGB", (20, 10), "red"), 6)
     journal.close()
-    journal = Journal(tmp_path, step=4)  # resumed: what came after is written anew
+    journal = begun(tmp_path, step=4)  # resumed: what came after is written anew
     journal.write("train", 6, {"epoch": 1, "loss": 0.25, "skipped": 0})
     journal.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -233,7 +281,7 @@ def test_the_journal_is_read_back_by_the_real_readers(tmp_path):
 
 
 def test_overlays_reach_the_event_files(tmp_path):
-    journal = Journal(tmp_path)
+    journal = begun(tmp_path)
     journal.draw("val/0", Image.new("RGB", (20, 10), "red"), 6)
     journal.close()
     (image,) = events_of(tmp_path / "tensorboard").Images("val/0")
@@ -245,7 +293,7 @@ def test_the_journal_drops_a_torn_line_and_an_unfinished_validation(tmp_path):
     text = "".join(json.dumps(line) + "\n" for line in lines)
     for validated, kept in ((True, 2), (False, 1)):
         (tmp_path / "metrics.jsonl").write_text(text + '{"kind": "train", "st')
-        Journal(tmp_path, step=4, validated=validated).close()
+        begun(tmp_path, step=4, validated=validated).close()
         assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines[:kept]
 
 
@@ -253,7 +301,7 @@ def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setattr(journal_module.LOG, "propagate", True)
     caplog.set_level("INFO", logger="crossvlt")
-    journal = Journal(tmp_path)
+    journal = begun(tmp_path)
     journal.write("train", 1, {"loss": 1.0})
     journal.draw("val/0", Image.new("RGB", (2, 2)), 1)
     journal.close()
@@ -268,6 +316,7 @@ def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch, caplog):
 def test_other_processes_write_no_journal(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     journal = Journal(None)
+    journal.begin()
     journal.write("train", 1, {"loss": 1.0})
     journal.draw("x", Image.new("RGB", (2, 2)), 1)
     journal.close()

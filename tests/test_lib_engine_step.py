@@ -176,15 +176,7 @@ def test_gradient_checkpointing_changes_no_gradient(small_model, small_inputs, f
         model = small_model(fusion=fusion, drop_path_rate=0.3, text_dropout=0.2).train()
         model.set_grad_checkpointing(enable)
         torch.manual_seed(3)  # the same drawing of dropout, which is repeated in the second computation
-        kept = set()
-
-        def note(tensor):
-            kept.add((tensor.untyped_storage().data_ptr(), tensor.untyped_storage().nbytes()))
-            return tensor
-
-        step = build_step(model)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            values = step([as_batch(*small_inputs())])
+        values = build_step(model)([as_batch(*small_inputs())])
         return values, gradients(model)
 
     (plain_values, plain), (values, checkpointed) = run(False), run(True)
@@ -240,10 +232,13 @@ def test_fp16_scales_skips_and_counts(plain_model, small_inputs, monkeypatch):
     norm = torch.stack([value.norm() for value in gradients(step.model).values()]).norm()
     assert norm.item() == pytest.approx(1.0, rel=1e-3)
     scale, before = step.precision.scaler.get_scale(), [p.detach().clone() for p in step.model.parameters()]
+    statistics = [buffer.clone() for buffer in step.model.buffers()]
     broken = {**batch, "image": batch["image"] * math.inf}
     assert step([broken]) == {"skipped": 1.0}
     assert step.precision.scaler.get_scale() == scale / 2
     assert all(torch.equal(a, b) for a, b in zip(before, step.model.parameters(), strict=True))
+    # Nor does anything of it stay in BatchNorm's running statistics.
+    assert all(torch.equal(a, b) for a, b in zip(statistics, step.model.buffers(), strict=True))
     assert step.scheduler.last_epoch == 2  # it counts as a step
     assert "loss" in step([batch])
     monkeypatch.setattr(step_module, "MOST_SKIPPED", 2)

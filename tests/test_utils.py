@@ -5,10 +5,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import PROCESS_ENVIRONMENT, ROOT
 
 import utils
-from utils import MissingFileError, UserError, derive_seed, on_main, run_command, set_up_processes, written_aside
+from utils import (
+    MissingFileError,
+    StoppedError,
+    UserError,
+    derive_seed,
+    on_main,
+    run_command,
+    set_up_processes,
+    written_aside,
+)
 
 
 def test_written_aside_is_all_or_nothing(tmp_path):
@@ -46,6 +56,8 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         (UserError("wrong flag"), 2, "error: wrong flag\n"),
         (MissingFileError("no file x"), 2, "error: no file x\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (StoppedError("stopped at step 3"), 75, "stopped at step 3\n"),
+        (SystemExit(2), 2, ""),
         (UserError("Caught it in a worker.\nTraceback (most recent call last):\n  F\nutils.UserError: bad a.jpg\n"), 2,
          "error: bad a.jpg\n"),
     ],
@@ -68,15 +80,37 @@ def test_bugs_keep_their_traceback():
         run_command(main)
 
 
-def test_before_joining_only_the_main_process_tells(monkeypatch, capsys):
+def test_before_joining_one_process_of_each_node_tells(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
     def main():
         raise UserError("told by rank 0")
 
+    for local_rank, printed in ((None, ""), ("1", ""), ("0", "[rank 1] error: told by rank 0\n")):
+        if local_rank:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(SystemExit):
+            run_command(main)
+        assert capsys.readouterr().err == printed
+
+
+def test_why_a_run_ends_is_in_its_log(tmp_path):
+    utils.set_up_logging(0, tmp_path / "train.log")
+
+    def main():
+        raise UserError("the disk is full")
+
     with pytest.raises(SystemExit):
         run_command(main)
-    assert capsys.readouterr().err == ""
+    utils.set_up_logging()
+    assert (tmp_path / "train.log").read_text().endswith("ERROR error: the disk is full\n")
+
+
+def test_a_process_that_loses_another_says_so():
+    for text, lost in (("[../gloo/transport/tcp/pair.cc:1] Connection closed by peer [::1]", True), ("a bug", False)):
+        assert utils.is_lost_process(RuntimeError(text)) is lost
+    assert utils.is_lost_process(torch.distributed.DistBackendError("NCCL error"))
 
 
 def test_devices(monkeypatch):

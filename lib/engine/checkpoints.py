@@ -16,16 +16,19 @@ class CheckpointFolder:
     """Writes a run's checkpoints and keeps the newest.
 
     A resumable checkpoint is ``step_<step>.pth``, at the end of an epoch ``step_<step>_epoch_<epoch>.pth``, and
-    ``last.pth`` is the newest one under a second name (a hard link: it takes no space of its own). The ``keep`` newest
+    ``last.pth`` is the newest one under a second name (a hard link, where there are such). The ``keep`` newest
     stay, and the newest that ends an epoch. ``best.pth`` holds weights alone.
 
     Args:
         folder: exists, and is written to by this process alone.
         keep: at least 1.
+        from_step: that the run goes on from. What is there of later steps is dropped with the next checkpoint: it is
+            torn, or was gone back behind.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, from_step: int = 0) -> None:
+        self.folder, self.keep, self.from_step = folder, keep, from_step
+        self._written: set[Path] = set()
 
     def save(self, content: dict[str, Any], *, ends_epoch: bool) -> None:
         """Write a resumable checkpoint and drop those that are no longer kept.
@@ -36,12 +39,13 @@ class CheckpointFolder:
         ending = f"_epoch_{content['epoch']:03d}" if ends_epoch else ""
         path = self.folder / f"step_{content['step']:08d}{ending}.pth"
         save_checkpoint(path, content)
+        self._written.add(path)
         with written_aside(self.folder / LAST) as aside:
             try:
                 os.link(path, aside)
             except OSError:  # a file system without links
                 save_checkpoint(aside, content)
-        self._drop_old(content["step"])
+        self._drop_old()
 
     def save_best(self, content: dict[str, Any]) -> None:
         """Write the weights that scored best so far."""
@@ -52,10 +56,9 @@ class CheckpointFolder:
         for stale in self.folder.glob(".*.pth.*.part"):
             stale.unlink(missing_ok=True)
 
-    def _drop_old(self, step: int) -> None:
+    def _drop_old(self) -> None:
         ours = numbered(self.folder)
-        # Those of a later step belong to what was gone back behind by resuming from an earlier one.
-        kept = [path for path in ours if _step_of(path) <= step]
+        kept = [path for path in ours if path in self._written or step_of(path) <= self.from_step]
         ends = [path for path in kept if NAME.fullmatch(path.name)[2]]
         for path in set(ours) - set(kept[: self.keep]) - set(ends[:1]):
             path.unlink(missing_ok=True)
@@ -67,5 +70,6 @@ def numbered(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Of a file that :func:`numbered` gives."""
     return int(NAME.fullmatch(path.name)[1])

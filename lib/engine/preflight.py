@@ -10,23 +10,21 @@ from torch import nn
 from lib.criterion import CrossVLTCriterion
 from lib.engine.precision import Precision
 from lib.engine.progress import random_states, restore_random_states
-from lib.engine.step import Batch, out_of_memory
+from lib.engine.step import out_of_memory
+from lib.evaluation import Batch
 from utils import UserError, check_writable
 
-SECONDS_WORTH_REPEATING = 20
 GIB = 2**30
 
 
-def time_training(
-    model: nn.Module, criterion: CrossVLTCriterion, precision: Precision, batch: Batch, *, compiled: bool = False
-) -> float:
+def time_training(model: nn.Module, criterion: CrossVLTCriterion, precision: Precision, batch: Batch) -> float:
     """Seconds of a forward and backward pass on a batch; afterwards everything is as it was.
 
     Args:
-        model: not yet wrapped in DistributedDataParallel.
+        model: as the training's, wrapped or not. DistributedDataParallel arranges its exchange anew after the first
+            pass: behind these two a resumed run's first step adds in the same order as an uninterrupted run's.
         criterion, precision: as the training's.
         batch: as the training's, on the model's device.
-        compiled: the first pass compiles, and says nothing about the others.
 
     Raises:
         UserError: it doesn't fit into the GPU's memory.
@@ -34,7 +32,7 @@ def time_training(
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     states, was_training = random_states(), model.training
     model.train()
-    for _ in range(2):  # the first one also makes libraries load
+    for _ in range(2):  # the first one also compiles, and makes libraries load
         started = time.perf_counter()
         try:
             with precision.autocast():
@@ -46,8 +44,6 @@ def time_training(
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
         model.zero_grad(set_to_none=True)
-        if seconds > SECONDS_WORTH_REPEATING and not compiled:
-            break
     with torch.no_grad():
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils import derive_seed
+
 
 @dataclass
 class Meter:
@@ -71,8 +73,11 @@ def random_states() -> dict[str, Any]:
 def restore_random_states(states: dict[str, Any]) -> None:
     """The inverse of :func:`random_states`."""
     torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states["cuda"])
+    if torch.cuda.is_initialized():
+        if states["cuda"] is None:  # saved where there was no GPU
+            torch.cuda.manual_seed(derive_seed("cuda", states["torch"].numpy().tobytes().hex()))
+        else:
+            torch.cuda.set_rng_state(states["cuda"])
     kind, keys, *rest = states["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     version, internal, gauss = states["python"]

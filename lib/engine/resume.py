@@ -7,7 +7,7 @@ from typing import Any
 
 from lib.checkpoint import Checkpoint, read_checkpoint
 from lib.engine.checkpoints import LAST, numbered
-from utils import UserError
+from utils import UserError, launched_rank
 
 LOG = logging.getLogger("crossvlt")
 
@@ -18,6 +18,12 @@ CHANGEABLE = {
     "TRAIN.GLOBAL_BATCH", "TRAIN.COMPILE", "TRAIN.GRAD_CHECKPOINT", "TRAIN.SAVE_STEPS", "TRAIN.SAVE_MINUTES",
     "TRAIN.KEEP",
 }  # fmt: skip
+
+
+def warn_once(text: str) -> None:
+    """A warning that every process has, told by one."""
+    if launched_rank() == 0:
+        LOG.warning(text)
 
 
 def open_resumed(path: str) -> Checkpoint:
@@ -73,23 +79,28 @@ def check_recipe(resumed: Checkpoint, now: dict[str, Any], given: set[str]) -> N
             )
 
 
+def check_same(where: list[object]) -> None:
+    """Refuse to train where the processes found different checkpoints (``where``: what each of them found)."""
+    if any(found != where[0] for found in where):
+        raise UserError(f"the processes found different checkpoints ({where}): --output-dir must be one folder for all")
+
+
 def newest_good(folder: Path, wanted: Callable[[Checkpoint], bool] = lambda checkpoint: True) -> Checkpoint | None:
     """The newest checkpoint of a folder that can be read, can be gone on with, and is wanted; None without one.
 
     A torn or foreign file is named in a warning, and the one before it is tried.
     """
-    last = folder / LAST
-    candidates = [last, *(path for path in numbered(folder) if not (last.exists() and path.samefile(last)))]
+    last, candidates = folder / LAST, numbered(folder)
+    if last.exists() and not any(path.samefile(last) for path in candidates):
+        candidates.append(last)  # a copy, or all that is left
     for path in candidates:
-        if not path.exists():
-            continue
         try:
             checkpoint = read_checkpoint(path)
         except UserError as error:
-            LOG.warning("%s; trying the checkpoint before it", error)
+            warn_once(f"{error}; trying the checkpoint before it")
             continue
         if not checkpoint.is_resumable:
-            LOG.warning("%s has no optimizer state to go on with; trying the checkpoint before it", path)
+            warn_once(f"{path} has no optimizer state to go on with; trying the checkpoint before it")
         elif wanted(checkpoint):
             return checkpoint
     return None
@@ -113,7 +124,7 @@ def for_share(checkpoint: Checkpoint, share: tuple[int, int, int]) -> Checkpoint
         return checkpoint
     differs = f"saved by {_told(*saved)}, now {_told(*share)}"
     if checkpoint.extra["epoch_step"] == 0:
-        LOG.warning("%s: %s; the epoch to come is divided anew", checkpoint.path, differs)
+        warn_once(f"{checkpoint.path}: {differs}; the epoch to come is divided anew")
         return checkpoint
     step = checkpoint.extra["step"]
     found = newest_good(
@@ -124,10 +135,10 @@ def for_share(checkpoint: Checkpoint, share: tuple[int, int, int]) -> Checkpoint
             f"{checkpoint.path} was saved inside an epoch ({differs}), and no checkpoint between two epochs lies "
             "beside it: go on with as many processes, the same --batch-size and --accum-steps"
         )
-    LOG.warning(
-        "%s: %s; going back from step %d to the end of epoch %d, step %d",
-        checkpoint.path, differs, step, found.extra["epoch"], found.extra["step"],
-    )  # fmt: skip
+    warn_once(
+        f"{checkpoint.path}: {differs}; going back from step {step} to the end of epoch {found.extra['epoch']}, "
+        f"step {found.extra['step']}"
+    )
     return found
 
 

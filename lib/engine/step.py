@@ -13,9 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib.criterion import CrossVLTCriterion
 from lib.engine.precision import Precision
-from utils import UserError, agree
+from lib.evaluation import Batch
+from utils import UserError, agree, on_main
 
-Batch = dict[str, torch.Tensor]
 MOST_SKIPPED = 50  # successive steps: from there on the loss scale isn't what is wrong
 
 
@@ -74,14 +74,16 @@ class TrainingStep:
             UserError: the GPU's memory doesn't suffice; fp16 skipped ``MOST_SKIPPED`` steps in a row.
         """
         self.optimizer.zero_grad(set_to_none=True)
+        scaler = self.precision.scaler
+        # A forward pass that overflows would stay in BatchNorm's running statistics for good.
+        buffers = [buffer.clone() for buffer in self.model.buffers()] if scaler.is_enabled() else []
         try:
             terms = self._backward(batches)
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory(batches[0]["image"].shape[0])) from error
-        scaler = self.precision.scaler
         scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.clip_grad if self.clip_grad > 0 else math.inf)
-        *own, norm = torch.cat([terms, norm.to(terms)[None]]).tolist()  # the step's only wait for the device
+        *own, norm = torch.cat([terms, norm.to(terms)[None]]).tolist()  # one wait for the device
         bad = not all(map(math.isfinite, own))
         world_size = dist.get_world_size() if dist.is_initialized() else 1
         anywhere, *sums = agree([float(bad or not math.isfinite(norm)), *own], self.group)
@@ -99,18 +101,23 @@ class TrainingStep:
             )
             self.scheduler.step()
         if anywhere:
+            with torch.no_grad():
+                for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+                    buffer.copy_(before)
             self.skipped_in_a_row += 1
             if self.skipped_in_a_row >= MOST_SKIPPED:
-                raise UserError(
-                    f"fp16 overflowed in {MOST_SKIPPED} steps in a row, the last with a loss of {own[0]}: "
-                    "use --amp bf16, lower --lr, or set --clip_grad"
-                )
+                on_main(self._give_up)
             return {"skipped": 1.0}
         self.skipped_in_a_row = 0
         if self.ema is not None:
             self.ema.update(self._unwrapped())
         names = ["loss", "segmentation", *(f"alignment{i}" for i in range(1, len(own) - 1))]
         return dict(zip(names, (s / world_size for s in sums), strict=True)) | {"lr": lr, "grad_norm": norm}
+
+    def _give_up(self) -> None:
+        raise UserError(
+            f"fp16 overflowed in {self.skipped_in_a_row} steps in a row: use --amp bf16, lower --lr, or set --clip_grad"
+        )
 
     def _backward(self, batches: Sequence[Batch]) -> torch.Tensor:
         """Gradients of the mean over micro-batches; gives back their mean terms: loss, segmentation, alignment…"""

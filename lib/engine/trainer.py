@@ -13,14 +13,15 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
+from lib.checkpoint import save_checkpoint
 from lib.engine.checkpoints import BEST, CheckpointFolder
 from lib.engine.control import Control
 from lib.engine.progress import Meter, Progress, random_states, seed_everything
-from lib.engine.step import Batch, NonFiniteError, TrainingStep
-from lib.evaluation import EvaluationResult
+from lib.engine.step import NonFiniteError, TrainingStep
+from lib.evaluation import Batch, EvaluationResult
 from lib.journal import Journal
 from lib.metrics import METRIC_NAMES
-from utils import Processes, StoppedError, UserError, derive_seed, from_main, gather, on_main, written_aside
+from utils import Processes, StoppedError, UserError, derive_seed, from_main, gather, on_main
 
 LOG = logging.getLogger("crossvlt")
 
@@ -159,18 +160,23 @@ class Trainer:
         rank, step = self.processes.rank, self.progress.step + 1
         everyone = gather((error.own, [batch["index"].tolist() for batch in batches], str(error)))
         causes = [i for i, (own, _, _) in enumerate(everyone) if own] or list(range(len(everyone)))
-        paths = [self.logs / f"non_finite_step_{step:08d}_rank_{i}.pt" for i in range(len(everyone))]
+        told = ""
         if rank in causes:
-            batches = [{name: value.cpu() for name, value in batch.items()} for batch in batches]
-            with written_aside(paths[rank]) as aside:
-                torch.save({"step": step, "batches": batches, "model": self.model.state_dict()}, aside)
-        gather(None)  # all are written
+            path = self.logs / f"non_finite_step_{step:08d}_rank_{rank}.pt"
+            content = {"step": step, "batches": [{name: value.cpu() for name, value in b.items()} for b in batches]}
+            if rank == causes[0]:
+                content["model"] = self.model.state_dict()
+            try:
+                save_checkpoint(path, content)
+                told = f"batch and weights are in {path}"
+            except UserError as failure:
+                told = str(failure)
+        told = "; ".join(filter(None, gather(told)))
 
         def tell() -> None:
             samples = [index for i in causes for batch in everyone[i][1] for index in batch]
             raise UserError(
-                f"epoch {self.progress.epoch + 1}, step {step}: {everyone[causes[0]][2]} on samples {samples}; batch "
-                f"and weights are in {', '.join(str(paths[i]) for i in causes)}: "
+                f"epoch {self.progress.epoch + 1}, step {step}: {everyone[causes[0]][2]} on samples {samples}; {told}: "
                 "lower --lr, or set --warmup_steps or --clip_grad"
             )
 
@@ -188,7 +194,8 @@ class Trainer:
             title, progress.step, self.total_steps, _line(values), seconds, f"  {skipped} skipped" if skipped else "",
         )  # fmt: skip
         values |= {"samples_per_second": speed, "memory_gib": peak_memory_gib(self.processes.device)}
-        self.journal.write("train", progress.step, {"epoch": progress.epoch + 1, **values, "skipped": skipped})
+        values |= {"skipped": skipped}
+        on_main(lambda: self.journal.write("train", progress.step, {"epoch": progress.epoch + 1, **values}))
         progress.recent = Meter()
 
     def _validate(self) -> None:
@@ -206,16 +213,23 @@ class Trainer:
         losses = {"train_loss": means["loss"]} if "loss" in means else {}
         told = "  ".join(f"{name} {metrics[name]:.2f}" for name in METRIC_NAMES)
         mean = "".join(f"mean loss {loss:.4f}  " for loss in losses.values())
-        LOG.info("epoch %d: %s%s: %s", progress.epoch, mean, self.split, told)
-        self.journal.write("eval", progress.step, {"epoch": progress.epoch, "split": self.split, **losses, **metrics})
-        if self.journal.takes_pictures:
-            for name, picture in self.draw(result).items():
-                self.journal.draw(name, picture, progress.step)
-        if from_main(metrics["oIoU"] > progress.best_oIoU or not (self.checkpoints.folder / BEST).exists()):
-            progress.best_oIoU = max(progress.best_oIoU, metrics["oIoU"])
+        skipped = f"  ({progress.skipped} steps skipped so far)" if progress.skipped else ""
+        LOG.info("epoch %d: %s%s: %s%s", progress.epoch, mean, self.split, told, skipped)
+        on_main(lambda: self._journal_validation(result, losses))
+        is_first = from_main(not (self.checkpoints.folder / BEST).exists())
+        if is_first or metrics["oIoU"] > progress.best_oIoU:
+            progress.best_oIoU = metrics["oIoU"]
             content = {**self.constants, **progress.state_dict(), "model": judged.state_dict()}
             on_main(lambda: self.checkpoints.save_best(content))
         self._save(ends_epoch=True)
+
+    def _journal_validation(self, result: EvaluationResult, losses: dict[str, float]) -> None:
+        progress = self.progress
+        values = {"epoch": progress.epoch, "split": self.split, **losses, **result.metrics}
+        self.journal.write("eval", progress.step, values)
+        if self.journal.takes_pictures:
+            for name, picture in self.draw(result).items():
+                self.journal.draw(name, picture, progress.step)
 
     def _save(self, *, ends_epoch: bool) -> None:
         """A checkpoint of everything that going on from here exactly needs."""

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from lib.engine.step import Batch
-from lib.evaluation import EvaluationResult, evaluate
+from lib.evaluation import Batch, EvaluationResult, evaluate
 from lib.visualize import result_panel
 
 LOG = logging.getLogger("crossvlt")
@@ -36,7 +35,7 @@ class Validation:
     def __init__(
         self,
         dataset: Any,
-        make_batches: Callable[[Dataset], Iterable[Batch]],
+        make_batches: Callable[[Dataset], Collection[Batch]],
         *,
         looked_at: int,
         title: str | None,
