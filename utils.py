@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from termcolor import colored
+from torch.distributed.rendezvous import rendezvous
 
 LOGGER = logging.getLogger("crossvlt")
 LEVEL_COLORS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
@@ -90,7 +91,11 @@ def set_up_processes(device: str = "auto", *, tf32: bool = False) -> Processes:
         raise UserError(f"--device {device}: only cpu and cuda are supported")
     if world_size > 1:
         backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, device_id=chosen if backend == "nccl" else None)
+        store, rank, world_size = next(rendezvous("env://"))
+        # torchrun --max-restarts keeps one store: what the processes before wrote there would be taken for these ones'.
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        device_id = chosen if backend == "nccl" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
     return Processes(launched_rank(), local_rank, world_size, chosen)
 
 
