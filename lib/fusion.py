@@ -52,10 +52,14 @@ class LanguageToVisionFusion(nn.Module):
         v = v.transpose(1, 2)  # [B, C, L]: the convolutions' layout
         query = self._heads(self.v_q(v).transpose(1, 2))  # [B, h, L, D/h]
         key, value = self._heads(self.l_q(text)), self._heads(self.values_l(text))  # [B, h, N, D/h]
-        bias = padding_bias(attention_mask, query.dtype)
-        gathered = F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        gathered = gathered.transpose(-1, -2).flatten(1, 2)  # [B, h, D/h, L] → [B, D, L]
-        return self.project_mm(self.w_v(gathered) + v).transpose(1, 2)
+        dtype = self.w_v[0].weight.dtype
+        bias = padding_bias(attention_mask, dtype)
+        # Mixed precision stops here: where words differ little the gathered map is nearly constant, and InstanceNorm
+        # would blow up its rounding to the size of a signal.
+        with torch.autocast(v.device.type, enabled=False):
+            gathered = F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask=bias)
+            gathered = self.w_v(gathered.transpose(-1, -2).flatten(1, 2))  # [B, h, D/h, L] → [B, D, L] → [B, C, L]
+        return self.project_mm(gathered + v).transpose(1, 2)
 
     def _heads(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, D] → [B, h, S, D/h]."""

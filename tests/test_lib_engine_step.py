@@ -14,6 +14,7 @@ from lib.engine import step as step_module
 from lib.engine.precision import Precision, compile_blocks
 from lib.engine.preflight import time_training
 from lib.engine.step import NonFiniteError, TrainingStep
+from lib.fusion import LanguageToVisionFusion
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
 from utils import UserError
 
@@ -220,6 +221,20 @@ def test_bf16_is_near_and_float32_is_untouched(plain_model, small_inputs):
     ].backward()
     wanted = gradients(plain)
     assert all(torch.equal(value, wanted[name]) for name, value in gradients(off.model).items())
+
+
+def test_a_nearly_constant_map_survives_bf16():
+    """InstanceNorm must not make a signal of what rounding leaves where the words hardly differ."""
+    torch.manual_seed(0)
+    fusion = LanguageToVisionFusion(32, 64, 16)
+    with torch.no_grad():
+        fusion.l_q.weight.mul_(1e-2)  # so that every position attends to all words almost alike
+    v, text, mask = torch.randn(2, 50, 32), torch.randn(2, 6, 16), torch.ones(2, 6)
+    exact = fusion(v, text, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        near = fusion(v, text, mask)
+    assert near.dtype == torch.bfloat16
+    assert (near - exact).norm() < 0.03 * exact.norm()
 
 
 def test_fp16_scales_skips_and_counts(plain_model, small_inputs, monkeypatch):
