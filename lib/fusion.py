@@ -3,6 +3,8 @@
 Letters: B batch, L positions of the map, C vision channels, N tokens, T text width, D inner width.
 """
 
+from contextlib import nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -56,7 +58,8 @@ class LanguageToVisionFusion(nn.Module):
         bias = padding_bias(attention_mask, dtype)
         # Mixed precision stops here: where words differ little the gathered map is nearly constant, and InstanceNorm
         # would blow up its rounding to the size of a signal.
-        with torch.autocast(v.device.type, enabled=False):
+        kind = v.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             gathered = F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask=bias)
             gathered = self.w_v(gathered.transpose(-1, -2).flatten(1, 2))  # [B, h, D/h, L] → [B, D, L] → [B, C, L]
         return self.project_mm(gathered + v).transpose(1, 2)

@@ -101,6 +101,15 @@ def test_three_training_steps_are_the_published_ones():
             assert (direction * update).sum().item() == pytest.approx(want["projection"], abs=1e-3 * want["norm"]), name
 
 
+def test_shapes_without_memory():
+    """On the meta device, as counters of operations and planners of memory run a model."""
+    with torch.device("meta"):
+        model = build_crossvlt("base")
+        output = model(torch.empty(2, 3, 480, 480), torch.empty(2, 21).long(), torch.empty(2, 21).long())
+    assert output.mask_logits.shape == (2, 2, 480, 480)
+    assert [tuple(s.shape) for s in output.similarities] == [(2, 1, side, side) for side in (120, 60, 30, 15)]
+
+
 def test_base_state_dict_is_the_released_one():
     released = json.loads((ROOT / "tests" / "data" / "state_dict_base.json").read_text())
     assert len(released) == 693
