@@ -1,26 +1,32 @@
 """The benchmark of a training step, on a size that takes seconds."""
 
-import subprocess
 import sys
 
-from conftest import PROCESS_ENVIRONMENT, ROOT
+import pytest
+
+from benchmarks import train_step
+from utils import UserError
 
 
-def benchmark(*flags):
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.train_step", *map(str, flags)],
-        cwd=ROOT, capture_output=True, text=True, timeout=600, env=PROCESS_ENVIRONMENT, check=False,
-    )  # fmt: skip
+def run(monkeypatch, *flags):
+    """As its command does, but every row in this process."""
+
+    def in_this_process(job):
+        return train_step.measure(job)._asdict() if job.mode else train_step.look_at_machine(job)
+
+    monkeypatch.setattr(train_step, "in_own_process", in_this_process)
+    monkeypatch.setattr(sys, "argv", ["train_step", *map(str, flags)])
+    train_step.main()
 
 
-def test_training_step_is_reported_row_by_row(tmp_path):
+def test_training_step_is_reported_row_by_row(tmp_path, monkeypatch, capsys):
     out = tmp_path / "step.md"
-    done = benchmark(
-        "--swin_type", "tiny", "--img_size", 64, "--batch_sizes", 1, "--steps", 1, "--device", "cpu", "--out", out
+    run(
+        monkeypatch, "--swin_type", "tiny", "--img_size", 64, "--batch_sizes", 1, "--steps", 1, "--device", "cpu",
+        "--out", out,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
     written = out.read_text(encoding="utf-8")
-    assert written == done.stdout
+    assert written == capsys.readouterr().out
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines() if line[:1] == "|"]
     head, _, *rows = cells
     # TF32 and compiled blocks are ways of GPUs.
@@ -31,8 +37,6 @@ def test_training_step_is_reported_row_by_row(tmp_path):
     assert written.splitlines()[-1].startswith("What gradient checkpointing changes about a step: peak memory ")
 
 
-def test_training_step_refuses_sizes_that_no_step_has():
-    done = benchmark("--batch_sizes", 1, 0)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "--batch_sizes" in done.stderr
+def test_training_step_refuses_sizes_that_no_step_has(monkeypatch):
+    with pytest.raises(UserError, match="--batch_sizes and --steps must be at least 1"):
+        run(monkeypatch, "--batch_sizes", 1, 0)
