@@ -119,48 +119,47 @@ from utils import run_command, set_up_processes
 
 def main():
     processes = set_up_processes("cpu")
-    content = torch.load(sys.argv[1], weights_only=True)
-    model = build_crossvlt("tiny", **SMALL, drop_path_rate=0.0, text_dropout=0.0).double().train()
-    model.load_state_dict(content["model"])
-    step = build_step(no_batch_norm(model), global_norm=content["global_norm"])
-    step.model = DistributedDataParallel(model)
-    share = content["batches"][processes.rank :: 2]
-    values = step(share)
+    content, results = torch.load(sys.argv[1], weights_only=True), []
+    for batches, global_norm in content["cases"]:
+        model = build_crossvlt("tiny", **SMALL, drop_path_rate=0.0, text_dropout=0.0).double().train()
+        model.load_state_dict(content["model"])
+        step = build_step(no_batch_norm(model), global_norm=global_norm)
+        step.model = DistributedDataParallel(model)
+        values = step(batches[processes.rank :: 2])
+        results.append((values, gradients(model)))
     if processes.is_main:
-        torch.save({"values": values, "gradients": gradients(model)}, sys.argv[2])
+        torch.save(results, sys.argv[2])
 
 run_command(main)
 """
 
 
-@pytest.mark.parametrize("global_norm", [True, False])
-def test_gradients_do_not_depend_on_the_division(plain_model, small_inputs, tmp_path, global_norm):
+def test_gradients_do_not_depend_on_the_division(plain_model, small_inputs, tmp_path):
     batch = as_batch(*small_inputs(4, dtype=torch.float64))
     batch["mask"][0] = 0  # shares with different numbers of object pixels: their normalisers differ
     pairs, singles = split(batch, 2), split(batch, 1)
-    together, in_one = one_step(plain_model(), [batch], global_norm=global_norm)
-    accumulated, in_two = one_step(plain_model(), pairs, global_norm=global_norm)
     (tmp_path / "divided.py").write_text(DIVIDED)
-    results = []
-    for batches in (pairs, singles):  # 2 processes × 2 and 2 processes × 1 × 2 accumulated
-        model = plain_model().double().state_dict()
-        torch.save({"model": model, "batches": batches, "global_norm": global_norm}, tmp_path / "in.pt")
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-             tmp_path / "divided.py", tmp_path / "in.pt", tmp_path / "out.pt"],
-            cwd=ROOT, capture_output=True, text=True, timeout=120, env={**PROCESS_ENVIRONMENT, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        results.append(torch.load(tmp_path / "out.pt", weights_only=True))
-    two_by_two, two_by_one_by_two = results
-    assert furthest(in_two, two_by_two["gradients"]) < 1e-13
-    assert two_by_two["values"] == pytest.approx(accumulated, rel=1e-12)
-    if global_norm:
-        assert furthest(in_one, in_two) < 1e-13
-        assert furthest(in_one, two_by_one_by_two["gradients"]) < 1e-13
-        assert two_by_one_by_two["values"] == pytest.approx(together, rel=1e-12)
-    else:  # published: each forward pass has its own normaliser, so a batch of 4 isn't the mean of two of 2
-        assert 1e-6 < furthest(in_one, in_two) < 1e-2
+    # 2 processes × 2 and 2 processes × 1 × 2 accumulated, with one normaliser and with the published ones
+    cases = [(batches, global_norm) for global_norm in (True, False) for batches in (pairs, singles)]
+    torch.save({"model": plain_model().double().state_dict(), "cases": cases}, tmp_path / "in.pt")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+         tmp_path / "divided.py", tmp_path / "in.pt", tmp_path / "out.pt"],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, env={**PROCESS_ENVIRONMENT, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    results = torch.load(tmp_path / "out.pt", weights_only=True)
+    for global_norm, two_by_two, two_by_one_by_two in ((True, *results[:2]), (False, *results[2:])):
+        together, in_one = one_step(plain_model(), [batch], global_norm=global_norm)
+        accumulated, in_two = one_step(plain_model(), pairs, global_norm=global_norm)
+        assert furthest(in_two, two_by_two[1]) < 1e-13
+        assert two_by_two[0] == pytest.approx(accumulated, rel=1e-12)
+        if global_norm:
+            assert furthest(in_one, in_two) < 1e-13
+            assert furthest(in_one, two_by_one_by_two[1]) < 1e-13
+            assert two_by_one_by_two[0] == pytest.approx(together, rel=1e-12)
+        else:  # published: each forward pass has its own normaliser, so a batch of 4 isn't the mean of two of 2
+            assert 1e-6 < furthest(in_one, in_two) < 1e-2
 
 
 def test_one_batch_is_the_same_with_either_normaliser(plain_model, small_inputs):

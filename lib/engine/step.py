@@ -73,14 +73,17 @@ class TrainingStep:
             NonFiniteError: on every process, when a loss or the gradient is inf or nan on any.
             UserError: the GPU's memory doesn't suffice; fp16 skipped ``MOST_SKIPPED`` steps in a row.
         """
+        try:
+            return self._step(batches)
+        except torch.OutOfMemoryError as error:  # the first update makes AdamW's state: backward may fit, and that not
+            raise UserError(out_of_memory(batches[0]["image"].shape[0])) from error
+
+    def _step(self, batches: Sequence[Batch]) -> dict[str, float]:
         self.optimizer.zero_grad(set_to_none=True)
         scaler = self.precision.scaler
         # A forward pass that overflows would stay in BatchNorm's running statistics for good.
         buffers = [buffer.clone() for buffer in self.model.buffers()] if scaler.is_enabled() else []
-        try:
-            terms = self._backward(batches)
-        except torch.OutOfMemoryError as error:
-            raise UserError(out_of_memory(batches[0]["image"].shape[0])) from error
+        terms = self._backward(batches)
         scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.trained, self.clip_grad if self.clip_grad > 0 else math.inf)
         *own, norm = torch.cat([terms, norm.to(terms)[None]]).tolist()  # one wait for the device
