@@ -18,7 +18,6 @@ import contextlib
 import functools
 import logging
 import math
-import os
 import re
 import time
 from pathlib import Path
@@ -60,6 +59,7 @@ from utils import (
     from_main,
     gather,
     launched_rank,
+    launched_world_size,
     on_main,
     run_command,
     set_up_logging,
@@ -336,7 +336,7 @@ def main() -> None:
     if resumed:
         cfg, given = config.resolve(args, base=resumed.extra["config"])
         check_recipe(resumed, config.flatten(cfg), given)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = launched_world_size()
     accum_steps = config.divide_batch(cfg, given, world_size)
     if resumed:
         resumed = for_share(resumed, (world_size, cfg.BATCH_SIZE, accum_steps))

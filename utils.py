@@ -54,6 +54,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def launched_world_size() -> int:
+    """How many processes the launcher has started, 1 without one; known before anything is set up."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def set_up_processes(device: str = "auto", *, tf32: bool = False) -> Processes:
     """Join the processes a launcher (torchrun, torch.distributed.launch) has started, or be the only one.
 
@@ -65,7 +70,7 @@ def set_up_processes(device: str = "auto", *, tf32: bool = False) -> Processes:
     Raises:
         UserError: the device isn't there, or there are more processes than GPUs.
     """
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = launched_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -211,6 +216,15 @@ def derive_seed(*parts: int | str) -> int:
 
 
 @contextmanager
+def writing(path: str | Path):  # noqa: ANN201  (a context manager)
+    """What keeps ``path`` from being written, such as a full disk, as a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can't write {path}: {error.strerror or error}") from error
+
+
+@contextmanager
 def written_aside(path: str | Path):  # noqa: ANN201  (a context manager over a path)
     """Write a file so that it is whole or not there: yields a temporary path that becomes ``path`` on success.
 
@@ -220,15 +234,14 @@ def written_aside(path: str | Path):  # noqa: ANN201  (a context manager over a 
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(f".{path.name}.*.part"):  # left by a process that was killed while writing
-            stale.unlink(missing_ok=True)
-        yield aside
-        _sync(aside)
-        os.replace(aside, path)
-        _sync(path.parent)  # else a power failure could still take the name back
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}") from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for stale in path.parent.glob(f".{path.name}.*.part"):  # left by a process that was killed while writing
+                stale.unlink(missing_ok=True)
+            yield aside
+            _sync(aside)
+            os.replace(aside, path)
+            _sync(path.parent)  # else a power failure could still take the name back
     finally:
         if aside.exists():
             aside.unlink()
@@ -251,12 +264,10 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise UserError(f"can't write {path}: it is a folder")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):
             pass
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}") from error
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -292,7 +303,7 @@ def run_command(main: Callable[[], None]) -> None:
             _tell(f"{where}ended, because another process ended first: its error is the one to read")
         else:
             _tell("".join(f"{where}{line}" for line in traceback.format_exc().splitlines(True)))
-    if status in (1, EXIT_MISTAKE) and dist.is_initialized():
+    if status not in (0, EXIT_STOPPED) and dist.is_initialized():
         # An orderly tear-down would wait for processes that are stuck without this one.
         sys.stdout.flush()
         sys.stderr.flush()

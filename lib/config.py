@@ -134,36 +134,14 @@ FLAGS = (
 # fmt: on
 
 POSITIVE_KEYS = (
-    "DATA.IMG_SIZE",
-    "DATA.MAX_TOKENS",
-    "TRAIN.EPOCHS",
-    "BATCH_SIZE",
-    "TRAIN.LR",
-    "PRINT_FREQ",
-    "TRAIN.KEEP",
-    "MODEL.TEXT_DIM",
-    "MODEL.TEXT_LAYERS",
-    "MODEL.TEXT_HEADS",
-    "MODEL.VOCAB_SIZE",
-    "MODEL.ALIGN_DIM",
-)
+    "DATA.IMG_SIZE", "DATA.MAX_TOKENS", "TRAIN.EPOCHS", "BATCH_SIZE", "TRAIN.LR", "PRINT_FREQ", "TRAIN.KEEP",
+    "MODEL.TEXT_DIM", "MODEL.TEXT_LAYERS", "MODEL.TEXT_HEADS", "MODEL.VOCAB_SIZE", "MODEL.ALIGN_DIM",
+)  # fmt: skip
 NON_NEGATIVE_KEYS = (
-    "TRAIN.STEPS",
-    "TRAIN.WEIGHT_DECAY",
-    "TRAIN.WARMUP_STEPS",
-    "TRAIN.CLIP_GRAD",
-    "TRAIN.EMA",
-    "TRAIN.ACCUM_STEPS",
-    "TRAIN.GLOBAL_BATCH",
-    "TRAIN.SAVE_STEPS",
-    "TRAIN.SAVE_MINUTES",
-    "WORKERS",
-    "SEED",
-    "MODEL.WINDOW_SIZE",
-    "MODEL.EMBED_DIM",
-    "MODEL.DROP_PATH_RATE",
-    "MODEL.TEXT_DROPOUT",
-)
+    "TRAIN.STEPS", "TRAIN.WEIGHT_DECAY", "TRAIN.WARMUP_STEPS", "TRAIN.CLIP_GRAD", "TRAIN.EMA", "TRAIN.ACCUM_STEPS",
+    "TRAIN.GLOBAL_BATCH", "TRAIN.SAVE_STEPS", "TRAIN.SAVE_MINUTES", "WORKERS", "SEED", "MODEL.WINDOW_SIZE",
+    "MODEL.EMBED_DIM", "MODEL.DROP_PATH_RATE", "MODEL.TEXT_DROPOUT",
+)  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):
@@ -336,6 +314,10 @@ def _check_ranges(cfg: CfgNode) -> None:
     for flag in FLAGS:
         if flag.choices and lookup(cfg, flag.key) not in flag.choices:
             raise UserError(f"{flag.key} {lookup(cfg, flag.key)!r}: choose one of {', '.join(flag.choices)}")
+    if cfg.TRAIN.TRAIN_TEMPERATURE and not cfg.TRAIN.ALIGNMENT:
+        raise UserError(
+            "--train_temperature with --no_alignment: only the alignment losses train temperatures; drop one"
+        )
     if cfg.DATA.IMG_SIZE <= SMALLEST:
         raise UserError(f"--img_size {cfg.DATA.IMG_SIZE}: must be above {SMALLEST}")
     if cfg.DATA.MAX_TOKENS > MOST_TOKENS:

@@ -8,8 +8,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils import UserError, written_aside
+from utils import writing, written_aside
 
 LOG = logging.getLogger("crossvlt")
 METRICS_FILE = "metrics.jsonl"
@@ -55,7 +53,7 @@ class Journal:
             LOG.info("no TensorBoard event files: TensorBoard isn't installed (requirements-extra.txt)")
             return
         folder = self.path.with_name("tensorboard")
-        with _told(folder):
+        with writing(folder):
             self._events = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -66,7 +64,7 @@ class Journal:
         """
         if self.path is None:
             return
-        with _told(self.path):
+        with writing(self.path):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             if self._events is not None:
@@ -83,22 +81,13 @@ class Journal:
     def draw(self, name: str, picture: Image.Image, step: int) -> None:
         """Add an RGB picture to the event files."""
         if self._events is not None:
-            with _told(self.path.with_name("tensorboard")):
+            with writing(self.path.with_name("tensorboard")):
                 self._events.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
         """Write out what is still buffered."""
         if self._events is not None:
             self._events.close()
-
-
-@contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """A full disk as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}") from error
 
 
 def _drop_after(path: Path, step: int, validated: bool) -> None:

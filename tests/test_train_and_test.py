@@ -176,6 +176,7 @@ def test_own_picture(trained, run_script, refshapes_root, tmp_path):
         ("train.py", ["--resume", "{last}", "--auto_resume"], "give one of them"),
         ("train.py", ["--cfg", "{cfg}", "--auto_resume"], "--auto_resume needs --model_id"),
         ("train.py", ["--cfg", "{cfg}", "--global_batch", "6"], "a global batch of 6 can't be divided among 1 process"),
+        ("train.py", ["--cfg", "{cfg}", "--train_temperature", "--no_alignment"], "only the alignment losses train"),
         ("train.py", ["--cfg", "{cfg}", "--ema", "1"], "--ema 1.0: must be below 1"),
         ("train.py", ["--cfg", "{cfg}", "--keep", "0"], "--keep 0: must be above 0"),
         ("train.py", ["--resume", "{last}", "-b", "8"], "has all its 28 steps done"),

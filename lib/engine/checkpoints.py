@@ -58,7 +58,7 @@ class CheckpointFolder:
 
     def _drop_old(self) -> None:
         ours = numbered(self.folder)
-        kept = [path for path in ours if path in self._written or step_of(path) <= self.from_step]
+        kept = [path for path in ours if path in self._written or _step_of(path) <= self.from_step]
         ends = [path for path in kept if NAME.fullmatch(path.name)[2]]
         for path in set(ours) - set(kept[: self.keep]) - set(ends[:1]):
             path.unlink(missing_ok=True)
@@ -70,6 +70,5 @@ def numbered(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name, reverse=True)
 
 
-def step_of(path: Path) -> int:
-    """Of a file that :func:`numbered` gives."""
+def _step_of(path: Path) -> int:
     return int(NAME.fullmatch(path.name)[1])

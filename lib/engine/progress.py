@@ -1,6 +1,7 @@
 """How far a run is: everything besides weights, optimizer and the like that going on exactly needs."""
 
 import random
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +9,9 @@ import numpy as np
 import torch
 
 from utils import derive_seed
+
+PLAIN = ("epoch", "epoch_step", "step", "best_oIoU", "metrics", "skipped")
+METERS = ("recent", "whole")
 
 
 @dataclass
@@ -44,19 +48,14 @@ class Progress:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
-        state = {name: getattr(self, name) for name in ("epoch", "epoch_step", "step", "best_oIoU", "skipped")}
         meters = {name: [dict(getattr(self, name).totals), dict(getattr(self, name).counts)] for name in METERS}
-        return {**state, "metrics": dict(self.metrics), "meters": meters}
+        return {name: copy(getattr(self, name)) for name in PLAIN} | {"meters": meters}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Progress":
         """The inverse of :meth:`state_dict`; other entries are ignored."""
-        names = ("epoch", "epoch_step", "step", "best_oIoU", "skipped", "metrics")
         meters = {name: Meter(*map(dict, state["meters"][name])) for name in METERS}
-        return cls(**{name: state[name] for name in names}, **meters)
-
-
-METERS = ("recent", "whole")
+        return cls(**{name: state[name] for name in PLAIN}, **meters)
 
 
 def random_states() -> dict[str, Any]:

@@ -5,7 +5,7 @@ import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -168,7 +168,7 @@ class Trainer:
                 content["model"] = self.model.state_dict()
             try:
                 save_checkpoint(path, content)
-                told = f"batch and weights are in {path}"
+                told = f"batch{' and weights' if 'model' in content else ''} saved in {path}"
             except UserError as failure:
                 told = str(failure)
         told = "; ".join(filter(None, gather(told)))
@@ -193,8 +193,11 @@ class Trainer:
             "%s step %d/%d  %s  %.2f s/step%s",
             title, progress.step, self.total_steps, _line(values), seconds, f"  {skipped} skipped" if skipped else "",
         )  # fmt: skip
-        values |= {"samples_per_second": speed, "memory_gib": peak_memory_gib(self.processes.device)}
-        values |= {"skipped": skipped}
+        values |= {
+            "samples_per_second": speed,
+            "memory_gib": peak_memory_gib(self.processes.device),
+            "skipped": skipped,
+        }
         on_main(lambda: self.journal.write("train", progress.step, {"epoch": progress.epoch + 1, **values}))
         progress.recent = Meter()
 
@@ -202,7 +205,8 @@ class Trainer:
         """Judge the model, note whether it is the best so far, and close the epoch with a checkpoint."""
         progress, judged = self.progress, self.ema.module if self.ema else self.model
         broadcast_buffers(self.model)
-        broadcast_buffers(judged)
+        if self.ema:
+            broadcast_buffers(judged)
         try:
             result = self.validate(judged)
         except StoppedError:
@@ -246,7 +250,7 @@ class Trainer:
         on_main(lambda: self.checkpoints.save(content, ends_epoch=ends_epoch))
         self.control.saved()
 
-    def _leave(self) -> None:
+    def _leave(self) -> NoReturn:
         self._save(ends_epoch=False)
         raise StoppedError(
             f"{self.control.received or 'a signal to another process'}: stopped at step {self.progress.step} with "
