@@ -1,0 +1,158 @@
+"""Result files: a line of JSON per expression and protocol, under a header that says how they came about.
+
+The first line is the header: ``format``, ``complete``, the checkpoint and its SHA-256, dataset, ``splits`` with their
+numbers of expressions, ``protocols`` with all their settings. Each further line is one expression under one protocol:
+
+    {"split": "val", "index": 0, "image_id": 9, "ref_id": 3, "ann_id": 7, "sent_id": 5, "sentence": "left dog",
+     "protocol": "paper", "intersection": 90, "union": 120, "iou": 0.75, "mask": {"size": [480, 480], "counts": "…"}}
+
+``mask`` is the prediction as COCO RLE at the size it was judged at. While an evaluation runs, its lines are in
+``<file>.partial``, in the order they were done; the file itself is whole, and ordered by split, expression, protocol.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+from utils import MissingFileError, UserError, writing, written_aside
+
+FORMAT = "crossvlt results 1"
+Line = dict[str, Any]
+NUMBERS = ("index", "image_id", "ref_id", "sent_id", "intersection", "union")
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """bool [H, W] → COCO RLE, as JSON takes it."""
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+
+
+class ResultFile:
+    """Writes a result file so that an evaluation which was stopped can go on.
+
+    Args:
+        path: of the file.
+        header: settings; another evaluation's lines are never mixed in.
+    """
+
+    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
+        self.path, self.partial = Path(path), Path(f"{path}.partial")
+        self.header = json.loads(json.dumps({"format": FORMAT, "complete": False, **header}))  # as it is read back
+
+    def is_finished(self) -> bool:
+        """Whether the file is there already, whole, and of an evaluation with these settings."""
+        return self.path.exists() and _header_of(self.path) == self.header | {"complete": True}
+
+    def begin(self) -> None:
+        """Begin the partial file, or go on with the one that is there: :meth:`lines` are what it has.
+
+        Raises:
+            UserError: it can't be written, or is of another evaluation.
+        """
+        with writing(self.partial):
+            self.partial.parent.mkdir(parents=True, exist_ok=True)
+            if not self.partial.exists() or not _drop_torn_line(self.partial):
+                self._append([self.header])
+                return
+        found = _header_of(self.partial)
+        other = [key for key in {**self.header, **found} if found.get(key) != self.header.get(key)]
+        if other:
+            raise UserError(
+                f"{self.partial} is left from an evaluation with another {other[0]} ({found.get(other[0])}, now "
+                f"{self.header.get(other[0])}): go on with that one, name another file, or delete it"
+            )
+
+    def lines(self) -> Iterator[Line]:
+        """What the partial file has so far, in the order it was done."""
+        return (line for _, line in _lines(self.partial))
+
+    def append(self, lines: Iterable[Line]) -> None:
+        """Add lines, so that they outlive this process. UserError: the disk is full."""
+        with writing(self.partial):
+            self._append(lines)
+
+    def _append(self, lines: Iterable[Line]) -> None:
+        with open(self.partial, "ab") as file:
+            for line in lines:
+                file.write(_encoded(line))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def finish(self) -> None:
+        """Make the whole, ordered file of the partial one."""
+        splits, protocols = list(self.header["splits"]), [one["name"] for one in self.header["protocols"]]
+        places = sorted(
+            (splits.index(line["split"]), line["index"], protocols.index(line["protocol"]), offset)
+            for offset, line in _lines(self.partial)
+        )
+        with written_aside(self.path) as aside, open(aside, "wb") as whole, open(self.partial, "rb") as partial:
+            whole.write(_encoded(self.header | {"complete": True}))
+            for *_, offset in places:  # one line in memory at a time
+                partial.seek(offset)
+                whole.write(partial.readline())
+        self.partial.unlink()
+
+
+def read_results(path: str | Path) -> tuple[dict[str, Any], list[Line]]:
+    """A result file's header and lines; a partial one's too.
+
+    Raises:
+        MissingFileError: no such file.
+        UserError: not a result file, or damaged.
+    """
+    path = Path(path)
+    return _header_of(path), [line for _, line in _lines(path)]
+
+
+def _encoded(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
+
+
+def _drop_torn_line(path: Path) -> bool:
+    """Cut off what follows the last newline: a process was killed while writing it. Whether any line is left."""
+    content_end, position = 0, 0
+    with open(path, "rb") as file:
+        for line in file:
+            position += len(line)
+            if line.endswith(b"\n"):
+                content_end = position
+    os.truncate(path, content_end)
+    return content_end > 0
+
+
+def _header_of(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(file.readline())
+    except FileNotFoundError as error:
+        raise MissingFileError(f"no result file {path}") from error
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+    except ValueError:
+        header = None
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise UserError(f"{path} is not a result file of test.py --predictions")
+    return header
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Line]]:
+    """Every line after the header, checked, with its position in the file."""
+    with open(path, "rb") as file:
+        offset = len(file.readline())
+        for number, text in enumerate(file, 2):
+            try:
+                line = json.loads(text)
+                numbers = [line[name] for name in NUMBERS]
+                good = all(type(n) is int for n in numbers) and 0 <= line["intersection"] <= line["union"]
+                good = good and all(type(line[name]) is str for name in ("split", "sentence", "protocol"))
+            except (ValueError, KeyError, TypeError):
+                good = False
+            if not good:
+                raise UserError(f"{path}: line {number} is damaged")
+            yield offset, line
+            offset += len(text)
