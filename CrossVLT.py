@@ -72,10 +72,41 @@ class CrossVLT(nn.Module):
         Raises:
             ValueError: the picture is so small that the last stage has a single position.
         """
+        return self.segment(
+            self.encode_pictures(images),
+            input_ids,
+            attention_mask,
+            size=images.shape[-2:],
+            return_similarities=return_similarities,
+        )
+
+    def encode_pictures(self, images: torch.Tensor) -> torch.Tensor:
+        """What depends on the pictures alone: [B, 3, H, W] → stage 0's blocks' output [B, h, w, C].
+
+        Several sentences of a picture need it once; evaluation makes use of that.
+        """
         _check_size(*images.shape[-2:])
+        return self.backbone[0].encode(images)
+
+    def segment(
+        self,
+        encoded: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        *,
+        size: tuple[int, int],
+        return_similarities: bool | None = None,
+    ) -> CrossVLTOutput:
+        """The rest of :meth:`forward`, with each sentence's picture encoded by :meth:`encode_pictures`.
+
+        Args:
+            encoded: [B, h, w, C]; ``encoded[picture]`` gives several sentences of a picture theirs.
+            input_ids, attention_mask, return_similarities: as for :meth:`forward`.
+            size: (H, W) of the logits, that is of the pictures.
+        """
         bias = padding_bias(attention_mask, self.temp.dtype)  # [B, 1, 1, N]
         text = self.lang_stage1.encoder(self.lang_stage1.embed(input_ids), bias)
-        vision = self.backbone[0](images, text.hidden_states, attention_mask)
+        vision = self.backbone[0].fuse_language(encoded, text.hidden_states, attention_mask)
         aligned, features = [(vision, text)], [vision.decoder_feature]
         for language_stage, vision_stage in zip(
             (self.lang_stage2, self.lang_stage3, self.lang_stage4), self.backbone[1:], strict=True
@@ -85,7 +116,7 @@ class CrossVLT(nn.Module):
             aligned.append((vision, text))
             features.append(vision.decoder_feature)
         logits = self.classifier(features)
-        logits = F.interpolate(logits, size=images.shape[-2:], mode="bilinear", align_corners=True)
+        logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
         if not (self.training if return_similarities is None else return_similarities):
             return CrossVLTOutput(logits, None)
         similarities = tuple(

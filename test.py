@@ -1,10 +1,13 @@
-"""Evaluate CrossVLT: P@0.5…0.9, mean IoU and overall IoU, or segment a picture of your own.
+"""Evaluate CrossVLT: P@0.5…0.9, mean IoU and overall IoU; the paper's table; or segment a picture of your own.
 
     # a released checkpoint on RefCOCO val
     python test.py --dataset refcoco --split val --resume ./checkpoints/best_refcoco.pth --workers 4
 
     python test.py --dataset refcocog --splitBy umd --split all --resume ./checkpoints/best_refcocog.pth
-    torchrun --nproc_per_node 2 test.py --split val,testA,testB --resume ./checkpoints/best_refcoco.pth --json out.json
+    torchrun --nproc_per_node 2 test.py --split val,testA,testB --resume ./checkpoints/best_refcoco.pth \\
+        --protocol paper,original --json out.json --predictions out.jsonl      # stopped? the same command goes on
+    python test.py --table --checkpoints ./checkpoints                         # all eight published rows
+    python test.py --vis_compare a.pth,b.pth --split val --vis pictures --vis_maps
     python test.py --image photo.jpg --sentence "the left dog" --resume ./checkpoints/best_refcoco.pth --out dog.png
 
 Swin type, window and everything else about the model, picture size and tokenizer are read from the checkpoint.
@@ -12,71 +15,98 @@ Swin type, window and everything else about the model, picture size and tokenize
 
 import json
 import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
+from torch import nn
 from transformers import BertTokenizer
 from yacs.config import CfgNode
 
 from bert.tokenization import check_vocabulary, load_tokenizer, tokenize
 from CrossVLT import build_crossvlt
 from data.dataset_refer_bert import ReferDataset, open_image
-from data.loaders import DeviceBatches, build_eval_loader
-from data.transforms import preprocess_image, preprocess_mask
+from data.loaders import DeviceBatches, build_eval_batches
+from data.transforms import normalize_images, preprocess_image
 from lib import config
-from lib.baselines import baseline_metrics
+from lib.baselines import baselines_of
 from lib.checkpoint import Checkpoint, read_checkpoint, rebuild
-from lib.evaluation import EvaluationResult, evaluate, predict
-from lib.metrics import METRIC_NAMES, iou
-from lib.visualize import overlay, result_panel, sheet
+from lib.engine.control import Control
+from lib.evaluation import EvaluationResult, predict
+from lib.figures import Judged, distinct_names, draw, maps_of, save_picture, spread
+from lib.judging import judge_splits, summary
+from lib.judging_flags import add_flags, choose_way
+from lib.protocols import Protocol, choose_protocols
+from lib.results import ResultFile
+from lib.table import (
+    PUBLISHED,
+    MeasuredRow,
+    PublishedRow,
+    find_checkpoints,
+    measured_rows,
+    metrics_table,
+    missing_row,
+    text_table,
+    write_tables,
+)
+from lib.visualize import overlay
 from refer.refer import REFER
 from utils import (
     MissingFileError,
+    Processes,
     UserError,
     check_writable,
+    cpu_group,
+    file_sha256,
+    from_main,
     launched_rank,
     on_main,
     run_command,
     set_up_logging,
     set_up_processes,
-    written_aside,
+    write_text,
 )
 
 LOG = logging.getLogger("crossvlt")
 AS_TRAINED = ("DATA.IMG_SIZE", "DATA.MAX_TOKENS", "PRETRAINED.TOKENIZER")  # taken over from the checkpoint
-SPLIT_ORDER = ("val", "testA", "testB", "testC", "test")
 
 
-def get_parser() -> config.Parser:
-    def add_more(parser: config.Parser) -> None:
-        parser.add_argument("--resume", metavar="FILE", required=True, help="the checkpoint, in any of its forms")
-        parser.add_argument("--json", metavar="FILE", help="write the metrics: a list with one object per split")
-        parser.add_argument("--predictions", metavar="FILE", help="write a line of JSON per expression")
-        parser.add_argument("--vis", metavar="DIR", help="draw image, truth and prediction of some expressions")
-        parser.add_argument(
-            "--vis-num",
-            "--vis_num",
-            metavar="K",
-            type=int,
-            default=16,
-            help="how many, spread over the split (default: 16)",
-        )
-        parser.add_argument(
-            "--shuffle_sentences",
-            action="store_true",
-            help="control: permute the sentences within the split; a model that reads them must fail",
-        )
-        parser.add_argument(
-            "--baselines", action="store_true", help="show two answers beside it that ignore the sentence"
-        )
-        parser.add_argument("--image", metavar="FILE", help="segment this picture instead of a dataset")
-        parser.add_argument("--sentence", metavar="TEXT", help="what to segment in --image")
-        parser.add_argument("--out", metavar="PNG", help="where the overlay of --image goes; the mask goes beside it")
+class Loaded(NamedTuple):
+    """A checkpoint with what it needs to be used."""
 
-    return config.get_parser("test", __doc__, add_more)
+    checkpoint: Checkpoint
+    cfg: CfgNode
+    tokenizer: BertTokenizer
+    protocols: list[Protocol]
+
+    def build(self, processes: Processes) -> nn.Module:
+        """The model, on this process's device."""
+        return rebuild(self.checkpoint, build_crossvlt).to(processes.device).eval()
+
+
+def load(args: Any, path: str | Path) -> Loaded:
+    """Read a checkpoint and settle what flags, its own configuration and the defaults mean together."""
+    checkpoint = read_checkpoint(path)
+    as_trained = checkpoint.extra.get("config", {})
+    base = {key: as_trained[key] for key in AS_TRAINED if key in as_trained}
+    if Path(base.get("PRETRAINED.TOKENIZER", "")).suffix == ".txt" and not Path(base["PRETRAINED.TOKENIZER"]).exists():
+        del base["PRETRAINED.TOKENIZER"]  # trained elsewhere; another vocabulary than that one is refused below
+    cfg, given = config.resolve(args, base)
+    checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
+    check_model_flags(cfg, given, checkpoint)
+    vocab_size = checkpoint.model_config["vocab_size"]
+    tokenizer = load_tokenizer(config.tokenizer_name(cfg, vocab_size))
+    check_vocabulary(tokenizer, vocab_size, checkpoint.extra.get("vocabulary"))
+    switches = {name: getattr(args, name) for name in ("gt_mask", "eval_size", "threshold")}
+    protocols = choose_protocols(args.protocol, max_tokens=cfg.DATA.MAX_TOKENS, **switches)
+    return Loaded(checkpoint, cfg, tokenizer, protocols)
 
 
 def check_model_flags(cfg: CfgNode, given: set[str], checkpoint: Checkpoint) -> None:
@@ -93,173 +123,240 @@ def check_model_flags(cfg: CfgNode, given: set[str], checkpoint: Checkpoint) -> 
             )
 
 
-def chosen_splits(asked: str, refer: REFER) -> list[str]:
-    """``val,testA`` or ``all`` → the names of splits that this dataset has."""
-    present = refer.splits()
-    if asked == "all":
-        known = [split for split in SPLIT_ORDER if split in present]
-        known += sorted(set(present) - {"train", *known})
-        if not known:
-            raise UserError("--split all: this dataset has a train split only")
-        return known
-    names = [name.strip() for name in asked.split(",") if name.strip()]
-    if not names:
-        raise UserError(f"--split {asked!r} names no split; this dataset has {', '.join(present)}")
-    for name in names:
-        refer.getRefIds(split=name)  # an unknown one is an error now, not after the first split's hour
-    return list(dict.fromkeys(names))
+def make_dataset(loaded: Loaded, refer: REFER, split: str, *, shuffle_sentences: bool = False) -> ReferDataset:
+    """A split as a model was trained to see it, its pictures all there."""
+    data = loaded.cfg.DATA
+    dataset = ReferDataset(
+        refer,
+        split,
+        loaded.tokenizer,
+        img_size=data.IMG_SIZE,
+        max_tokens=data.MAX_TOKENS,
+        seed=loaded.cfg.SEED,
+        shuffle_sentences=shuffle_sentences,
+    )
+    dataset.check_pictures()
+    return dataset
 
 
-def print_table(title: str, rows: list[tuple[str, dict[str, float], int]]) -> None:
-    """The published table: a row per split, in percent."""
-    width = max(len(name) for name, _, _ in rows)
-    print(f"\n{title}")
-    print(f"{'split':<{width}}" + "".join(f"{name:>8}" for name in METRIC_NAMES) + f"{'expressions':>13}")
-    for name, metrics, count in rows:
-        print(f"{name:<{width}}" + "".join(f"{metrics[m]:>8.2f}" for m in METRIC_NAMES) + f"{count:>13}")
+def settings_of(
+    loaded: Loaded, digest: str, datasets: dict[str, ReferDataset], *, shuffle_sentences: bool = False
+) -> dict[str, Any]:
+    """What result files say of how their numbers came about."""
+    cfg, checkpoint = loaded.cfg, loaded.checkpoint
+    return {
+        "checkpoint": str(checkpoint.path),
+        "checkpoint_sha256": digest,
+        "swin_type": checkpoint.model_config["swin_type"],
+        "window_size": checkpoint.model_config["window_size"],
+        "img_size": cfg.DATA.IMG_SIZE,
+        "batch_size": cfg.BATCH_SIZE,
+        "dataset": cfg.DATA.NAME,
+        "split_by": cfg.DATA.SPLIT_BY,
+        "splits": {split: len(dataset) for split, dataset in datasets.items()},
+        "shuffle_sentences": shuffle_sentences,
+        "shuffle_seed": cfg.SEED if shuffle_sentences else None,
+        "protocols": [protocol.settings() for protocol in loaded.protocols],
+    }
 
 
-def draw(dataset: ReferDataset, result: EvaluationResult, folder: Path) -> Path:
-    """Write a panel per kept mask and a sheet of them all; gives back the sheet."""
-    panels = []
-    for index in sorted(result.masks):
-        expression = dataset.expressions[index]
-        panels.append(result_panel(dataset, result, index))
-        name = f"{dataset.split}_{index:06d}_ref{expression.ref_id}_sent{expression.sent_id}.png"
-        save_picture(panels[-1], folder / name)
-    save_picture(sheet(panels), folder / f"{dataset.split}_sheet.png")
-    return folder / f"{dataset.split}_sheet.png"
+class Session(NamedTuple):
+    """The processes of this command, and what their evaluations share."""
+
+    processes: Processes
+    group: dist.ProcessGroup | None
+    control: Control
+
+    def judge(
+        self,
+        model: nn.Module,
+        loaded: Loaded,
+        datasets: dict[str, ReferDataset],
+        *,
+        drawn: dict[str, list[int]] | None = None,
+        only_drawn: bool = False,
+        file: ResultFile | None = None,
+    ) -> Iterator[tuple[str, dict[str, EvaluationResult]]]:
+        """See :func:`lib.judging.judge_splits`; ``only_drawn``: judge nothing else."""
+        cfg, processes = loaded.cfg, self.processes
+
+        def make_batches(dataset: ReferDataset, done: Collection[int]) -> DeviceBatches:
+            return build_eval_batches(
+                dataset,
+                processes.device,
+                batch_size=cfg.BATCH_SIZE,
+                workers=cfg.WORKERS,
+                pin_memory=cfg.PIN_MEM,
+                rank=processes.rank,
+                world_size=processes.world_size,
+                truths=[protocol.truth for protocol in loaded.protocols],
+                indices=drawn[dataset.split] if only_drawn else None,
+                done=done,
+            )
+
+        return judge_splits(
+            model,
+            datasets,
+            loaded.protocols,
+            make_batches=make_batches,
+            batch_size=cfg.BATCH_SIZE,
+            drawn=drawn or {},
+            only_drawn=only_drawn,
+            file=file,
+            show_progress=processes.is_main,
+            log=LOG.debug,
+            stop_asked=self.control.stop_asked,
+            group=self.group,
+        )
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    with written_aside(path) as aside:
-        picture.save(aside, format="PNG")
-
-
-def write_lines(path: str, lines: list[str]) -> None:
-    with written_aside(path) as aside:
-        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
-
-def evaluate_splits(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokenizer: BertTokenizer) -> None:
-    """Judge the model on every asked split and write what was asked for."""
-    if args.vis_num < 1:
-        raise UserError(f"--vis-num {args.vis_num}: must be above 0")
-    refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
-    splits = chosen_splits(cfg.DATA.SPLIT, refer)
+@contextmanager
+def joined_processes(cfg: CfgNode):  # noqa: ANN201  (a context manager over a Session)
+    """Join the processes, and notice signals while they work."""
     processes = set_up_processes(cfg.DEVICE)
     set_up_logging(processes.rank)
-    for path in (args.json, args.predictions):
-        if path:
-            on_main(lambda path=path: check_writable(path))
-    if args.vis:
-        on_main(lambda: check_writable(Path(args.vis, "sheet.png")))
-    model = rebuild(checkpoint, build_crossvlt).to(processes.device).eval()
-    settings = {
-        "checkpoint": str(checkpoint.path),
-        "protocol": "paper",
-        "img_size": cfg.DATA.IMG_SIZE,
-        "gt_mask": "paper",
-        "max_tokens": cfg.DATA.MAX_TOKENS,
-        "shuffle_sentences": args.shuffle_sentences,
-        "swin_type": model.config["swin_type"],
-        "window_size": model.config["window_size"],
+    group = cpu_group()
+    with Control(0, 0.0, group) as control:
+        yield Session(processes, group, control)
+
+
+def evaluate_splits(args: Any) -> None:
+    """Judge a checkpoint on every asked split and write what was asked for."""
+    loaded = load(args, args.resume)
+    cfg, protocols = loaded.cfg, loaded.protocols
+    refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    datasets = {
+        split: make_dataset(loaded, refer, split, shuffle_sentences=args.shuffle_sentences)
+        for split in refer.choose_splits(cfg.DATA.SPLIT)
     }
-    rows, report, lines, sheets = [], [], [], []
-    for split in splits:
-        dataset = ReferDataset(
-            refer,
-            split,
-            tokenizer,
-            img_size=cfg.DATA.IMG_SIZE,
-            max_tokens=cfg.DATA.MAX_TOKENS,
-            seed=cfg.SEED,
-            shuffle_sentences=args.shuffle_sentences,
-        )
-        batches = build_eval_loader(
-            dataset,
-            batch_size=cfg.BATCH_SIZE,
-            workers=cfg.WORKERS,
-            pin_memory=cfg.PIN_MEM,
-            rank=processes.rank,
-            world_size=processes.world_size,
-        )
-        drawn = set(np.linspace(0, len(dataset) - 1, min(args.vis_num, len(dataset))).astype(int)) if args.vis else ()
-        result = evaluate(
-            model,
-            DeviceBatches(batches, processes.device),
-            num_expressions=len(dataset),
-            keep_masks=drawn,
-            log=LOG.debug,
-            progress=split if processes.is_main else None,
-        )
-        rows.append((split, result.metrics, len(dataset)))
-        report.append(
-            {
-                "dataset": cfg.DATA.NAME,
-                "split_by": cfg.DATA.SPLIT_BY,
-                "split": split,
-                "num_expressions": len(dataset),
-                "metrics": result.metrics,
-                "settings": settings,
-            }
-        )
-        if args.baselines:
-            baselines = on_main(
-                lambda dataset=dataset: baseline_metrics(
-                    [e.image_id for e in dataset.expressions],
-                    [e.ref_id for e in dataset.expressions],
-                    lambda index: preprocess_mask(dataset.full_size_mask(index), cfg.DATA.IMG_SIZE),
-                )
-            )
-            rows += [(f"  {name}", metrics, len(dataset)) for name, metrics in baselines.items()]
-            report[-1]["baselines"] = baselines
-        for counts in result.expressions:
-            expression = dataset.expressions[counts.index]
-            lines.append(
-                json.dumps(
-                    {
-                        "split": split,
-                        "ref_id": expression.ref_id,
-                        "sent_id": expression.sent_id,
-                        "sentence": expression.sentence,
-                        "intersection": counts.intersection,
-                        "union": counts.union,
-                        "iou": iou(counts.intersection, counts.union),
-                    },
-                    ensure_ascii=False,
-                )
-            )
-        if args.json:
-            on_main(lambda: write_lines(args.json, [json.dumps(report, indent=1)]))
-        if args.predictions:
-            on_main(lambda: write_lines(args.predictions, lines))
-        if args.vis:
-            sheets.append(on_main(lambda dataset=dataset, result=result: draw(dataset, result, Path(args.vis))))
-    if processes.is_main:
-        shuffled = ", sentences shuffled within each split" if args.shuffle_sentences else ""
-        print_table(f"{cfg.DATA.NAME} ({cfg.DATA.SPLIT_BY}), {checkpoint.path}, {cfg.DATA.IMG_SIZE} px{shuffled}", rows)
-        for path in filter(None, (args.json, args.predictions, *sheets)):
-            print(path)
+    drawn = {split: spread(len(dataset), args.vis_num) for split, dataset in datasets.items()} if args.vis else {}
+    with joined_processes(cfg) as session:
+        for path in filter(None, (args.json, args.predictions, args.vis and Path(args.vis, "sheet.png"))):
+            on_main(lambda path=path: check_writable(path))
+        digest = on_main(lambda: file_sha256(args.resume))
+        settings = settings_of(loaded, digest, datasets, shuffle_sentences=args.shuffle_sentences)
+        file = ResultFile(args.predictions, settings) if args.predictions else None
+        model = loaded.build(session.processes)
+        rows, report, sheets = defaultdict(list), [], []
+        for split, results in session.judge(model, loaded, datasets, drawn=drawn, file=file):
+            dataset = datasets[split]
+            for protocol in protocols:
+                result = results[protocol.name]
+                rows[protocol.name].append((split, result.metrics, len(dataset)))
+                report.append(summary(dataset, protocol, result, settings))
+                if args.baselines:
+                    report[-1]["baselines"] = on_main(lambda: baselines_of(dataset, protocol))  # noqa: B023
+                    rows[protocol.name] += [
+                        (f"  {name}", metrics, len(dataset)) for name, metrics in report[-1]["baselines"].items()
+                    ]
+            if args.json:
+                on_main(lambda: write_text(args.json, json.dumps(report, indent=1) + "\n"))
+            if args.vis:
+                maps = maps_of(model, dataset, normalize_images) if args.vis_maps else None
+                judged = Judged("prediction", dataset, results[protocols[0].name], protocols[0].gt_mask, maps)
+                sheets.append(on_main(lambda: draw([judged], drawn[split], Path(args.vis))))  # noqa: B023
+        if session.processes.is_main:
+            shuffled = ", sentences shuffled within each split" if args.shuffle_sentences else ""
+            for protocol in protocols:
+                where = f"{cfg.DATA.NAME} ({cfg.DATA.SPLIT_BY}), {args.resume}, {cfg.DATA.IMG_SIZE} px"
+                print(f"\n{where}, {protocol.name} protocol{shuffled}\n{metrics_table(rows[protocol.name])}")
+            print("\n".join(map(str, filter(None, (args.json, args.predictions, *sheets)))))
 
 
-def segment_own_picture(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokenizer: BertTokenizer) -> None:
+def compare_models(args: Any) -> None:
+    """Draw what several checkpoints predict of the same expressions, side by side."""
+    paths = [part for part in (part.strip() for part in args.vis_compare.split(",")) if part]
+    loaded = [load(args, path) for path in paths]
+    cfg = loaded[0].cfg
+    refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    splits = refer.choose_splits(cfg.DATA.SPLIT)
+    datasets = [{split: make_dataset(one, refer, split) for split in splits} for one in loaded]
+    drawn = {split: spread(len(dataset), args.vis_num) for split, dataset in datasets[0].items()}
+    with joined_processes(cfg) as session:
+        on_main(lambda: check_writable(Path(args.vis, "sheet.png")))
+        judged = defaultdict(list)
+        for name, one, own in zip(distinct_names(paths), loaded, datasets, strict=True):
+            model = one.build(session.processes)
+            for split, results in session.judge(model, one, own, drawn=drawn, only_drawn=True):
+                protocol, maps = one.protocols[0], None
+                if args.vis_maps:
+                    maps = maps_of(model, own[split], normalize_images)
+                judged[split].append(Judged(name, own[split], results[protocol.name], protocol.gt_mask, maps))
+        for split in splits:
+            path = on_main(lambda: draw(judged[split], drawn[split], Path(args.vis)))  # noqa: B023
+            if session.processes.is_main:
+                print(path)
+
+
+def make_table(args: Any) -> None:
+    """Evaluate the published rows that have a checkpoint and data, and write them beside the paper's."""
+    asked, found = vars(args), find_checkpoints(args.checkpoints)
+    wanted = [row for row in PUBLISHED if asked.get("DATA.NAME", row.dataset) == row.dataset]
+    if asked.get("DATA.SPLIT", "all") != "all":
+        wanted = [row for row in wanted if row.split in asked["DATA.SPLIT"].split(",")]
+    if not wanted:
+        raise UserError("--table: none of the published rows has that --dataset and --split")
+    folder, rows = Path(args.table_dir), []
+    with joined_processes(config.resolve(args)[0]) as session:
+        on_main(lambda: check_writable(folder / "table.md"))
+        for name in dict.fromkeys(row.dataset for row in wanted):
+            rows += measure([row for row in wanted if row.dataset == name], found.get(name), folder, args, session)
+        paths = on_main(lambda: write_tables(rows, folder))
+        if session.processes.is_main:
+            for protocol in dict.fromkeys(row.protocol for row in rows if row.protocol):
+                print(f"\n{text_table(rows, protocol)}")
+            print("\n".join(map(str, paths)))
+
+
+def measure(
+    wanted: list[PublishedRow], path: Path | None, folder: Path, args: Any, session: Session
+) -> list[MeasuredRow]:
+    """The rows of one dataset: evaluated now, or read back where an earlier run has finished them."""
+    if path is None:
+        return [missing_row(row, f"no checkpoint for {row.dataset} in {args.checkpoints}") for row in wanted]
+    ours = copy(args)
+    vars(ours).update({"DATA.NAME": wanted[0].dataset, "DATA.SPLIT_BY": wanted[0].split_by})
+    try:
+        loaded = load(ours, path)
+        refer = REFER(loaded.cfg.DATA.ROOT, wanted[0].dataset, wanted[0].split_by)
+    except UserError as error:
+        return [missing_row(row, str(error)) for row in wanted]
+    rows, model, digest = [], None, on_main(lambda: file_sha256(path))
+    for row in wanted:
+        try:
+            datasets = {row.split: make_dataset(loaded, refer, row.split)}
+        except UserError as error:
+            rows.append(missing_row(row, str(error)))
+            continue
+        file = ResultFile(folder / f"{row.name}.jsonl", settings_of(loaded, digest, datasets))
+        if from_main(file.is_finished()):
+            LOG.info("%s: finished before, in %s", row.title, file.path)
+        else:
+            model = model or loaded.build(session.processes)
+            for _ in session.judge(model, loaded, datasets, file=file):
+                pass
+        rows += on_main(lambda: measured_rows(row, file))  # noqa: B023
+    return rows
+
+
+def segment_own_picture(args: Any) -> None:
     """Write the overlay and the mask of what a sentence means in one picture, at the picture's own size."""
-    if not (args.image and args.sentence and args.out):
-        raise UserError("one's own picture needs all three of --image FILE, --sentence TEXT and --out PNG")
     out = Path(args.out)
     if out.suffix.lower() != ".png":
         raise UserError(f"--out {out}: must end in .png")
     if not Path(args.image).is_file():
         raise MissingFileError(f"--image {args.image}: no such file")
+    loaded = load(args, args.resume)
+    cfg = loaded.cfg
     image = ImageOps.exif_transpose(open_image(Path(args.image)))  # as its viewer sees it: left must be left
     processes = set_up_processes(cfg.DEVICE)
-    model = rebuild(checkpoint, build_crossvlt).to(processes.device).eval()
+    model = loaded.build(processes)
     ids, text_mask = (
-        torch.from_numpy(x.astype(np.int64)) for x in tokenize(tokenizer, [args.sentence], cfg.DATA.MAX_TOKENS)
+        torch.from_numpy(x.astype(np.int64)) for x in tokenize(loaded.tokenizer, [args.sentence], cfg.DATA.MAX_TOKENS)
     )
     inputs = (preprocess_image(image, cfg.DATA.IMG_SIZE)[None], ids, text_mask)
-    mask = predict(model, *(x.to(processes.device) for x in inputs), size=image.size[::-1])[0].cpu().numpy()
+    on_device = (x.to(processes.device) for x in inputs)
+    mask = predict(model, *on_device, size=image.size[::-1], protocol=loaded.protocols[0])[0].cpu().numpy()
     if processes.is_main:
         mask_path = out.with_name(f"{out.stem}_mask.png")
         save_picture(overlay(image, mask), out)
@@ -268,26 +365,15 @@ def segment_own_picture(args: Any, cfg: CfgNode, checkpoint: Checkpoint, tokeniz
 
 
 def main() -> None:
-    args = get_parser().parse_args()
+    args = config.get_parser("test", __doc__, add_flags).parse_args()
     set_up_logging(launched_rank())
-    checkpoint = read_checkpoint(args.resume)
-    as_trained = checkpoint.extra.get("config", {})
-    base = {key: as_trained[key] for key in AS_TRAINED if key in as_trained}
-    if Path(base.get("PRETRAINED.TOKENIZER", "")).suffix == ".txt" and not Path(base["PRETRAINED.TOKENIZER"]).exists():
-        del base["PRETRAINED.TOKENIZER"]  # trained elsewhere; another vocabulary than that one is refused below
-    cfg, given = config.resolve(args, base)
-    checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
-    check_model_flags(cfg, given, checkpoint)
+    way = choose_way(args)
     unused = config.unused_flags(args)
     if unused:
         LOG.warning("not used in evaluation: %s", ", ".join(unused))
-    vocab_size = checkpoint.model_config["vocab_size"]
-    tokenizer = load_tokenizer(config.tokenizer_name(cfg, vocab_size))
-    check_vocabulary(tokenizer, vocab_size, checkpoint.extra.get("vocabulary"))
-    if args.image or args.sentence or args.out:
-        segment_own_picture(args, cfg, checkpoint, tokenizer)
-    else:
-        evaluate_splits(args, cfg, checkpoint, tokenizer)
+    {"image": segment_own_picture, "table": make_table, "vis_compare": compare_models, "splits": evaluate_splits}[way](
+        args
+    )
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from bert.files import find_bert_file
 from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer
 from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
-from data.loaders import DeviceBatches, build_eval_loader, build_train_loader
+from data.loaders import DeviceBatches, build_eval_batches, build_train_loader
 from lib import config
 from lib.checkpoint import Checkpoint, load_pretrained, load_strictly, load_weights, read_checkpoint, rebuild
 from lib.criterion import CrossVLTCriterion
@@ -64,7 +64,7 @@ from utils import (
     run_command,
     set_up_logging,
     set_up_processes,
-    written_aside,
+    write_text,
 )
 
 LOG = logging.getLogger("crossvlt")
@@ -162,8 +162,7 @@ def open_run(cfg: CfgNode, resumed: Checkpoint | None, processes: Processes) -> 
         except OSError as error:
             raise UserError(f"can't make the folder {folder}: {error.strerror}; choose another --model_id") from error
     set_up_logging(0, logs / "train.log")
-    with written_aside(logs / "config.yaml") as aside:
-        aside.write_text(cfg.dump(), encoding="utf-8")
+    write_text(logs / "config.yaml", cfg.dump())
     step = resumed.extra["step"] if resumed else 0
     write_environment(logs / "environment.json", from_step=step, processes=processes.world_size)
     return checkpoints, logs
@@ -280,10 +279,12 @@ def fit(
     with Control(train.SAVE_STEPS, train.SAVE_MINUTES, step.group) as control, contextlib.ExitStack() as at_the_end:
         validation = Validation(
             splits.val,
-            lambda dataset: DeviceBatches(build_eval_loader(dataset, **loading), device),
+            lambda indices: build_eval_batches(splits.val, device, indices=indices, **loading),
+            batch_size=cfg.BATCH_SIZE,
             looked_at=2 * cfg.BATCH_SIZE * processes.world_size,
             title=cfg.DATA.SPLIT if processes.is_main else None,
             stop_asked=control.stop_asked,
+            group=step.group,
             compiled=train.COMPILE,
         )
         judging = validation.look_ahead(model)

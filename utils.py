@@ -215,6 +215,15 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def file_sha256(path: str | Path) -> str:
+    """What tells one file's content from any other's, as ``sha256sum`` prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
 @contextmanager
 def writing(path: str | Path):  # noqa: ANN201  (a context manager)
     """What keeps ``path`` from being written, such as a full disk, as a UserError that names it."""
@@ -245,6 +254,12 @@ def written_aside(path: str | Path):  # noqa: ANN201  (a context manager over a 
     finally:
         if aside.exists():
             aside.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file (UTF-8), whole or not at all. UserError: it can't be written."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def _sync(path: Path) -> None:

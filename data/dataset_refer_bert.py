@@ -56,7 +56,7 @@ class ReferDataset(Dataset):
         max_tokens: N; see :func:`bert.tokenization.tokenize`.
         mask_mode: ``paper`` (a pixel belongs to the object where exactly one polygon covers it) or ``union``.
         draw_sentences: True for training: a sample per ref, with one of its sentences, drawn by
-            (seed, epoch, index); False for evaluation: a sample per sentence.
+            (seed, epoch, index); False: a sample per sentence (for evaluation see data.picture_batches).
         seed: of the drawing and the shuffling.
         shuffle_sentences: permute the sentences within the split: a control that shows whether language is used.
 
@@ -134,18 +134,23 @@ class ReferDataset(Dataset):
                 "see refer/README.md for what belongs where"
             )
 
-    def full_size_mask(self, index: int) -> np.ndarray:
-        """The true mask of a sample at the picture's own size: uint8 [H, W] of 0 and 1."""
-        return self.refer.getMask(self.expressions[self.expression_of(index)].ref_id, mode=self.mask_mode)["mask"]
+    def full_size_mask(self, index: int, mode: str | None = None) -> np.ndarray:
+        """The true mask of a sample at the picture's own size: uint8 [H, W] of 0 and 1; by default of ``mask_mode``."""
+        ref_id = self.expressions[self.expression_of(index)].ref_id
+        return self.refer.getMask(ref_id, mode=mode or self.mask_mode)["mask"]
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        chosen = self.expression_of(index)
-        image, mask = self.picture(index), self.full_size_mask(index)
+    def check_size(self, index: int, image: Image.Image, mask: np.ndarray) -> None:
+        """UserError where the picture of a sample isn't as large as its annotation says."""
         if image.size != mask.shape[::-1]:
             raise UserError(
                 f"the picture {self.image_path(index)} is {image.width}×{image.height}, "
                 f"but its annotation says {mask.shape[1]}×{mask.shape[0]}"
             )
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        chosen = self.expression_of(index)
+        image, mask = self.picture(index), self.full_size_mask(index)
+        self.check_size(index, image, mask)
         return {
             "image": resize_image(image, self.img_size),
             "input_ids": torch.from_numpy(self.input_ids[chosen].astype(np.int64)),

@@ -1,31 +1,16 @@
 """DataLoaders: shuffled shares for training, exact shares for evaluation, and their way to the model's device."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from data.dataset_refer_bert import ReferDataset
+from data.picture_batches import PictureBatches
 from data.transforms import normalize_images
 from utils import UserError, derive_seed
-
-
-class BatchShare(Sampler[list[int]]):
-    """This process's batches of an evaluation: the split is cut into batches first, then dealt out like cards.
-
-    Nothing is padded or repeated: every index is in exactly one process's share, whatever the number of processes,
-    and the batches themselves don't depend on it.
-    """
-
-    def __init__(self, length: int, batch_size: int, rank: int, world_size: int) -> None:
-        self.batches = [list(range(i, min(i + batch_size, length))) for i in range(0, length, batch_size)]
-        self.batches = self.batches[rank::world_size]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
 
 
 class TrainShare(Sampler[list[int]]):
@@ -66,20 +51,29 @@ class TrainShare(Sampler[list[int]]):
 
 
 class DeviceBatches:
-    """A loader's batches as the model takes them, on its device.
+    """A loader's batches as the model takes them, on its device; pictures and masks travel as bytes.
 
-    Each is a dict: ``image`` float32 [B, 3, S, S], normalised; ``input_ids`` and ``attention_mask`` int64 [B, N];
-    ``mask`` int64 [B, S, S]; ``index`` int64 [B], which stays on the CPU. Pictures and masks travel as bytes.
+    Each is the loader's dict, with ``image`` float32, normalised, and ``mask``, if there is one, int64. ``index`` stays
+    on the CPU.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
         self.loader, self.device = loader, device
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for batch in self.loader:
-            moved = {name: batch[name].to(self.device, non_blocking=True) for name in batch if name != "index"}
-            moved["image"], moved["mask"] = normalize_images(moved["image"]), moved["mask"].long()
+            moved = self._moved({name: value for name, value in batch.items() if name != "index"})
+            moved["image"] = normalize_images(moved["image"])
+            if "mask" in moved:
+                moved["mask"] = moved["mask"].long()
             yield {**moved, "index": batch["index"]}
+
+    def _moved(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self._moved(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [self._moved(one) for one in value]
+        return value.to(self.device, non_blocking=True)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -107,29 +101,54 @@ def build_train_loader(
             f"{len(dataset)} training samples don't fill one step of {world_size} process(es) × {batch_size} × "
             f"{accum_steps} accumulated: lower --batch-size"
         )
-    return _loader(dataset, workers, pin_memory, share, seed=(seed, rank))
+    return _loader(dataset, workers, pin_memory, seed=(seed, rank), batch_sampler=share)
 
 
-def build_eval_loader(
-    dataset: Dataset, *, batch_size: int, workers: int, rank: int, world_size: int, pin_memory: bool = False
-) -> DataLoader:
-    """This process's share of a split, in order, every sample exactly once over all processes."""
-    return _loader(dataset, workers, pin_memory, BatchShare(len(dataset), batch_size, rank, world_size), seed=(0, rank))
+def build_eval_batches(
+    dataset: ReferDataset,
+    device: torch.device,
+    *,
+    batch_size: int,
+    workers: int,
+    rank: int,
+    world_size: int,
+    pin_memory: bool = False,
+    truths: Iterable[tuple[str, str]] = (("paper", "resized"),),
+    indices: Iterable[int] | None = None,
+    done: Collection[int] = (),
+) -> DeviceBatches:
+    """This process's share of a split's batches, on a device; they are cut first, then dealt out like cards.
+
+    Nothing is padded or repeated: every expression is in exactly one process's share.
+
+    Args:
+        dataset, batch_size, truths, indices: see :class:`data.picture_batches.PictureBatches`.
+        device: the model's.
+        workers, pin_memory: of the loader.
+        rank, world_size: this process, of how many.
+        done: batches whose expressions are all among these are left out.
+    """
+    batches = PictureBatches(dataset, batch_size, truths, indices)
+    own = batches.remaining(done)[rank::world_size]
+    how = {"sampler": own, "batch_size": None, "collate_fn": _as_it_is}
+    return DeviceBatches(_loader(batches, workers, pin_memory, seed=(0, rank), **how), device)
 
 
-def _loader(
-    dataset: Dataset, workers: int, pin_memory: bool, batch_sampler: Sampler[list[int]], seed: tuple[int, int]
-) -> DataLoader:
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    return batch
+
+
+def _loader(dataset: Dataset, workers: int, pin_memory: bool, *, seed: tuple[int, int], **order: Any) -> DataLoader:
     generator = torch.Generator().manual_seed(
         derive_seed("workers", *seed)
     )  # else each iter() draws from the global one
     return DataLoader(
         dataset,
-        batch_sampler=batch_sampler,
         num_workers=workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=generator,
         worker_init_fn=_leave_signals_to_the_parent,
+        **order,
     )
 
 

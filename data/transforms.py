@@ -8,6 +8,8 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 
+from refer.masks import resize_mask
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -31,5 +33,4 @@ def preprocess_image(image: Image.Image, size: int) -> torch.Tensor:
 
 def preprocess_mask(mask: np.ndarray, size: int) -> torch.Tensor:
     """A mask [H, W] of 0 and 1 → uint8 [size, size], by PIL's nearest neighbour."""
-    resized = TF.resize(Image.fromarray(mask.astype(np.uint8)), [size, size], TF.InterpolationMode.NEAREST)
-    return torch.from_numpy(np.array(resized, dtype=np.uint8))
+    return torch.from_numpy(resize_mask(mask, size))

@@ -2,10 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 
 from lib.metrics import SegmentationMetrics, intersection_and_union
+from lib.protocols import Protocol
+from refer.masks import resize_mask
 
 
 def baseline_metrics(
@@ -39,3 +42,14 @@ def baseline_metrics(
             )
         best_object.add(*max(answers, key=lambda answer: answer[0])[1:])
     return {"all foreground": everything.compute(), "best object": best_object.compute()}
+
+
+def baselines_of(dataset: Any, protocol: Protocol) -> dict[str, dict[str, float]]:
+    """:func:`baseline_metrics` of a ReferDataset, judged by a protocol."""
+
+    def true_mask(index: int) -> torch.Tensor:
+        mask = dataset.full_size_mask(index, protocol.gt_mask)
+        return torch.from_numpy(resize_mask(mask, dataset.img_size) if protocol.eval_size == "resized" else mask)
+
+    images, objects = ([getattr(one, name) for one in dataset.expressions] for name in ("image_id", "ref_id"))
+    return baseline_metrics(images, objects, true_mask)

@@ -1,36 +1,50 @@
-"""The one evaluate loop, for validation while training and for test.py, and the one predict()."""
+"""The one evaluate loop, for validation while training and for test.py, and the one predict().
+
+Letters: P pictures, R objects, B expressions, S the pictures' side, N tokens; H×W the size masks are judged at.
+"""
 
 import time
-from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from lib.metrics import SegmentationMetrics, intersection_and_union
-from utils import StoppedError, gather
+from lib.metrics import SegmentationMetrics, intersection_and_union, iou
+from lib.protocols import PAPER, Protocol
+from lib.results import encode_mask
+from utils import StoppedError, agree, gather
 
 SECONDS_BETWEEN_LINES = 30
-Batch = dict[str, torch.Tensor]
+SECONDS_BETWEEN_REPORTS = 60  # what at most is lost when a process is killed
+Batch = dict[str, Any]
+UNKNOWN = -1
 
 
 class ExpressionResult(NamedTuple):
-    """One expression's pixel counts, by its index in the dataset."""
+    """One expression under one protocol."""
 
-    index: int
-    intersection: int
+    index: int  # in the dataset
+    protocol: str
+    intersection: int  # pixels
     union: int
+    mask: dict[str, Any] | None  # the prediction as COCO RLE, where it was asked for
 
 
 class EvaluationResult(NamedTuple):
-    """Every expression once, in the dataset's order; metrics in percent; the predicted masks that were asked for."""
+    """Every expression once under one protocol, in the dataset's order."""
 
-    expressions: list[ExpressionResult]
-    metrics: dict[str, float]
-    masks: dict[int, np.ndarray]
+    indices: np.ndarray  # int64 [n]
+    counts: np.ndarray  # int64 [n, 2]: intersection, union
+    metrics: dict[str, float]  # in percent
+    masks: dict[int, dict[str, Any]]  # COCO RLE by index, of those that were to be kept (the first protocol's)
+
+    def iou(self, index: int) -> float:
+        """The IoU of the expression at ``index``, 0 where the union is empty."""
+        return iou(*self.counts[np.searchsorted(self.indices, index)].tolist())
 
 
 @torch.inference_mode()
@@ -41,88 +55,237 @@ def predict(
     attention_mask: torch.Tensor,
     *,
     size: tuple[int, int] | None = None,
+    protocol: Protocol = PAPER,
 ) -> torch.Tensor:
     """Masks of what the sentences mean: bool [B, H, W].
 
     Args:
         model: a CrossVLT in eval mode.
-        images: [B, 3, H, W], preprocessed.
+        images: [B, 3, S, S], preprocessed.
         input_ids, attention_mask: [B, N].
-        size: (height, width) of the masks, where it is not the images': the logits are resized, then compared.
+        size: (H, W) of the masks, where it is not the images': the logits are resized, then compared.
+        protocol: says how logits become a mask.
     """
     logits = model(images, input_ids, attention_mask, return_similarities=False).mask_logits
-    if size is not None:
-        logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-    return logits.argmax(1).bool()
+    return protocol.predicted(logits, tuple(size or images.shape[-2:]))
+
+
+@torch.inference_mode()
+def alignment_maps(
+    model: nn.Module, images: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> list[list[np.ndarray]]:
+    """What ties pixels and sentence at each stage, for each of B sentences: four float32 [h, w], cosine / temperature.
+
+    Args:
+        model: a CrossVLT in eval mode.
+        images, input_ids, attention_mask: as for :func:`predict`, on any device.
+    """
+    device = model.temp.device
+    inputs = (x.to(device) for x in (images, input_ids, attention_mask))
+    similarities = model(*inputs, return_similarities=True).similarities
+    return [[stage[b, 0].float().cpu().numpy() for stage in similarities] for b in range(len(images))]
 
 
 def evaluate(
     model: nn.Module,
     batches: Collection[Batch],
     *,
-    num_expressions: int,
+    indices: Sequence[int] | np.ndarray,
+    batch_size: int,
+    protocols: Sequence[Protocol] = (PAPER,),
     keep_masks: Collection[int] = (),
+    report_masks: bool = False,
+    share_pictures: bool = True,
+    known: np.ndarray | None = None,
+    report: Callable[[list[ExpressionResult]], None] | None = None,
     progress: str | None = None,
     log: Callable[[str], None] | None = None,
     stop_asked: Callable[[], bool] | None = None,
-) -> EvaluationResult:
+    group: dist.ProcessGroup | None = None,
+) -> dict[str, EvaluationResult]:
     """Judge every expression exactly once, whatever the number of processes.
 
     Args:
         model: an unwrapped CrossVLT; left in the mode it was in.
-        batches: this process's share, on the model's device: dicts with ``image`` [B, 3, S, S], ``input_ids`` and
-            ``attention_mask`` [B, N], ``mask`` [B, S, S] and ``index`` [B], which is on the CPU.
-        num_expressions: of all processes together.
-        keep_masks: indices whose predicted masks are wanted.
-        progress: a title: show a bar on a terminal.
-        log: called with a plain line now and then where there is no bar.
+        batches: this process's share, on the model's device; see :class:`data.picture_batches.PictureBatches`.
+        indices: of all expressions that all processes together judge, ascending.
+        batch_size: the most expressions of a forward pass.
+        protocols: each is judged of the same logits.
+        keep_masks: indices whose predicted masks by the first protocol its result keeps.
+        report_masks: whether ``report`` gets every predicted mask.
+        share_pictures: compute what depends on the picture alone once per picture, not once per expression.
+        known: what an earlier evaluation has found, which ``batches`` needn't have: int64 [k, 4] of index, number of
+            the protocol, intersection, union.
+        report: called now and then on the main process with what is new since, from all processes; every result of
+            ``batches`` that isn't known comes by once.
+        progress: a title: show a bar, or call ``log`` now and then where there is no terminal.
+        log: called with a line.
         stop_asked: called before each batch, by all processes together, and the same on all: whether to leave.
+        group: joins the processes for exchanging numbers on the CPU (:func:`utils.cpu_group`).
+
+    Returns:
+        by the protocols' names, the same on every process.
 
     Raises:
-        StoppedError: ``stop_asked`` said so.
+        StoppedError: ``stop_asked`` said so; everything until then was reported.
         RuntimeError: an expression was judged twice or not at all.
     """
+    tally = _Tally(np.asarray(indices, dtype=np.int64), protocols, known)
+    new: list[ExpressionResult] = []
+    first, masks = protocols[0].name, {}
+    wanted = range(int(indices[-1]) + 1) if report_masks else keep_masks
+    line = _ProgressLine(progress, tally, log)
+    reported_at = time.monotonic()
+
+    def exchange() -> None:
+        nonlocal reported_at
+        everyones = [result for part in gather(new) for result in part if tally.add(result)]
+        for result in everyones:
+            if result.protocol == first and result.index in keep_masks:
+                masks[result.index] = result.mask
+        if report is not None and (not dist.is_initialized() or dist.get_rank() == 0):
+            report(everyones)
+        new.clear()
+        reported_at = time.monotonic()
+
     was_training = model.training
     model.eval()
-    rows, masks = [], {}
-    bar = tqdm(total=len(batches), desc=progress, disable=None if progress else True, leave=False, unit="batch")
-    last_line = time.monotonic()
     try:
-        for number, batch in enumerate(_unless_stopped(batches, stop_asked), 1):
-            predicted = predict(model, batch["image"], batch["input_ids"], batch["attention_mask"])
-            counts = intersection_and_union(predicted, batch["mask"])
-            rows.append(torch.stack([batch["index"], *(count.cpu() for count in counts)], dim=1))
-            for index, mask in zip(batch["index"].tolist(), predicted, strict=True):
-                if index in keep_masks:
-                    masks[index] = mask.cpu().numpy()
-            bar.update()
-            if log and progress and bar.disable and time.monotonic() - last_line > SECONDS_BETWEEN_LINES:
-                log(f"{progress}: {number}/{len(batches)} batches")
-                last_line = time.monotonic()
+        for batch in _in_rounds(batches):
+            if stop_asked is not None and stop_asked():
+                exchange()
+                raise StoppedError("stopped while judging: nothing was lost, and nothing has changed")
+            done = [] if batch is None else _judged(model, batch, protocols, batch_size, wanted, share_pictures)
+            new += done
+            counts = [(result.intersection, result.union) for result in done if result.protocol == first]
+            due = time.monotonic() - reported_at > SECONDS_BETWEEN_REPORTS
+            news = [len(counts), sum(i for i, _ in counts), sum(u for _, u in counts), due]
+            *sums, due = agree([float(number) for number in news], group)
+            line.add(*map(int, sums))
+            if due:
+                exchange()
+        exchange()
     finally:
-        bar.close()
+        line.close()
         model.train(was_training)
-
-    own = torch.cat(rows).numpy() if rows else np.empty((0, 3), dtype=np.int64)
-    table = np.concatenate(gather(own))
-    table = table[np.argsort(table[:, 0], kind="stable")]
-    if not np.array_equal(table[:, 0], np.arange(num_expressions)):
-        raise RuntimeError(f"{len(table)} results for {num_expressions} expressions: some were judged twice or never")
-    metrics = SegmentationMetrics()
-    metrics.add(table[:, 1].tolist(), table[:, 2].tolist())
-    everyones_masks = {index: mask for part in gather(masks) for index, mask in part.items()} if keep_masks else {}
-    return EvaluationResult([ExpressionResult(*row) for row in table.tolist()], metrics.compute(), everyones_masks)
+    return tally.results({first: masks})
 
 
-def _unless_stopped(batches: Collection[Batch], stop_asked: Callable[[], bool] | None) -> Iterator[Batch]:
-    """The batches, with the question in as many rounds on every process, though one may have a batch less."""
-    if stop_asked is None:
-        yield from batches
-        return
+@torch.inference_mode()
+def _judged(
+    model: nn.Module,
+    batch: Batch,
+    protocols: Sequence[Protocol],
+    batch_size: int,
+    keep_masks: Collection[int],
+    share_pictures: bool,
+) -> list[ExpressionResult]:
+    """The results of a batch, in its order."""
+    results, indices = [], batch["index"].tolist()
+    for rows, logits in _logits(model, batch, batch_size, share_pictures):
+        objects = batch["object"][rows]
+        for protocol in protocols:
+            truths = batch["truths"][protocol.truth]
+            if protocol.eval_size == "resized":
+                parts = [(logits, truths[objects])]
+            else:  # every picture has a size of its own
+                parts = [(logits[i : i + 1], truths[k][None]) for i, k in enumerate(objects.tolist())]
+            place = rows.start
+            for part, truth in parts:
+                predicted = protocol.predicted(part, tuple(truth.shape[-2:]))
+                counts = torch.stack(intersection_and_union(predicted, truth), dim=1).tolist()
+                for (intersection, union), mask in zip(counts, predicted, strict=True):
+                    kept = encode_mask(mask.cpu().numpy()) if indices[place] in keep_masks else None
+                    results.append(ExpressionResult(indices[place], protocol.name, intersection, union, kept))
+                    place += 1
+    return results
+
+
+def _logits(
+    model: nn.Module, batch: Batch, batch_size: int, share_pictures: bool
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Logits [b, 2, S, S] of at most ``batch_size`` successive expressions at a time."""
+    images, of = batch["image"], batch["picture"]
+    encoded = model.encode_pictures(images) if share_pictures else None
+    for start in range(0, len(of), batch_size):
+        rows = slice(start, start + batch_size)
+        inputs = (batch["input_ids"][rows], batch["attention_mask"][rows])
+        if encoded is None:
+            output = model(images[of[rows]], *inputs, return_similarities=False)
+        else:
+            output = model.segment(encoded[of[rows]], *inputs, size=images.shape[-2:], return_similarities=False)
+        yield rows, output.mask_logits
+
+
+def _in_rounds(batches: Collection[Batch]) -> Iterator[Batch | None]:
+    """The batches, and None once they are done, as often on every process, though one may have a batch less."""
     iterator = iter(batches)
     for _ in range(max(gather(len(batches)))):
-        if stop_asked():
-            raise StoppedError("stopped while judging: nothing was lost, and nothing has changed")
-        batch = next(iterator, None)
-        if batch is not None:
-            yield batch
+        yield next(iterator, None)
+
+
+class _Tally:
+    """Pixel counts of every expression under every protocol: as large before the first as after the last."""
+
+    def __init__(self, indices: np.ndarray, protocols: Sequence[Protocol], known: np.ndarray | None) -> None:
+        self.indices, self.names = indices, [protocol.name for protocol in protocols]
+        self.counts = np.full((len(protocols), len(indices), 2), UNKNOWN, dtype=np.int64)
+        if known is not None and len(known):
+            self.counts[known[:, 1], self._places(known[:, 0])] = known[:, 2:]
+        self.known = self.counts[:, :, 0] != UNKNOWN
+
+    def _places(self, indices: np.ndarray) -> np.ndarray:
+        places = np.searchsorted(self.indices, indices).clip(max=len(self.indices) - 1)
+        if not np.array_equal(self.indices[places], indices):
+            raise RuntimeError("an expression was judged that isn't among those to be judged")
+        return places
+
+    def add(self, result: ExpressionResult) -> bool:
+        """Whether it is news: a batch may be computed again for the sake of one expression."""
+        protocol, place = self.names.index(result.protocol), self._places(np.array([result.index]))[0]
+        if self.known[protocol, place]:
+            return False
+        if self.counts[protocol, place, 0] != UNKNOWN:
+            raise RuntimeError(f"expression {result.index} was judged twice")
+        self.counts[protocol, place] = result.intersection, result.union
+        return True
+
+    def results(self, masks: dict[str, dict[int, dict[str, Any]]]) -> dict[str, EvaluationResult]:
+        never = int((self.counts[:, :, 0] == UNKNOWN).any(axis=0).sum())
+        if never:
+            raise RuntimeError(f"{never} of {len(self.indices)} expressions were never judged")
+        found = {}
+        for name, counts in zip(self.names, self.counts, strict=True):
+            metrics = SegmentationMetrics()
+            metrics.add(*counts.T.tolist())
+            found[name] = EvaluationResult(self.indices, counts, metrics.compute(), masks.get(name, {}))
+        return found
+
+
+class _ProgressLine:
+    """A bar over all processes' expressions with the overall IoU so far, or a plain line now and then."""
+
+    def __init__(self, title: str | None, tally: _Tally, log: Callable[[str], None] | None) -> None:
+        self.title, self.log, self.total = title, log, len(tally.indices)
+        self.intersection, self.union = np.where(tally.known[0, :, None], tally.counts[0], 0).sum(0).tolist()
+        done = int(tally.known[0].sum())
+        self.bar = tqdm(
+            total=self.total, initial=done, desc=title, disable=None if title else True, leave=False, unit="expr"
+        )
+        self.done, self.begun_with, self.begun = done, done, time.monotonic()
+        self.told = self.begun
+
+    def add(self, expressions: int, intersection: int, union: int) -> None:
+        self.done += expressions
+        self.intersection, self.union = self.intersection + intersection, self.union + union
+        overall = f"oIoU {100 * iou(self.intersection, self.union):.2f}"
+        self.bar.set_postfix_str(overall, refresh=False)
+        self.bar.update(expressions)
+        now = time.monotonic()
+        if self.title and self.log and self.bar.disable and now - self.told > SECONDS_BETWEEN_LINES:
+            rate = (self.done - self.begun_with) / (now - self.begun)
+            self.log(f"{self.title}: {self.done}/{self.total} expressions, {rate:.1f}/s, {overall} so far")
+            self.told = now
+
+    def close(self) -> None:
+        self.bar.close()

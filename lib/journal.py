@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils import writing, written_aside
+from utils import write_text, writing
 
 LOG = logging.getLogger("crossvlt")
 METRICS_FILE = "metrics.jsonl"
@@ -103,8 +103,7 @@ def _drop_after(path: Path, step: int, validated: bool) -> None:
         done = entry["step"] < step or (entry["step"] == step and (validated or entry["kind"] == "train"))
         if line.endswith("\n") and done:
             kept.append(line)
-    with written_aside(path) as aside:
-        aside.write_text("".join(kept), encoding="utf-8")
+    write_text(path, "".join(kept))
 
 
 def write_environment(path: Path, **more: Any) -> None:
@@ -115,8 +114,7 @@ def write_environment(path: Path, **more: Any) -> None:
             starts = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             LOG.warning("%s is not valid JSON: written anew", path)
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps([*starts, {**environment(), **more}], indent=1), encoding="utf-8")
+    write_text(path, json.dumps([*starts, {**environment(), **more}], indent=1))
 
 
 def environment() -> dict[str, Any]:

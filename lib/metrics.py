@@ -1,13 +1,21 @@
 """The field's numbers, from intersections and unions: pure accumulators that merge."""
 
 import math
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
-METRIC_NAMES = (*(f"P@{threshold}" for threshold in THRESHOLDS), "mIoU", "oIoU")
+
+
+def metric_names(thresholds: Sequence[float] = THRESHOLDS) -> tuple[str, ...]:
+    """What the metrics are called, in the order they are shown in."""
+    return (*(f"P@{threshold}" for threshold in thresholds), "mIoU", "oIoU")
+
+
+METRIC_NAMES = metric_names()
 
 
 def intersection_and_union(predicted: torch.Tensor, truth: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,8 +51,12 @@ class SegmentationMetrics:
         """Add what another process or split has counted."""
         self.pairs.extend(other.pairs)
 
-    def compute(self) -> dict[str, float]:
-        """The metrics in percent, by the names of ``METRIC_NAMES``.
+    def compute(self, thresholds: Sequence[float] = THRESHOLDS, *, strict: bool = False) -> dict[str, float]:
+        """The metrics in percent, by the names of ``metric_names(thresholds)``.
+
+        Args:
+            thresholds: the X of P@X.
+            strict: P@X is the share with IoU > X instead.
 
         Raises:
             ValueError: nothing was added.
@@ -53,7 +65,8 @@ class SegmentationMetrics:
             raise ValueError("no expression was evaluated: there are no metrics of nothing")
         ious = [iou(*pair) for pair in self.pairs]
         count, union = len(ious), sum(union for _, union in self.pairs)
-        values = {f"P@{threshold}": sum(iou >= threshold for iou in ious) / count for threshold in THRESHOLDS}
-        values["mIoU"] = math.fsum(ious) / count
-        values["oIoU"] = sum(intersection for intersection, _ in self.pairs) / union if union else 0.0
-        return {name: 100 * value for name, value in values.items()}
+        reached = operator.gt if strict else operator.ge
+        values = [sum(reached(iou, threshold) for iou in ious) / count for threshold in thresholds]
+        values.append(math.fsum(ious) / count)
+        values.append(sum(intersection for intersection, _ in self.pairs) / union if union else 0.0)
+        return {name: 100 * value for name, value in zip(metric_names(thresholds), values, strict=True)}

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from refer.files import MAX_SIDE
+from refer.masks import parts_of
 from utils import MissingFileError, UserError, writing, written_aside
 
 FORMAT = "crossvlt results 1"
@@ -30,6 +32,18 @@ def encode_mask(mask: np.ndarray) -> dict[str, Any]:
     """bool [H, W] → COCO RLE, as JSON takes it."""
     rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+
+
+def decode_mask(rle: dict[str, Any]) -> np.ndarray:
+    """The inverse of :func:`encode_mask`. ValueError: it is damaged."""
+    try:
+        H, W = rle["size"]
+        if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in (H, W)):
+            raise ValueError(f"no picture is {W}×{H}")
+        (mask,) = parts_of(rle, H, W)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not an RLE: {error}") from error
+    return mask.astype(bool)
 
 
 class ResultFile:
@@ -46,7 +60,13 @@ class ResultFile:
 
     def is_finished(self) -> bool:
         """Whether the file is there already, whole, and of an evaluation with these settings."""
-        return self.path.exists() and _header_of(self.path) == self.header | {"complete": True}
+        if not self.path.exists():
+            return False
+        try:
+            found = _header_of(self.path)
+        except UserError:
+            return False
+        return _differing(found, self.header | {"complete": True}) is None
 
     def begin(self) -> None:
         """Begin the partial file, or go on with the one that is there: :meth:`lines` are what it has.
@@ -60,11 +80,11 @@ class ResultFile:
                 self._append([self.header])
                 return
         found = _header_of(self.partial)
-        other = [key for key in {**self.header, **found} if found.get(key) != self.header.get(key)]
+        other = _differing(found, self.header)
         if other:
             raise UserError(
-                f"{self.partial} is left from an evaluation with another {other[0]} ({found.get(other[0])}, now "
-                f"{self.header.get(other[0])}): go on with that one, name another file, or delete it"
+                f"{self.partial} is left from an evaluation with another {other} ({found.get(other)}, now "
+                f"{self.header.get(other)}): go on with that one, name another file, or delete it"
             )
 
     def lines(self) -> Iterator[Line]:
@@ -109,6 +129,11 @@ def read_results(path: str | Path) -> tuple[dict[str, Any], list[Line]]:
     return _header_of(path), [line for _, line in _lines(path)]
 
 
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> str | None:
+    """A setting that two headers don't share; a checkpoint may have moved, its SHA-256 says which it is."""
+    return next((key for key in {**a, **b} if key != "checkpoint" and a.get(key) != b.get(key)), None)
+
+
 def _encoded(line: dict[str, Any]) -> bytes:
     return json.dumps(line, ensure_ascii=False).encode() + b"\n"
 
@@ -145,6 +170,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Line]]:
     with open(path, "rb") as file:
         offset = len(file.readline())
         for number, text in enumerate(file, 2):
+            if not text.endswith(b"\n") and path.suffix == ".partial":
+                return  # being written, or torn when its process was killed
             try:
                 line = json.loads(text)
                 numbers = [line[name] for name in NUMBERS]

@@ -1,20 +1,39 @@
-"""Pictures a person can read: an overlay, a panel (picture, truth, prediction, sentence), a sheet of panels."""
+"""Pictures a person can read: overlays of masks and alignment maps, a panel of one expression, a sheet of panels."""
 
-import textwrap
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-from lib.evaluation import EvaluationResult
-from lib.metrics import iou
-
-TRUTH_COLOR = (40, 190, 90)
-PREDICTION_COLOR = (240, 70, 60)
+# Told apart by colour-blind readers too (Okabe and Ito's bluish green and vermilion).
+TRUTH_COLOR = (0, 158, 115)
+PREDICTION_COLOR = (213, 94, 0)
+APART_COLOR, ALIGNED_COLOR = (33, 102, 172), (178, 24, 43)  # the ends of the maps' scale; its middle is transparent
+GREY = (110, 110, 110)
 TINT = 70  # of 255: the object's own colours must stay recognisable
-PANEL_HEIGHT = 220  # pixels of a picture inside a panel
-MARGIN = 8
-TEXT_SIZE = 16
+MOST_HEAT = 0.85  # of a map's colour over the picture, at the ends of its scale
+CELL_WIDTH, CELL_HEIGHT = 380, 220  # a picture in a panel fits into these, in pixels
+LEAST_WIDTH = 84  # of a cell: its title needs room
+MARGIN = 10
+TEXT_SIZE, SMALL_SIZE = 17, 13
+SHEET_WIDTH = 2100  # pixels: two panels side by side where they fit into it
+
+
+class Prediction(NamedTuple):
+    """What a model says of an expression."""
+
+    name: str  # of the model
+    mask: np.ndarray  # bool [h, w], of any size
+    iou: float
+    maps: Sequence[np.ndarray] | None = None  # alignment maps, float [h, w] each, about −1…1
+
+
+class _Cell(NamedTuple):
+    title: str
+    color: tuple[int, int, int]
+    picture: Image.Image
+    score: str = ""
 
 
 def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int] = PREDICTION_COLOR) -> Image.Image:
@@ -35,57 +54,132 @@ def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int] = 
     return tinted
 
 
-def panel(image: Image.Image, truth: np.ndarray, prediction: np.ndarray, sentence: str, note: str = "") -> Image.Image:
-    """Picture, truth and prediction side by side, under the sentence and, in grey, a note.
+def heat_overlay(image: Image.Image, values: np.ndarray, low: float = -1.0, high: float = 1.0) -> Image.Image:
+    """The picture in grey under a map: blue at ``low``, red at ``high``, transparent in the middle.
+
+    Args:
+        image: RGB.
+        values: float [h, w] of any size; brought to the picture's (bilinear). Beyond the scale they are clipped.
+        low, high: the ends of the scale.
+    """
+    resized = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
+    position = ((np.asarray(resized) - low) / (high - low)).clip(0, 1) * 2 - 1  # −1…1
+    grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32)
+    color = np.where(position[..., None] < 0, APART_COLOR, ALIGNED_COLOR)
+    strength = MOST_HEAT * np.abs(position)[..., None]
+    return Image.fromarray(np.rint(grey * (1 - strength) + color * strength).astype(np.uint8))
+
+
+def expression_panel(
+    image: Image.Image, truth: np.ndarray, predictions: Sequence[Prediction], sentence: str, note: str = ""
+) -> Image.Image:
+    """Picture, truth and predictions side by side under the sentence; the alignment maps of each model below.
 
     Args:
         image: RGB, any size.
-        truth, prediction: bool [H, W] of the picture's size.
+        truth: bool [H, W] of the picture's size.
+        predictions: of one model or several. Masks of another size are resized by nearest neighbour.
         sentence: the expression.
-        note: where it comes from and how well it went.
+        note: small and grey, where it comes from.
     """
-    pictures = [image, overlay(image, truth, TRUTH_COLOR), overlay(image, prediction)]
-    width = max(60, round(image.width * PANEL_HEIGHT / image.height))
-    font, small = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(TEXT_SIZE - 4)
-    full_width = 3 * width + 4 * MARGIN
-    lines = textwrap.wrap(f"“{sentence}”", width=max(20, int(full_width / (0.52 * TEXT_SIZE)))) or ["“”"]
-    top = MARGIN + (len(lines) + 2) * (TEXT_SIZE + 4)
-    canvas = Image.new("RGB", (full_width, top + PANEL_HEIGHT + MARGIN), "white")
+    several = len(predictions) > 1
+    rows = [[_Cell("image", GREY, image), _Cell("truth", TRUTH_COLOR, overlay(image, truth, TRUTH_COLOR))]]
+    for one in predictions:
+        mask = Image.fromarray(one.mask).resize(image.size, Image.Resampling.NEAREST)
+        drawn = overlay(image, np.array(mask, dtype=bool))
+        rows[0].append(_Cell(one.name if several else "prediction", PREDICTION_COLOR, drawn, f"IoU {one.iou:.2f}"))
+    for one in predictions:
+        if one.maps is not None:
+            of = f"{one.name}, " if several else ""
+            rows.append(
+                [_Cell(f"{of}stage {i}", GREY, heat_overlay(image, values)) for i, values in enumerate(one.maps, 1)]
+            )
+    return _panel(rows, sentence, note, with_scale=len(rows) > 1)
+
+
+def _panel(rows: list[list[_Cell]], sentence: str, note: str, *, with_scale: bool) -> Image.Image:
+    image = rows[0][0].picture
+    scale = min(CELL_WIDTH / image.width, CELL_HEIGHT / image.height)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    cell_width = max(LEAST_WIDTH, size[0])
+    width = max(map(len, rows)) * (cell_width + MARGIN) + MARGIN
+    font, small = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(SMALL_SIZE)
+    text_lines, note_lines = (
+        _wrapped(f"“{sentence}”", font, width - 2 * MARGIN),
+        _wrapped(note, small, width - 2 * MARGIN),
+    )
+    heading = len(text_lines) * (TEXT_SIZE + 5) + len(note_lines) * (SMALL_SIZE + 5)
+    row_height = SMALL_SIZE + 7 + size[1] + MARGIN
+    height = MARGIN + heading + len(rows) * row_height + (2 * SMALL_SIZE + MARGIN if with_scale else 0)
+    canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    for i, line in enumerate(lines):
-        draw.text((MARGIN, MARGIN + i * (TEXT_SIZE + 4)), line, fill="black", font=font)
-    draw.text((MARGIN, MARGIN + len(lines) * (TEXT_SIZE + 4)), note, fill=(120, 120, 120), font=small)
-    titles = (("image", "black"), ("truth", TRUTH_COLOR), ("prediction", PREDICTION_COLOR))
-    for i, (picture, (title, color)) in enumerate(zip(pictures, titles, strict=True)):
-        left = MARGIN + i * (width + MARGIN)
-        draw.text((left, top - TEXT_SIZE), title, fill=color, font=small)
-        canvas.paste(picture.resize((width, PANEL_HEIGHT), Image.Resampling.BICUBIC), (left, top))
+    top = MARGIN
+    for lines, used, step, color in ((text_lines, font, TEXT_SIZE, "black"), (note_lines, small, SMALL_SIZE, GREY)):
+        for line in lines:
+            draw.text((MARGIN, top), line, fill=color, font=used)
+            top += step + 5
+    for row in rows:
+        for i, cell in enumerate(row):
+            left = MARGIN + i * (cell_width + MARGIN)
+            room = cell_width - (small.getlength(f" {cell.score}") if cell.score else 0)
+            draw.text((left, top), _shortened(cell.title, small, room), fill=cell.color, font=small)
+            draw.text((left + cell_width, top), cell.score, fill=cell.color, font=small, anchor="ra")
+            canvas.paste(cell.picture.resize(size, Image.Resampling.LANCZOS), (left, top + SMALL_SIZE + 7))
+        top += row_height
+    if with_scale:
+        _draw_scale(draw, small, top)
     return canvas
 
 
-def result_panel(dataset: Any, result: EvaluationResult, index: int) -> Image.Image:
-    """The panel of an expression whose predicted mask an evaluation has kept.
-
-    Args:
-        dataset: a ReferDataset.
-        result: of evaluating it.
-        index: among ``result.masks``.
-    """
-    expression, counts, image = dataset.expressions[index], result.expressions[index], dataset.picture(index)
-    predicted = Image.fromarray(result.masks[index]).resize(image.size, Image.Resampling.NEAREST)
-    score = iou(counts.intersection, counts.union)
-    note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}  IoU {score:.2f}"
-    truth = dataset.full_size_mask(index).astype(bool)
-    return panel(image, truth, np.array(predicted, dtype=bool), expression.sentence, note)
+def _draw_scale(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont, top: int) -> None:
+    """The maps' colours over a middle grey, with what they mean."""
+    left = MARGIN + font.getlength("apart −1 ")
+    draw.text((MARGIN, top), "apart −1", fill=GREY, font=font)
+    steps = 120
+    bar = heat_overlay(Image.new("RGB", (steps, 1), (200, 200, 200)), np.linspace(-1, 1, steps)[None])
+    for x in range(steps):
+        draw.line((left + x, top + 2, left + x, top + SMALL_SIZE), fill=bar.getpixel((x, 0)))
+    draw.text((left + steps, top), " +1 aligned: cosine of pixel and sentence / temperature", fill=GREY, font=font)
 
 
-def sheet(panels: list[Image.Image], columns: int = 2) -> Image.Image:
-    """Panels in rows of ``columns``."""
+def _wrapped(text: str, font: ImageFont.ImageFont, width: float) -> list[str]:
+    """Lines that are no wider than ``width`` pixels; a longer word is broken."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for character in word:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+    return lines
+
+
+def _shortened(text: str, font: ImageFont.ImageFont, width: float) -> str:
+    """The text, or its beginning and its end where it is wider than ``width`` pixels."""
+    kept = len(text)
+    shown = text
+    while kept > 2 and font.getlength(shown) > width:
+        kept -= 1
+        shown = text[: kept - kept // 2] + "…" + text[len(text) - kept // 2 :]
+    return shown
+
+
+def sheet(panels: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """Panels in rows of ``columns``, by default as many as fit into a page (at most two)."""
+    width = max(panel.width for panel in panels)
+    columns = columns or max(1, min(2, len(panels), SHEET_WIDTH // width))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     widths = [max(row[i].width for row in rows if i < len(row)) for i in range(len(rows[0]))]
     heights = [max(picture.height for picture in row) for row in rows]
-    canvas = Image.new("RGB", (sum(widths), sum(heights)), "white")
-    for j, row in enumerate(rows):
+    gap = 2 * MARGIN
+    canvas = Image.new("RGB", (sum(widths) + gap * (columns - 1), sum(heights) + gap * (len(rows) - 1)), "white")
+    draw, top = ImageDraw.Draw(canvas), 0
+    for row, height in zip(rows, heights, strict=True):
         for i, picture in enumerate(row):
-            canvas.paste(picture, (sum(widths[:i]), sum(heights[:j])))
+            canvas.paste(picture, (sum(widths[:i]) + gap * i, top))
+        top += height + gap
+        draw.line((MARGIN, top - MARGIN, canvas.width - MARGIN, top - MARGIN), fill=(220, 220, 220))
     return canvas

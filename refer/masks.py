@@ -1,4 +1,4 @@
-"""Rasterises COCO segmentations after checking them: pycocotools is C and trusts its input.
+"""Rasterises COCO segmentations after checking them (pycocotools is C and trusts its input), and resizes masks.
 
 H, W: height and width of the picture in pixels.
 """
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 MAX_OUTLINE = 2_000_000  # pixels along one polygon: pycocotools allocates for each of them
@@ -18,6 +19,12 @@ def parts_of(segmentation: Any, H: int, W: int) -> Iterator[np.ndarray]:
         raise ValueError("segmentation is neither a list of polygons nor an RLE")
     for part in [segmentation] if isinstance(segmentation, dict) else segmentation:
         yield _decode_rle(part, H, W) if isinstance(part, dict) else _fill_polygon(part, H, W)
+
+
+def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """A mask [H, W] of 0 and 1 → uint8 [size, size], by PIL's nearest neighbour: the published preprocessing."""
+    resized = Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
+    return np.array(resized, dtype=np.uint8)
 
 
 def is_number(value: Any, low: float, high: float) -> bool:

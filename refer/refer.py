@@ -30,6 +30,7 @@ DATASETS: dict[str, tuple[str, ...]] = {  # dataset: its splitBy values
     "refshapes": ("unc",),
 }
 MASK_MODES = ("paper", "union")
+SPLIT_ORDER = ("val", "testA", "testB", "testC", "test")
 COCO_IMAGES = Path("images", "mscoco", "images", "train2014")
 
 
@@ -91,6 +92,24 @@ class REFER:
     def splits(self) -> list[str]:
         """The split values that occur in the refs file, in the order of their first ref."""
         return list(self._splits)
+
+    def choose_splits(self, asked: str) -> list[str]:
+        """``val,testA`` or ``all`` → names of splits this file has; all: every one but train, in the usual order.
+
+        UserError: there is no such split, or none but train.
+        """
+        if asked == "all":
+            known = [split for split in SPLIT_ORDER if split in self._splits]
+            known += sorted(set(self._splits) - {"train", *known})
+            if not known:
+                raise UserError(f"--split all: {self.refs_path} has a train split only")
+            return known
+        names = [name.strip() for name in asked.split(",") if name.strip()]
+        if not names:
+            raise UserError(f"--split {asked!r} names no split; {self.refs_path} has {', '.join(self._splits)}")
+        for name in names:
+            self.getRefIds(split=name)
+        return list(dict.fromkeys(names))
 
     def getRefIds(self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = (), split: str = "") -> list[int]:
         """Ids of the refs that pass every filter, in file order.

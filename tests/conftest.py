@@ -1,10 +1,12 @@
 """What several test files share."""
 
+import importlib.util
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -83,6 +85,83 @@ DEVICE: cpu
 """
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, small_config):
+    """Two epochs of two processes: the folder and the finished process."""
+    folder = tmp_path_factory.mktemp("trained")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
+         "--cfg", small_config, "--epochs", "2", "--print-freq", "2", "--model_id", "run",
+         "--output-dir", folder / "checkpoints", "--log_dir", folder / "models"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600, env=PROCESS_ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+class Finished(NamedTuple):
+    """What became of a script that was run in this process."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Run train.py or test.py in this process, to be quick: what ``python train.py …`` runs is run_command(main)."""
+    from utils import run_command
+
+    def run(script, *flags, check=False):
+        spec = importlib.util.spec_from_file_location(f"{script[:-3]}_script", ROOT / script)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        status = 0
+        try:
+            run_command(module.main)
+        except SystemExit as left:
+            status = left.code
+        text = capsys.readouterr()
+        assert not check or status == 0, text.err
+        return Finished(status, text.out, text.err)
+
+    return run
+
+
+@pytest.fixture
+def told_in_one_line(trained, small_config, refshapes_root, tmp_path, monkeypatch, run_here):
+    """Make a user's mistake: ``told_in_one_line("test.py", "--flag", …)`` gives back what is told, and loses nothing.
+
+    In flags {best}, {last}, {cfg}, {data}, {checkpoints} and {tmp} stand for places; {tmp} has a file torn.pth and
+    vocabularies of other sizes.
+    """
+    checkpoints = trained[0] / "checkpoints"
+    (tmp_path / "torn.pth").write_bytes(b"torn")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    for name, words in (("big", 295), ("other", 94)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text("\n".join(special + [f"w{i}" for i in range(words)]))
+    places = {"best": checkpoints / "run/best.pth", "last": checkpoints / "run/last.pth", "tmp": tmp_path,
+              "cfg": small_config, "checkpoints": checkpoints, "data": refshapes_root}  # fmt: skip
+
+    def run(script, *flags):
+        given = [flag.format(**places) for flag in flags]
+        if script == "train.py" and "--output-dir" not in given:
+            given += ["--output-dir", str(tmp_path / "checkpoints")]
+        before = sorted((path, path.stat().st_mtime_ns) for path in checkpoints.rglob("*"))
+        monkeypatch.chdir(tmp_path)  # nothing of the checkout's own pretrained files or data
+        done = run_here(script, *given)
+        assert done.status == 2
+        lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1
+        assert "Traceback" not in done.err
+        assert sorted((path, path.stat().st_mtime_ns) for path in checkpoints.rglob("*")) == before
+        return lines[0]
+
+    return run
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from PIL import Image
 
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset, open_image
-from data.loaders import DeviceBatches, build_eval_loader, build_train_loader
+from data.loaders import DeviceBatches, build_eval_batches, build_train_loader
+from data.picture_batches import PictureBatches
 from data.transforms import normalize_images, preprocess_image, preprocess_mask, resize_image
 from refer.refer import REFER
 from utils import UserError
@@ -108,17 +109,52 @@ def test_shuffled_sentences_keep_all_but_the_pairing(make_dataset):
     assert make_dataset(shuffle_sentences=True).expressions == shuffled.expressions
 
 
-@pytest.mark.parametrize(("length", "batch_size", "world_size"), [(7, 3, 2), (10, 4, 3), (1, 6, 2), (12, 4, 3)])
-def test_evaluation_shares_hold_everything_once(length, batch_size, world_size):
-    data = [torch.tensor(i) for i in range(length)]
-    shares = [
-        [batch.tolist() for batch in build_eval_loader(
-            data, batch_size=batch_size, workers=0, rank=rank, world_size=world_size)]
-        for rank in range(world_size)
-    ]  # fmt: skip
-    assert sorted(i for share in shares for batch in share for i in batch) == list(range(length))
-    alone = [b.tolist() for b in build_eval_loader(data, batch_size=batch_size, workers=0, rank=0, world_size=1)]
-    assert sorted(batch for share in shares for batch in share) == sorted(alone)
+def batches_of(dataset, batch_size, *, rank=0, world_size=1, **how):
+    device = torch.device("cpu")
+    how = {"batch_size": batch_size, "workers": 0, "rank": rank, "world_size": world_size, **how}
+    return list(build_eval_batches(dataset, device, **how))
+
+
+@pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (3, 2), (8, 3), (1000, 2)])
+def test_evaluation_shares_hold_every_expression_once_and_pictures_whole(make_dataset, batch_size, world_size):
+    dataset = make_dataset()
+    shares = [batches_of(dataset, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    batches = [batch["index"].tolist() for share in shares for batch in share]
+    assert sorted(index for batch in batches for index in batch) == list(range(len(dataset)))
+    alone = [batch["index"].tolist() for batch in batches_of(dataset, batch_size)]
+    assert sorted(batches) == sorted(alone)  # what is in a batch doesn't depend on the number of processes
+    images = [{dataset.expressions[index].image_id for index in batch} for batch in batches]
+    assert sum(map(len, images)) == len({e.image_id for e in dataset.expressions})
+    for batch, pictures in zip(batches, images, strict=True):
+        assert len(batch) <= batch_size or len(pictures) == 1
+
+
+def test_a_batch_of_pictures_is_what_its_samples_are(make_dataset):
+    dataset, truths = make_dataset(), [("paper", "resized"), ("union", "original")]
+    decoded = []
+    dataset.picture = lambda index: decoded.append(index) or ReferDataset.picture(dataset, index)
+    batches = batches_of(dataset, 30, truths=truths)
+    assert len(decoded) == 7  # each picture once
+    for batch in batches:
+        for row, index in enumerate(batch["index"].tolist()):
+            sample = ReferDataset.__getitem__(make_dataset(), index)
+            assert torch.equal(batch["image"][batch["picture"][row]], normalize_images(sample["image"]))
+            for name in ("input_ids", "attention_mask"):
+                assert torch.equal(batch[name][row], sample[name])
+            masks = {truth: batch["truths"][truth][batch["object"][row]] for truth in truths}
+            assert torch.equal(masks["paper", "resized"], sample["mask"])
+            ref_id = dataset.expressions[index].ref_id
+            assert np.array_equal(masks["union", "original"].numpy(), dataset.refer.getMask(ref_id, "union")["mask"])
+
+
+def test_batches_that_are_done_are_left_out(make_dataset):
+    dataset = make_dataset()
+    batches = PictureBatches(dataset, 4)
+    done = set(batches.batches[0]) | set(batches.batches[2]) | {batches.batches[1][0]}
+    assert len(batches.batches[1]) > 1
+    assert batches.remaining(done) == [1, *range(3, len(batches))]  # a batch that misses one is done again as it was
+    some = [3, 5, 1]
+    assert sorted(i for batch in PictureBatches(dataset, 4, indices=some).batches for i in batch) == sorted(some)
 
 
 def train_batches(rank=0, epoch=0, first_step=0, world_size=2, batch_size=3, accum_steps=1, length=20):
@@ -164,15 +200,14 @@ def test_an_epoch_goes_on_from_any_step():
 
 
 def test_batches_reach_the_model_normalised(make_dataset):
-    dataset = make_dataset()
-    loader = build_eval_loader(dataset, batch_size=3, workers=0, rank=0, world_size=1)
+    dataset = make_dataset(draw_sentences=True)
+    loader = build_train_loader(dataset, batch_size=3, workers=0, rank=0, world_size=1, seed=0)
     batches = DeviceBatches(loader, torch.device("cpu"))
     assert len(batches) == len(loader)
     batch = next(iter(batches))
-    pictures = [preprocess_image(dataset.picture(index), 48) for index in range(3)]
+    pictures = [preprocess_image(dataset.picture(index), 48) for index in batch["index"].tolist()]
     assert torch.equal(batch["image"], torch.stack(pictures))
     assert (batch["mask"].dtype, batch["mask"].shape) == (torch.int64, (3, 48, 48))
-    assert batch["index"].tolist() == [0, 1, 2]
 
 
 def test_missing_pictures_are_found_at_once(make_dataset, monkeypatch, tmp_path):

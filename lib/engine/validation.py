@@ -3,17 +3,17 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
-from torch.utils.data import Dataset, Subset
 
 from lib.evaluation import Batch, EvaluationResult, evaluate
-from lib.visualize import result_panel
+from lib.figures import Judged, result_panel, spread
+from lib.protocols import PAPER
 
 LOG = logging.getLogger("crossvlt")
 DRAWN = 4  # expressions whose masks are drawn after each epoch
@@ -24,10 +24,11 @@ class Validation:
 
     Args:
         dataset: the split, a ReferDataset.
-        make_batches: gives this process's share of a dataset's batches, on the model's device.
+        make_batches: gives this process's share of the batches of some of its expressions, on the model's device.
+        batch_size: the most expressions of a forward pass.
         looked_at: how many expressions :meth:`look_ahead` judges: two batches of every process.
         title: of the progress bar; None: no bar here.
-        stop_asked: see :func:`evaluate`.
+        stop_asked, group: see :func:`evaluate`.
         compiled: whether the model's blocks are. Here they run uncompiled: compiling them once more for this would take
             minutes, and so the numbers are test.py's.
     """
@@ -35,19 +36,22 @@ class Validation:
     def __init__(
         self,
         dataset: Any,
-        make_batches: Callable[[Dataset], Collection[Batch]],
+        make_batches: Callable[[Iterable[int]], Collection[Batch]],
         *,
+        batch_size: int,
         looked_at: int,
         title: str | None,
         stop_asked: Callable[[], bool],
+        group: dist.ProcessGroup | None,
         compiled: bool,
     ) -> None:
         self.dataset, self.make_batches, self.title = dataset, make_batches, title
-        self.looked_at, self.stop_asked, self.compiled = min(looked_at, len(dataset)), stop_asked, compiled
-        self.drawn = set(np.linspace(0, len(dataset) - 1, min(DRAWN, len(dataset))).astype(int).tolist())
+        self.batch_size, self.looked_at, self.compiled = batch_size, min(looked_at, len(dataset)), compiled
+        self.stop_asked, self.group = stop_asked, group
+        self.drawn = spread(len(dataset), DRAWN)
 
     def __call__(self, model: nn.Module) -> EvaluationResult:
-        return self._judge(model, self.dataset, keep_masks=self.drawn, progress=self.title)
+        return self._judge(model, range(len(self.dataset)), keep_masks=self.drawn, progress=self.title)
 
     def look_ahead(self, model: nn.Module) -> float:
         """Judge two batches; gives back the seconds that the whole split will take.
@@ -55,21 +59,24 @@ class Validation:
         Better to stumble over it at once than after an epoch.
         """
         started = time.perf_counter()
-        self._judge(model, Subset(self.dataset, range(self.looked_at)))
+        self._judge(model, range(self.looked_at))
         return (time.perf_counter() - started) / self.looked_at * len(self.dataset)
 
     def draw(self, result: EvaluationResult) -> dict[str, Image.Image]:
         """Pictures of some results, by name."""
-        masks = enumerate(sorted(result.masks))
-        return {f"val/{number}": result_panel(self.dataset, result, index) for number, index in masks}
+        judged = [Judged("prediction", self.dataset, result)]
+        return {f"val/{number}": result_panel(judged, index) for number, index in enumerate(sorted(result.masks))}
 
-    def _judge(self, model: nn.Module, dataset: Dataset, **how: Any) -> EvaluationResult:
+    def _judge(self, model: nn.Module, indices: range, **how: Any) -> EvaluationResult:
         with torch.compiler.set_stance("force_eager") if self.compiled else contextlib.nullcontext():
-            return evaluate(
+            results = evaluate(
                 model,
-                self.make_batches(dataset),
-                num_expressions=len(dataset),
+                self.make_batches(indices),
+                indices=indices,
+                batch_size=self.batch_size,
                 log=LOG.debug,
                 stop_asked=self.stop_asked,
+                group=self.group,
                 **how,
             )
+        return results[PAPER.name]

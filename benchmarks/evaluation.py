@@ -1,0 +1,223 @@
+"""What an evaluation costs: what sharing a picture's work among its sentences brings, and whether memory grows.
+
+    python -m benchmarks.evaluation                          # base at 480: a sentence at a time, in batches, shared
+    python -m benchmarks.evaluation --scale                  # a set of RefCOCO val's size, a small model at 64 px
+
+Both write a set of their own: random pictures of 640×480 with rectangles as objects. Prints Markdown with machine and
+versions; results worth keeping are in benchmarks/results/.
+"""
+
+import json
+import pickle
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from benchmarks.forward import machine
+from bert.tokenization import SPECIAL_TOKENS, read_vocabulary
+from CrossVLT import SWIN_VARIANTS, CrossVLT, build_crossvlt
+from data.dataset_refer_bert import ReferDataset
+from data.loaders import DeviceBatches, build_eval_batches
+from lib.config import Parser
+from lib.evaluation import evaluate
+from lib.judging import judge_splits
+from lib.protocols import PAPER
+from lib.results import ResultFile
+from refer.refer import COCO_IMAGES, REFER
+from utils import UserError, run_command, set_up_processes, write_text
+
+WIDTH, HEIGHT = 640, 480
+WORDS = ("the", "a", "left", "right", "red", "tall", "man", "dog", "cup", "near", "behind", "window", "in", "front")
+SMALL = {
+    "embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 4, "text_dim": 32,
+    "text_layers": 1, "text_heads": 2, "vocab_size": 60, "align_dim": 16,
+}  # fmt: skip
+
+
+class Size(NamedTuple):
+    """How large a generated split is."""
+
+    images: int
+    refs: int
+    expressions: int
+
+
+REFCOCO_VAL = Size(1500, 3811, 10834)
+# Refs per image and expressions per ref are about RefCOCO's.
+FEW = Size(2, 5, 15)
+
+
+def write_set(root: Path, size: Size, seed: int = 0) -> None:
+    """A split named val in the REFER layout under ``root``/refcoco, with its pictures and a vocabulary."""
+    source = np.random.default_rng(seed)
+    folder, pictures = root / "refcoco", root / COCO_IMAGES
+    folder.mkdir(parents=True)
+    pictures.mkdir(parents=True)
+    (folder / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *WORDS]) + "\n", encoding="utf-8")
+    images = [
+        {"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "width": WIDTH, "height": HEIGHT}
+        for i in range(size.images)
+    ]
+    for image in images:
+        coarse = Image.fromarray(source.integers(0, 256, (HEIGHT // 20, WIDTH // 20, 3), dtype=np.uint8))
+        coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(pictures / image["file_name"])
+    annotations, refs, sentences = [], [], 0
+    for number in range(size.refs):
+        x, y = int(source.integers(0, WIDTH // 2)), int(source.integers(0, HEIGHT // 2))
+        w, h = int(source.integers(20, WIDTH // 2)), int(source.integers(20, HEIGHT // 2))
+        image_id = number * size.images // size.refs
+        outline = [x, y, x + w, y, x + w, y + h, x, y + h]
+        annotations.append(
+            {"id": number, "image_id": image_id, "category_id": 1, "area": w * h, "bbox": [x, y, w, h],
+             "segmentation": [outline]}
+        )  # fmt: skip
+        until = (number + 1) * size.expressions // size.refs
+        texts = [" ".join(source.choice(WORDS, source.integers(1, 8)).tolist()) for _ in range(sentences, until)]
+        refs.append(
+            {"ref_id": number, "ann_id": number, "image_id": image_id, "category_id": 1, "split": "val",
+             "file_name": images[image_id]["file_name"], "sent_ids": list(range(sentences, until)),
+             "sentences": [{"sent_id": sentences + k, "raw": t, "sent": t, "tokens": t.split()}
+                           for k, t in enumerate(texts)]}
+        )  # fmt: skip
+        sentences = until
+    categories = [{"id": 1, "name": "thing"}]
+    instances = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "instances.json").write_text(json.dumps(instances), encoding="utf-8")
+    (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
+
+
+def open_set(root: Path, img_size: int) -> ReferDataset:
+    return ReferDataset(REFER(root), "val", read_vocabulary(root / "refcoco" / "vocab.txt"), img_size=img_size)
+
+
+def sharing(model: CrossVLT, dataset: ReferDataset, device: torch.device, batch_size: int, repeats: int) -> list[str]:
+    """A table of expressions per second: a sentence at a time, in batches, in batches with shared pictures."""
+
+    def each_alone() -> None:
+        for index in range(len(dataset)):
+            judge([index], 1, share_pictures=False)
+
+    def judge(indices: range | list[int], batch_size: int, share_pictures: bool) -> None:
+        batches = build_eval_batches(
+            dataset, device, batch_size=batch_size, workers=0, rank=0, world_size=1, indices=indices
+        )
+        evaluate(model, batches, indices=indices, batch_size=batch_size, share_pictures=share_pictures)
+
+    everything = range(len(dataset))
+    ways: dict[str, Callable[[], None]] = {
+        "a sentence at a time, its picture decoded and encoded for it": each_alone,
+        f"batches of {batch_size}, picture decoded once, encoded for each": lambda: judge(
+            everything, batch_size, False
+        ),
+        f"batches of {batch_size}, picture decoded and encoded once": lambda: judge(everything, batch_size, True),
+    }
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    judge([0], 1, True)  # warms up
+    for _ in range(repeats):  # in turns, so that what else the machine does meets all alike
+        for name, run in ways.items():
+            started = time.perf_counter()
+            run()
+            rates[name].append(len(dataset) / (time.perf_counter() - started))
+    first = statistics.median(next(iter(rates.values())))
+    lines = ["| way | expressions/s (median) | spread | ratio |", "|---|---|---|---|"]
+    for name, values in rates.items():
+        median = statistics.median(values)
+        lines.append(f"| {name} | {median:.3f} | {min(values):.3f}…{max(values):.3f} | {median / first:.2f} |")
+    return lines
+
+
+def resident_mib() -> float:
+    """Memory of this process that is in RAM (Linux)."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096 / 2**20
+
+
+class Watched:
+    """Batches that note, as they are taken, how many expressions are done, the memory and the time."""
+
+    def __init__(self, batches: DeviceBatches) -> None:
+        self.batches, self.marks = batches, []
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        done, started = 0, time.perf_counter()
+        for batch in self.batches:
+            yield batch
+            done += len(batch["index"])
+            self.marks.append((done, resident_mib(), time.perf_counter() - started))
+
+
+def scale(model: CrossVLT, dataset: ReferDataset, device: torch.device, batch_size: int, folder: Path) -> list[str]:
+    """A table of memory and time after each tenth of a split, whose every result and mask goes to a file."""
+    how = {"batch_size": batch_size, "workers": 0, "rank": 0, "world_size": 1}
+    watched = Watched(build_eval_batches(dataset, device, **how))
+    file = ResultFile(folder / "results.jsonl", {"splits": {"val": len(dataset)}, "protocols": [PAPER.settings()]})
+    judging = judge_splits(
+        model,
+        {"val": dataset},
+        [PAPER],
+        make_batches=lambda dataset, done: watched,
+        batch_size=batch_size,
+        drawn={},
+        file=file,
+    )
+    ((_, results),) = judging
+    lines = ["| expressions done | memory of the process | time |", "|---|---|---|"]
+    for tenth in range(1, 11):
+        count, memory, seconds = min(watched.marks, key=lambda mark: abs(mark[0] - tenth * len(dataset) / 10))
+        lines.append(f"| {count} | {memory:.0f} MiB | {seconds:.0f} s |")
+    written = file.path.stat().st_size / 2**20
+    overall = results["paper"].metrics["oIoU"]
+    return [*lines, f"\nThe result file with all masks: {written:.1f} MiB; oIoU of the untrained model {overall:.2f}."]
+
+
+def get_parser() -> Parser:
+    parser = Parser(prog="python -m benchmarks.evaluation", description=__doc__)
+    parser.add_argument("--swin_type", choices=SWIN_VARIANTS, default="base")
+    parser.add_argument("--img_size", type=int, default=480)
+    parser.add_argument("-b", "--batch-size", type=int, default=8, help="default: 8")
+    parser.add_argument("--repeats", type=int, default=3, help="of the timing (default: 3)")
+    parser.add_argument("--scale", action="store_true", help="memory and time on a set of RefCOCO val's size instead")
+    parser.add_argument("--images", type=int, default=REFCOCO_VAL.images, help="of --scale (default: 1500)")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", metavar="FILE", help="write what is printed into a file too")
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args()
+    if min(args.images, args.repeats, args.batch_size) < 1:
+        raise UserError("--images, --repeats and --batch-size must be at least 1")
+    device = set_up_processes(args.device).device
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.scale:
+            factor = args.images / REFCOCO_VAL.images
+            size = Size(args.images, round(REFCOCO_VAL.refs * factor), round(REFCOCO_VAL.expressions * factor))
+            model, img_size, name = build_crossvlt("tiny", **SMALL), 64, "a small model"
+        else:
+            size, img_size, name = FEW, args.img_size, f"CrossVLT {args.swin_type}"
+            model = build_crossvlt(args.swin_type)
+        write_set(Path(folder), size)
+        dataset = open_set(Path(folder), img_size)
+        model = model.to(device).eval()
+        measure = scale(model, dataset, device, args.batch_size, Path(folder)) if args.scale else None
+        lines = measure or sharing(model, dataset, device, args.batch_size, args.repeats)
+    what = f"{size.expressions} expressions, {size.refs} refs, {size.images} images of {WIDTH}×{HEIGHT}"
+    text = "\n".join([f"{name} at {img_size}×{img_size}: {what}", machine(device), "", *lines])
+    print(text)
+    if args.out:
+        write_text(args.out, text + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,83 @@
+"""Figures of results: a panel per expression, models side by side, and a sheet of them all."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from lib.evaluation import EvaluationResult, alignment_maps
+from lib.results import decode_mask
+from lib.visualize import Prediction, expression_panel, sheet
+from utils import written_aside
+
+
+class Judged(NamedTuple):
+    """A model's results on a split: ``result`` keeps the masks of what is to be drawn."""
+
+    name: str
+    dataset: Any  # a ReferDataset
+    result: EvaluationResult
+    gt_mask: str = "paper"  # which true masks are drawn
+    maps: Callable[[int], list[np.ndarray]] | None = None  # gives an expression's alignment maps
+
+
+def spread(length: int, number: int) -> list[int]:
+    """At most ``number`` of the first ``length`` integers, evenly spread."""
+    return np.unique(np.linspace(0, length - 1, min(number, length)).astype(int)).tolist()
+
+
+def distinct_names(paths: Sequence[str]) -> list[str]:
+    """Files' names without folder and ending, or with their folder's where that doesn't tell them apart."""
+    names = [Path(path).stem for path in paths]
+    return names if len(set(names)) == len(names) else [f"{Path(path).parent.name}/{Path(path).stem}" for path in paths]
+
+
+def maps_of(
+    model: nn.Module, dataset: Any, normalize: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[int], list[np.ndarray]]:
+    """Gives the four alignment maps of an expression of a dataset; ``normalize`` makes of its picture the model's."""
+
+    def maps(index: int) -> list[np.ndarray]:
+        sample = dataset[index]
+        inputs = (normalize(sample["image"]), sample["input_ids"], sample["attention_mask"])
+        return alignment_maps(model, *(one[None] for one in inputs))[0]
+
+    return maps
+
+
+def result_panel(judged: Sequence[Judged], index: int) -> Image.Image:
+    """Picture, truth and each model's prediction of one expression."""
+    dataset = judged[0].dataset
+    expression = dataset.expressions[index]
+    predictions = [
+        Prediction(
+            one.name, decode_mask(one.result.masks[index]), one.result.iou(index), one.maps(index) if one.maps else None
+        )
+        for one in judged
+    ]
+    truth = dataset.full_size_mask(index, judged[0].gt_mask).astype(bool)
+    note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}"
+    return expression_panel(dataset.picture(index), truth, predictions, expression.sentence, note)
+
+
+def draw(judged: Sequence[Judged], indices: Sequence[int], folder: Path) -> Path:
+    """Write a panel per index and a sheet of them all; gives back the sheet. UserError: they can't be written."""
+    dataset, panels = judged[0].dataset, []
+    for index in indices:
+        expression = dataset.expressions[index]
+        panels.append(result_panel(judged, index))
+        name = f"{dataset.split}_{index:06d}_ref{expression.ref_id}_sent{expression.sent_id}.png"
+        save_picture(panels[-1], folder / name)
+    path = folder / f"{dataset.split}_sheet.png"
+    save_picture(sheet(panels), path)
+    return path
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with written_aside(path) as aside:
+        picture.save(aside, format="PNG")

@@ -1,0 +1,243 @@
+"""test.py as a user runs it, end to end on a model trained for seconds."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import lib.evaluation
+from lib.metrics import METRIC_NAMES, SegmentationMetrics
+from lib.results import decode_mask, read_results
+from lib.table import PUBLISHED
+
+
+@pytest.fixture
+def data(refshapes_root):
+    return ["--dataset", "refshapes", "--refer_data_root", str(refshapes_root), "-j", "0", "--device", "cpu"]
+
+
+@pytest.fixture
+def best(trained):
+    return trained[0] / "checkpoints" / "run" / "best.pth"
+
+
+def test_the_number_of_processes_changes_no_byte(best, data, run_script, tmp_path):
+    files = {}
+    for processes in (1, 2, 3):
+        out, report = tmp_path / f"{processes}.jsonl", tmp_path / f"{processes}.json"
+        done = run_script(
+            "test.py", *data, "--resume", best, "-b", 4, "--protocol", "paper,original",
+            "--predictions", out, "--json", report, processes=processes,
+        )  # fmt: skip
+        files[processes] = out.read_bytes(), report.read_bytes(), done.stdout.replace(f"/{processes}.json", "/out.json")
+    header, lines = read_results(out)
+    number = header["splits"]["val"]
+    assert number % 2
+    assert number % 3
+    assert len({(line["sent_id"], line["protocol"]) for line in lines}) == len(lines) == 2 * number
+    assert files[1] == files[2] == files[3]
+
+
+def test_all_outputs_of_an_evaluation(best, data, run_here, tmp_path):
+    done = run_here(
+        "test.py", *data, "--split", "all", "--resume", best, "--json", tmp_path / "out.json",
+        "--predictions", tmp_path / "out.jsonl", "--vis", tmp_path / "vis", "--vis-num", 3, "--vis_maps",
+        "--baselines", "--lr", "0.1", "--protocol", "paper,original", check=True,
+    )  # fmt: skip
+    assert "not used in evaluation: --lr" in done.err
+    report = json.loads((tmp_path / "out.json").read_text())
+    names = ["paper", "original"]
+    assert [(row["split"], row["protocol"]) for row in report] == [
+        (split, name) for split in ("val", "testA", "testB") for name in names
+    ]
+    header, predictions = read_results(tmp_path / "out.jsonl")
+    assert header["complete"] is True
+    assert [protocol["name"] for protocol in header["protocols"]] == names
+    assert header["checkpoint_sha256"] == subprocess.check_output(["sha256sum", best], text=True).split()[0]
+    for row in report:
+        own = [one for one in predictions if (one["split"], one["protocol"]) == (row["split"], row["protocol"])]
+        assert (row["dataset"], row["split_by"], row["num_expressions"]) == ("refshapes", "unc", len(own))
+        metrics = SegmentationMetrics()
+        metrics.add([line["intersection"] for line in own], [line["union"] for line in own])
+        assert row["metrics"] == metrics.compute()
+        assert set(row["metrics"]) == set(METRIC_NAMES) == set(row["interval_95"])
+        assert row["settings"]["img_size"] == 64  # as trained, though the flag's default is 480
+        assert row["settings"]["protocol"]["eval_size"] == ("resized" if row["protocol"] == "paper" else "original")
+        assert 0 < row["baselines"]["all foreground"]["mIoU"] < row["baselines"]["best object"]["mIoU"] < 100
+        assert f"{row['metrics']['oIoU']:.2f}" in done.out
+        pictures = sorted((tmp_path / "vis").glob(f"{row['split']}_*.png"))
+        assert len(pictures) == 4
+        for picture in pictures:
+            assert np.asarray(Image.open(picture)).std() > 10
+    assert len(predictions) == sum(row["num_expressions"] for row in report)
+    sizes = {tuple(line["mask"]["size"]) for line in predictions if line["protocol"] == "paper"}
+    assert sizes == {(64, 64)}
+    assert decode_mask(predictions[0]["mask"]).sum() >= predictions[0]["intersection"]
+
+
+def test_switches_are_part_of_the_protocols_name(best, data, run_here, tmp_path):
+    run_here(
+        "test.py", *data, "--resume", best, "--json", tmp_path / "out.json", "--shuffle_sentences",
+        "--gt_mask", "union", "--threshold", "0.9", "--max_tokens", "5", check=True,
+    )  # fmt: skip
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert row["protocol"] == "paper+gt_mask=union+threshold=0.9+max_tokens=5"
+    assert row["settings"]["shuffle_sentences"] is True
+    assert row["settings"]["protocol"] == {
+        "name": row["protocol"], "gt_mask": "union", "eval_size": "resized", "threshold": 0.9, "max_tokens": 5,
+        "text": "raw", "sentences": "all", "precision": ">=",
+    }  # fmt: skip
+
+
+def test_ctrl_c_leaves_what_the_same_command_goes_on_with(best, data, run_here, tmp_path, monkeypatch):
+    flags = ["test.py", *data, "--split", "val,testA", "--resume", best, "-b", 1]
+    run_here(*flags, "--predictions", tmp_path / "whole.jsonl", check=True)
+    judged, real = [], lib.evaluation._judged
+
+    def interrupted(*args):
+        judged.append(None)
+        if len(judged) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(lib.evaluation, "_judged", interrupted)
+    stopped = run_here(*flags, "--predictions", tmp_path / "a.jsonl")
+    assert stopped.status == 75
+    assert "a.jsonl.partial has what was done, and the same command goes on" in stopped.err
+    assert not (tmp_path / "a.jsonl").exists()
+    header, lines = read_results(tmp_path / "a.jsonl.partial")
+    assert header["complete"] is False
+    assert 0 < len(lines) < header["splits"]["val"]
+    run_here(*flags, "--predictions", tmp_path / "a.jsonl", check=True)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not (tmp_path / "a.jsonl.partial").exists()
+
+
+def test_models_side_by_side(best, trained, data, run_here, tmp_path):
+    other = trained[0] / "checkpoints" / "run" / "last.pth"
+    done = run_here(
+        "test.py", *data, "--split", "val,testB", "--vis_compare", f"{best},{other}", "--vis", tmp_path, "--vis-num", 2,
+        check=True,
+    )  # fmt: skip
+    assert done.out.split() == [str(tmp_path / "val_sheet.png"), str(tmp_path / "testB_sheet.png")]
+    assert len(list(tmp_path.glob("val_*_ref*_sent*.png"))) == 2
+    one_model = tmp_path / "one"
+    run_here("test.py", *data, "--vis_compare", best, "--vis", one_model, "--vis-num", 2, check=True)
+    both, one = (Image.open(folder / "val_sheet.png") for folder in (tmp_path, one_model))
+    assert both.width * both.height > one.width * one.height
+
+
+def test_own_picture(best, refshapes_root, run_here, tmp_path):
+    Image.effect_noise((123, 77), 80).convert("RGB").save(tmp_path / "own.jpg")
+    flags = ["test.py", "--image", tmp_path / "own.jpg", "--sentence", "the red circle", "--resume", best]
+    flags += ["--bert_tokenizer", refshapes_root / "refshapes"]
+    done = run_here(*flags, "--out", tmp_path / "own.png", check=True)
+    overlay, mask = Image.open(tmp_path / "own.png"), np.asarray(Image.open(tmp_path / "own_mask.png"))
+    assert overlay.size == (123, 77)
+    assert mask.shape == (77, 123)
+    assert set(np.unique(mask)) <= {0, 255}
+    assert f"{(mask > 0).mean():.1%} of the picture" in done.out
+    run_here(*flags, "--out", tmp_path / "all.png", "--threshold", "1e-6", check=True)
+    assert np.asarray(Image.open(tmp_path / "all_mask.png")).all()
+
+
+@pytest.fixture
+def coco_layout(refshapes_root, tmp_path):
+    """The generated set under two of the paper's names; RefCOCO+ lacks a picture of testB."""
+    root, source = tmp_path / "data", refshapes_root / "refshapes"
+    (root / "images/mscoco/images").mkdir(parents=True)
+    shutil.copytree(source / "images", root / "images/mscoco/images/train2014")
+    for name in ("refcoco", "refcocog"):
+        (root / name).mkdir()
+        shutil.copy(source / "instances.json", root / name)
+        shutil.copy(source / "refs(unc).p", root / name / ("refs(umd).p" if name == "refcocog" else "refs(unc).p"))
+    return root
+
+
+def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path, monkeypatch):
+    sets = tmp_path / "sets.yaml"
+    sets.write_text(f"refcoco: {best}\nrefcocog: {best}\nrefcoco+: {best}\n")
+    flags = ["test.py", "--table", "--checkpoints", sets, "--refer_data_root", coco_layout, "-j", 0, "--device", "cpu"]
+    flags += ["--bert_tokenizer", refshapes_root / "refshapes", "--table_dir", tmp_path / "table"]
+    real, calls = lib.evaluation._judged, []
+
+    def noted(*args):
+        calls.append(None)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    monkeypatch.setattr(lib.evaluation, "_judged", noted)
+    assert run_here(*flags).status == 75
+    done = run_here(*flags, check=True)
+    whole = len(calls)
+    entries = json.loads((tmp_path / "table" / "table.json").read_text(encoding="utf-8"))
+    assert [entry["title"] for entry in entries] == [row.title for row in PUBLISHED]
+    assert [entry["ours"] is not None for entry in entries] == [True] * 3 + [False] * 3 + [True, True]
+    assert "refs(unc).p is missing" in entries[3]["not_measured"]
+    assert entries[0]["difference"]["oIoU"] == entries[0]["ours"]["oIoU"] - 73.44
+    assert f"{entries[1]['ours']['mIoU']:.2f}" in done.out
+    assert "71.54†" in done.out
+    again = run_here(*flags, check=True)
+    assert len(calls) == whole  # finished rows are kept
+    assert again.err.count("finished before") == 5
+    assert again.out == done.out
+    header, lines = read_results(tmp_path / "table" / "refcoco_unc_val.jsonl")
+    assert (header["dataset"], len(lines)) == ("refcoco", entries[0]["num_expressions"])
+    some = run_here(*flags, "--dataset", "refcoco", "--split", "testA,testB", check=True)
+    assert [line.split()[1] for line in some.out.splitlines() if " ours " in line] == ["testA", "testB"]
+    assert run_here(*flags, "--dataset", "refcoco+").status == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ([], "give --resume too"),
+        (["--resume", "nowhere.pth"], "no checkpoint file nowhere.pth"),
+        (["--resume", "{best}", "--swin_type", "base"], "trained with swin_type tiny, not base"),
+        (["--resume", "{best}", "--window12"], "trained with window_size 4, not 12"),
+        (["--resume", "{best}", "--ddp_trained_weights"], "don't begin with module."),
+        (["--resume", "{best}", "DATA", "--refer_data_root", "{tmp}", "--bert_tokenizer", "{data}/refshapes"],
+         "refs(unc).p is missing"),
+        (["--resume", "{best}", "DATA", "--split", "val,tset"], "no split 'tset'"),
+        (["--resume", "{best}", "DATA", "--json", "{tmp}/torn.pth/x.json"], "can't write"),
+        (["--resume", "{best}", "DATA", "--predictions", "{tmp}"], "it is a folder"),
+        (["--resume", "{best}", "DATA", "--bert_tokenizer", "{tmp}/other"], "another one (99 tokens"),
+        (["--resume", "{best}", "DATA", "--bert_tokenizer", "{tmp}/big"], "300 tokens"),
+        (["--resume", "{best}", "DATA", "--bert_tokenizer", "{tmp}/none"], "no such file or folder"),
+        (["--resume", "{best}", "DATA", "--protocol", "papr"], "--protocol papr: choose of paper, original"),
+        (["--resume", "{best}", "DATA", "--threshold", "2"], "--threshold 2.0: a probability between 0 and 1"),
+        (["--resume", "{best}", "DATA", "--eval_size", "480"], "invalid choice: '480'"),
+        (["--resume", "{best}", "DATA", "--vis_maps"], "--vis_maps needs --vis DIR"),
+        (["--resume", "{best}", "DATA", "--checkpoints", "{checkpoints}"], "give --table too"),
+        (["--table", "--checkpoints", "{checkpoints}", "--resume", "{best}"], "--resume does nothing beside --table"),
+        (["--table", "--checkpoints", "{checkpoints}"], "no best_<set>.pth for any of refcoco"),
+        (["--vis_compare", "{best}", "DATA"], "give --vis too"),
+        (["--vis_compare", "{best},{tmp}/torn.pth", "DATA", "--vis", "{tmp}/vis"], "torn.pth is torn or not"),
+        (["--resume", "{best}", "DATA", "--image", "a.jpg"], "give --sentence too (all of --resume, --image"),
+        (["--resume", "{best}", "DATA", "--image", "no.jpg", "--sentence", "a", "--out", "o.png"],
+         "--image no.jpg: no such file"),
+        (["--resume", "{best}", "DATA", "--image", "{tmp}/torn.pth", "--sentence", "a", "--out", "o.png"],
+         "torn.pth can't be decoded"),
+        (["--resume", "{best}", "DATA", "--image", "a.jpg", "--sentence", "a", "--out", "o.png", "--json", "x"],
+         "--json does nothing beside --resume and --image"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_clear_line(told_in_one_line, flags, told):
+    data = ["--dataset", "refshapes", "--refer_data_root", "{data}", "-j", "0"]
+    given = [part for flag in flags for part in (data if flag == "DATA" else [flag])]
+    assert told in told_in_one_line("test.py", *given)
+
+
+def test_a_missing_picture_is_found_before_the_work(best, data, refshapes_root, run_here, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(refshapes_root / "refshapes", root / "refshapes")
+    min((root / "refshapes" / "images").iterdir()).unlink()
+    done = run_here("test.py", *data, "--refer_data_root", root, "--split", "all", "--resume", best)
+    assert done.status == 2
+    assert "error: 1 of the" in done.err

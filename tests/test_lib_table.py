@@ -1,0 +1,155 @@
+"""The paper's table: rows, checkpoints, four formats."""
+
+import csv
+import io
+import json
+
+import pytest
+
+from lib.metrics import METRIC_NAMES
+from lib.results import ResultFile
+from lib.table import (
+    PUBLISHED,
+    MeasuredRow,
+    find_checkpoints,
+    latex_table,
+    markdown_table,
+    measured_rows,
+    metrics_table,
+    missing_row,
+    text_table,
+    write_tables,
+)
+from utils import MissingFileError, UserError
+
+FIRST, LAST = PUBLISHED[0], PUBLISHED[-1]
+
+
+@pytest.fixture
+def rows():
+    better = dict(zip(METRIC_NAMES, (value + 0.5 for value in FIRST.values), strict=True))
+    worse = {name: 10.0 for name in METRIC_NAMES}
+    spans = {name: (value - 1, value + 1) for name, value in better.items()}
+    return [
+        MeasuredRow(FIRST, "paper", better, spans, 10834, "best_refcoco.pth"),
+        MeasuredRow(FIRST, "original", worse, spans, 10834, "best_refcoco.pth"),
+        missing_row(LAST, "no checkpoint for refcocog"),
+    ]
+
+
+def test_the_published_rows_are_the_papers():
+    assert [(row.title, row.values[-1]) for row in PUBLISHED] == [
+        ("RefCOCO val", 73.44), ("RefCOCO testA", 76.16), ("RefCOCO testB", 70.15), ("RefCOCO+ val", 63.60),
+        ("RefCOCO+ testA", 69.10), ("RefCOCO+ testB", 55.23), ("G-Ref (umd) val", 62.68), ("G-Ref (umd) test", 63.75),
+    ]  # fmt: skip
+    for row in PUBLISHED:
+        assert len(row.values) == len(METRIC_NAMES)
+        assert list(row.values[:5]) == sorted(row.values[:5], reverse=True)
+    assert [row.title for row in PUBLISHED if row.doubtful] == ["G-Ref (umd) test"]
+    assert "oIoU" not in LAST.doubtful
+
+
+def test_a_terminals_table_has_ours_the_papers_and_the_difference(rows):
+    text = text_table(rows, "paper")
+    lines = text.splitlines()
+    assert lines[1].split() == ["RefCOCO", "val", "ours", *(f"{value + 0.5:.2f}" for value in FIRST.values)]
+    assert lines[2].split() == ["paper", *(f"{value:.2f}" for value in FIRST.values)]
+    assert lines[3].split() == ["difference", *["+0.50"] * 7]
+    assert lines[4].split() == ["G-Ref", "(umd)", "test", "ours", *["–"] * 7]
+    assert lines[5].split() == ["paper", *(f"{value:.2f}†" for value in LAST.values[:-1]), "63.75"]
+    assert len({len(line) for line in lines[:6]}) == 1
+    assert "† the published entry equals another method's" in text
+    assert "G-Ref (umd) test: no checkpoint for refcocog" in text
+    other = text_table(rows, "original")
+    assert "−63.44" in other
+    assert "differences are of protocol and model together" in other
+    assert "together" not in text
+
+
+def test_the_written_tables_say_the_same(rows, tmp_path):
+    paths = write_tables(rows, tmp_path / "new")
+    assert [path.name for path in paths] == ["table.md", "table.tex", "table.csv", "table.json"]
+    markdown, latex, table, entries = (path.read_text(encoding="utf-8") for path in paths)
+    assert markdown.count("| RefCOCO val | ours |") == 2  # by either protocol
+    assert markdown == "\n".join(markdown_table(rows, name) for name in ("paper", "original"))
+    columns = {line.count("|") for line in markdown.splitlines() if line.startswith("|")}
+    assert columns == {len(METRIC_NAMES) + 3}
+    assert latex == "\n".join(latex_table(rows, name) for name in ("paper", "original"))
+    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    assert {line.count("&") for line in body} == {len(METRIC_NAMES) + 1}
+    assert r"71.54\textsuperscript{\dag}" in latex
+    assert "$-$63.44" in latex
+    assert not set("−–†") & set("\n".join(body))
+    lines = list(csv.DictReader(io.StringIO(table)))
+    assert len(lines) == 3 * len(METRIC_NAMES)
+    assert lines[6] == {
+        "dataset": "refcoco", "split_by": "unc", "split": "val", "protocol": "paper", "metric": "oIoU",
+        "ours": "73.9400", "low": "72.9400", "high": "74.9400", "paper": "73.44", "difference": "0.5000",
+        "doubtful": "0",
+    }  # fmt: skip
+    assert (lines[-2]["ours"], lines[-2]["doubtful"], lines[-1]["doubtful"]) == ("", "1", "0")
+    first, _, last = json.loads(entries)
+    assert first["difference"]["mIoU"] == pytest.approx(0.5)
+    assert (last["ours"], last["not_measured"]) == (None, "no checkpoint for refcocog")
+
+
+def test_a_table_of_nothing_is_refused(rows, tmp_path):
+    with pytest.raises(UserError, match="no row can be measured: no checkpoint for refcocog"):
+        write_tables(rows[2:], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_row_is_read_back_from_its_result_file(tmp_path):
+    header = {"checkpoint": "a.pth", "splits": {"val": 2}, "protocols": [{"name": "paper"}, {"name": "original"}]}
+    file = ResultFile(tmp_path / "a.jsonl", header)
+    file.begin()
+    for index, counts in enumerate(((1, 2), (3, 3))):
+        for name, factor in (("paper", 1), ("original", 0)):
+            file.append([{
+                "split": "val", "index": index, "image_id": index, "ref_id": index, "sent_id": index, "sentence": "a",
+                "protocol": name, "intersection": factor * counts[0], "union": counts[1],
+            }])  # fmt: skip
+    file.finish()
+    paper, original = measured_rows(FIRST, file)
+    assert (paper.protocol, paper.num_expressions, paper.metrics["mIoU"]) == ("paper", 2, pytest.approx(75))
+    assert paper.metrics["oIoU"] == pytest.approx(80)
+    assert paper.intervals["mIoU"] == (50, 100)
+    assert set(original.metrics.values()) == {0.0}
+
+
+def test_checkpoints_are_found_in_a_folder(tmp_path):
+    with pytest.raises(MissingFileError, match=r"no best_<set>\.pth for any of refcoco, refcoco\+, refcocog"):
+        find_checkpoints(tmp_path)
+    (tmp_path / "refcocog").mkdir()
+    for name in ("best_refcoco.pth", "refcoco.pth", "best_refcoco+.pth", "refcocog/best.pth"):
+        (tmp_path / name).touch()
+    found = {name: str(path.relative_to(tmp_path)) for name, path in find_checkpoints(tmp_path).items()}
+    assert found == {"refcoco": "best_refcoco.pth", "refcoco+": "best_refcoco+.pth", "refcocog": "refcocog/best.pth"}
+
+
+def test_checkpoints_are_named_by_a_yaml(tmp_path):
+    (tmp_path / "a.pth").touch()
+    listed = tmp_path / "sets.yaml"
+    listed.write_text("refcoco+: a.pth\n")
+    assert find_checkpoints(listed) == {"refcoco+": tmp_path / "a.pth"}
+    for content, told in (
+        ("refcoc: a.pth", "unknown set 'refcoc'; did you mean refcoco"),
+        ("refcoco: b.pth", "refcoco: no file"),
+        ("- a.pth", "is not a yaml of set: file"),
+        ("refcoco: [1]", "is not a yaml of set: file"),
+        ("a: b: c", "is not a yaml of set: file"),
+        ("", "is not a yaml of set: file"),
+    ):
+        listed.write_text(content)
+        with pytest.raises(UserError, match=told):
+            find_checkpoints(listed)
+    with pytest.raises(MissingFileError, match="no such folder or file"):
+        find_checkpoints(tmp_path / "none")
+
+
+def test_metrics_under_their_names():
+    metrics = dict(zip(METRIC_NAMES, range(7), strict=True))
+    heading, first, second = metrics_table([("val", metrics, 5), ("a longer name", metrics, 123456)]).splitlines()
+    assert heading.split() == ["split", *METRIC_NAMES, "expressions"]
+    assert first.split() == ["val", *(f"{i}.00" for i in range(7)), "5"]
+    assert len(heading) == len(first) == len(second)
