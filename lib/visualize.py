@@ -26,7 +26,7 @@ class Prediction(NamedTuple):
     name: str  # of the model
     mask: np.ndarray  # bool [h, w], of any size
     iou: float
-    maps: Sequence[np.ndarray] | None = None  # alignment maps, float [h, w] each, about −1…1
+    maps: Sequence[np.ndarray] | None = None  # alignment maps, float [h, w] each
 
 
 class _Cell(NamedTuple):
@@ -60,10 +60,11 @@ def heat_overlay(image: Image.Image, values: np.ndarray, low: float = -1.0, high
     Args:
         image: RGB.
         values: float [h, w] of any size; brought to the picture's (bilinear). Beyond the scale they are clipped.
-        low, high: the ends of the scale.
+        low, high: the ends of the scale. Where they are equal nothing is coloured.
     """
     resized = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
-    position = ((np.asarray(resized) - low) / (high - low)).clip(0, 1) * 2 - 1  # −1…1
+    middle, half = (low + high) / 2, (high - low) / 2
+    position = ((np.asarray(resized) - middle) / half).clip(-1, 1) if half > 0 else np.zeros(image.size[::-1])
     grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32)
     color = np.where(position[..., None] < 0, APART_COLOR, ALIGNED_COLOR)
     strength = MOST_HEAT * np.abs(position)[..., None]
@@ -78,11 +79,14 @@ def expression_panel(
     Args:
         image: RGB, any size.
         truth: bool [H, W] of the picture's size.
-        predictions: of one model or several. Masks of another size are resized by nearest neighbour.
+        predictions: of one model or several. Masks of another size are resized by nearest neighbour; the maps of all
+            of them are drawn on one scale, from their lowest value to their highest.
         sentence: the expression.
         note: small and grey, where it comes from.
     """
     several = len(predictions) > 1
+    values = [values for one in predictions for values in one.maps or ()]
+    scale = (min(v.min() for v in values), max(v.max() for v in values)) if values else None
     rows = [[_Cell("image", GREY, image), _Cell("truth", TRUTH_COLOR, overlay(image, truth, TRUTH_COLOR))]]
     for one in predictions:
         mask = Image.fromarray(one.mask).resize(image.size, Image.Resampling.NEAREST)
@@ -92,15 +96,16 @@ def expression_panel(
         if one.maps is not None:
             of = f"{one.name}, " if several else ""
             rows.append(
-                [_Cell(f"{of}stage {i}", GREY, heat_overlay(image, values)) for i, values in enumerate(one.maps, 1)]
+                [_Cell(f"{of}stage {i}", GREY, heat_overlay(image, own, *scale)) for i, own in enumerate(one.maps, 1)]
             )
-    return _panel(rows, sentence, note, with_scale=len(rows) > 1)
+    return _panel(rows, sentence, note, scale)
 
 
-def _panel(rows: list[list[_Cell]], sentence: str, note: str, *, with_scale: bool) -> Image.Image:
+def _panel(rows: list[list[_Cell]], sentence: str, note: str, scale: tuple[float, float] | None) -> Image.Image:
+    """Rows of cells under the text; ``scale``: what the maps' colours mean, if there are any."""
     image = rows[0][0].picture
-    scale = min(CELL_WIDTH / image.width, CELL_HEIGHT / image.height)
-    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    zoom = min(CELL_WIDTH / image.width, CELL_HEIGHT / image.height)
+    size = max(1, round(image.width * zoom)), max(1, round(image.height * zoom))
     cell_width = max(LEAST_WIDTH, size[0])
     width = max(map(len, rows)) * (cell_width + MARGIN) + MARGIN
     font, small = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(SMALL_SIZE)
@@ -110,7 +115,7 @@ def _panel(rows: list[list[_Cell]], sentence: str, note: str, *, with_scale: boo
     )
     heading = len(text_lines) * (TEXT_SIZE + 5) + len(note_lines) * (SMALL_SIZE + 5)
     row_height = SMALL_SIZE + 7 + size[1] + MARGIN
-    height = MARGIN + heading + len(rows) * row_height + (2 * SMALL_SIZE + MARGIN if with_scale else 0)
+    height = MARGIN + heading + len(rows) * row_height + (2 * SMALL_SIZE if scale else 0)
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     top = MARGIN
@@ -126,20 +131,20 @@ def _panel(rows: list[list[_Cell]], sentence: str, note: str, *, with_scale: boo
             draw.text((left + cell_width, top), cell.score, fill=cell.color, font=small, anchor="ra")
             canvas.paste(cell.picture.resize(size, Image.Resampling.LANCZOS), (left, top + SMALL_SIZE + 7))
         top += row_height
-    if with_scale:
-        _draw_scale(draw, small, top)
+    if scale:
+        _draw_scale(draw, small, top, *scale)
     return canvas
 
 
-def _draw_scale(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont, top: int) -> None:
+def _draw_scale(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont, top: int, low: float, high: float) -> None:
     """The maps' colours over a middle grey, with what they mean."""
-    left = MARGIN + font.getlength("apart −1 ")
-    draw.text((MARGIN, top), "apart −1", fill=GREY, font=font)
-    steps = 120
+    begins, steps = f"{low:.2f} ", 120
+    left = MARGIN + font.getlength(begins)
+    draw.text((MARGIN, top), begins, fill=GREY, font=font)
     bar = heat_overlay(Image.new("RGB", (steps, 1), (200, 200, 200)), np.linspace(-1, 1, steps)[None])
     for x in range(steps):
         draw.line((left + x, top + 2, left + x, top + SMALL_SIZE), fill=bar.getpixel((x, 0)))
-    draw.text((left + steps, top), " +1 aligned: cosine of pixel and sentence / temperature", fill=GREY, font=font)
+    draw.text((left + steps, top), f" {high:.2f}  cosine / temperature", fill=GREY, font=font)
 
 
 def _wrapped(text: str, font: ImageFont.ImageFont, width: float) -> list[str]:

@@ -1,10 +1,10 @@
-"""The benchmark of a training step, on a size that takes seconds."""
+"""The benchmarks of a training step and of evaluation, on sizes that take seconds."""
 
 import sys
 
 import pytest
 
-from benchmarks import train_step
+from benchmarks import evaluation, train_step
 from utils import UserError
 
 
@@ -40,3 +40,28 @@ def test_training_step_is_reported_row_by_row(tmp_path, monkeypatch, capsys):
 def test_training_step_refuses_sizes_that_no_step_has(monkeypatch):
     with pytest.raises(UserError, match="--batch_sizes and --steps must be at least 1"):
         run(monkeypatch, "--batch_sizes", 1, 0)
+
+
+def test_evaluation_counts_what_it_says(tmp_path, monkeypatch, capsys):
+    def report(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluation", *map(str, flags), "--device", "cpu"])
+        evaluation.main()
+        return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+
+    rows = report("--swin_type", "tiny", "--img_size", 64, "--repeats", 1, "--out", tmp_path / "out.md")
+    assert [row[0].split()[1] for row in rows[1:]] == ["a", "batches", "batches"]
+    assert rows[1][-1] == "1.00 |"
+    assert "15 expressions, 5 refs, 2 images" in (tmp_path / "out.md").read_text(encoding="utf-8")
+    rows = report("--scale", "--images", 12)
+    assert int(rows[-1][0].removeprefix("| ")) == round(10834 * 12 / 1500)
+    assert len(rows) == 11
+    with pytest.raises(UserError, match="must be at least 1"):
+        report("--scale", "--images", 0)
+
+
+def test_the_generated_split_is_refcocos_size(tmp_path):
+    evaluation.write_set(tmp_path, evaluation.Size(7, 19, 53))
+    dataset = evaluation.open_set(tmp_path, 64)
+    assert len(dataset) == 53
+    assert len({e.ref_id for e in dataset.expressions}) == 19
+    assert len({e.image_id for e in dataset.expressions}) == 7

@@ -14,6 +14,7 @@ import lib.evaluation
 from lib.metrics import METRIC_NAMES, SegmentationMetrics
 from lib.results import decode_mask, read_results
 from lib.table import PUBLISHED
+from refer.refer import REFER
 
 
 @pytest.fixture
@@ -237,7 +238,8 @@ def test_a_mistake_is_one_clear_line(told_in_one_line, flags, told):
 def test_a_missing_picture_is_found_before_the_work(best, data, refshapes_root, run_here, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(refshapes_root / "refshapes", root / "refshapes")
-    min((root / "refshapes" / "images").iterdir()).unlink()
+    refer = REFER(root, "refshapes")
+    refer.get_image_path(refer.loadRefs(refer.getRefIds(split="testB"))[0]["image_id"]).unlink()
     done = run_here("test.py", *data, "--refer_data_root", root, "--split", "all", "--resume", best)
     assert done.status == 2
     assert "error: 1 of the" in done.err
