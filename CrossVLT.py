@@ -106,7 +106,7 @@ class CrossVLT(nn.Module):
         """
         bias = padding_bias(attention_mask, self.temp.dtype)  # [B, 1, 1, N]
         text = self.lang_stage1.encoder(self.lang_stage1.embed(input_ids), bias)
-        vision = self.backbone[0].fuse_language(encoded, text.hidden_states, attention_mask)
+        vision = self.backbone[0](encoded, text.hidden_states, attention_mask, encoded=True)
         aligned, features = [(vision, text)], [vision.decoder_feature]
         for language_stage, vision_stage in zip(
             (self.lang_stage2, self.lang_stage3, self.lang_stage4), self.backbone[1:], strict=True

@@ -40,12 +40,12 @@ from lib.baselines import baselines_of
 from lib.checkpoint import Checkpoint, read_checkpoint, rebuild
 from lib.engine.control import Control
 from lib.evaluation import EvaluationResult, predict
-from lib.figures import Judged, distinct_names, draw, maps_of, save_picture, spread
-from lib.judging import judge_splits, summary
-from lib.judging_flags import add_flags, choose_way
 from lib.protocols import Protocol, choose_protocols
-from lib.results import ResultFile
-from lib.table import (
+from lib.report.figures import Judged, distinct_names, draw, maps_of, save_picture, spread
+from lib.report.flags import add_flags, choose_way
+from lib.report.results import ResultFile
+from lib.report.splits import judge_splits, summary
+from lib.report.table import (
     PUBLISHED,
     MeasuredRow,
     PublishedRow,
@@ -177,7 +177,7 @@ class Session(NamedTuple):
         only_drawn: bool = False,
         file: ResultFile | None = None,
     ) -> Iterator[tuple[str, dict[str, EvaluationResult]]]:
-        """See :func:`lib.judging.judge_splits`; ``only_drawn``: judge nothing else."""
+        """See :func:`lib.report.splits.judge_splits`; ``only_drawn``: judge nothing else."""
         cfg, processes = loaded.cfg, self.processes
 
         def make_batches(dataset: ReferDataset, done: Collection[int]) -> DeviceBatches:

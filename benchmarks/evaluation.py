@@ -27,9 +27,9 @@ from data.dataset_refer_bert import ReferDataset
 from data.loaders import DeviceBatches, build_eval_batches
 from lib.config import Parser
 from lib.evaluation import evaluate
-from lib.judging import judge_splits
 from lib.protocols import PAPER
-from lib.results import ResultFile
+from lib.report.results import ResultFile
+from lib.report.splits import judge_splits
 from refer.refer import COCO_IMAGES, REFER
 from utils import UserError, run_command, set_up_processes, write_text
 
@@ -143,17 +143,19 @@ class Watched:
     """Batches that note, as they are taken, how many expressions are done, the memory and the time."""
 
     def __init__(self, batches: DeviceBatches) -> None:
-        self.batches, self.marks = batches, []
+        self.batches, self.marks, self.done, self.started = batches, [], 0, time.perf_counter()
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        done, started = 0, time.perf_counter()
         for batch in self.batches:
+            self.note()
             yield batch
-            done += len(batch["index"])
-            self.marks.append((done, resident_mib(), time.perf_counter() - started))
+            self.done += len(batch["index"])
+
+    def note(self) -> None:
+        self.marks.append((self.done, resident_mib(), time.perf_counter() - self.started))
 
 
 def scale(model: CrossVLT, dataset: ReferDataset, device: torch.device, batch_size: int, folder: Path) -> list[str]:
@@ -171,6 +173,8 @@ def scale(model: CrossVLT, dataset: ReferDataset, device: torch.device, batch_si
         file=file,
     )
     ((_, results),) = judging
+    watched.done = len(dataset)
+    watched.note()
     lines = ["| expressions done | memory of the process | time |", "|---|---|---|"]
     for tenth in range(1, 11):
         count, memory, seconds = min(watched.marks, key=lambda mark: abs(mark[0] - tenth * len(dataset) / 10))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from lib.metrics import SegmentationMetrics, intersection_and_union, iou
 from lib.protocols import PAPER, Protocol
-from lib.results import encode_mask
+from refer.masks import encode_mask
 from utils import StoppedError, agree, gather
 
 SECONDS_BETWEEN_LINES = 30

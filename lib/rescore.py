@@ -5,7 +5,8 @@
     python -m lib.rescore out.jsonl --gt_mask union --refer_data_root refer/data
     python -m lib.rescore --compare baseline.jsonl ours.jsonl --most 10 --json difference.json
 
-Result files are what test.py --predictions writes. Intervals are 95 %, by a bootstrap over images (lib/bootstrap.py).
+Result files are what test.py --predictions writes. Intervals are 95 %, by a bootstrap over images
+(lib/report/bootstrap.py).
 """
 
 import functools
@@ -19,12 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lib.bootstrap import intervals, paired_intervals
 from lib.config import DEFAULTS, Parser
 from lib.metrics import THRESHOLDS, SegmentationMetrics, iou, metric_names
 from lib.protocols import EVAL_SIZES
-from lib.rejudge import NEEDS_MODEL, Results, check_names, check_switches, choose, parse_subset, read, rejudge
-from lib.results import Line
+from lib.report.bootstrap import intervals, paired_intervals
+from lib.report.rejudge import NEEDS_MODEL, Results, check_names, check_switches, choose, parse_subset, read, rejudge
+from lib.report.results import Line
 from refer.refer import MASK_MODES, REFER
 from utils import UserError, check_writable, run_command, set_up_logging, write_text
 
@@ -35,7 +36,7 @@ Row = dict[str, Any]
 
 
 class Scoring(NamedTuple):
-    """How metrics and intervals are computed; see :mod:`lib.bootstrap`."""
+    """How metrics and intervals are computed; see :mod:`lib.report.bootstrap`."""
 
     thresholds: tuple[float, ...] = THRESHOLDS
     strict: bool = False

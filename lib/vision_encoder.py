@@ -191,16 +191,14 @@ class VisionStage(nn.Module):
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
-        """x as for :meth:`encode`, text [B, N, T] with its mask [B, N] → the stage's three features."""
-        return self.fuse_language(self.encode(x), text, attention_mask)
-
-    def fuse_language(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
-        """The rest of the stage, on what :meth:`encode` gave: x [B, H, W, C], text [B, N, T] with its mask [B, N]."""
-        return self._run(self._fuse_language, x, text, attention_mask)
+    def forward(
+        self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor, *, encoded: bool = False
+    ) -> VisionStageOutput:
+        """x as for :meth:`encode`, or with ``encoded`` what it gave; text [B, N, T] with its mask [B, N] → features."""
+        return self._run(self._fuse_language, x if encoded else self.encode(x), text, attention_mask)
 
     def _fuse_language(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
-        """Fusion, gate, down-sampling, fusion, gate."""
+        """The rest of the stage, on encoded x [B, H, W, C]: fusion, gate, down-sampling, fusion, gate."""
         layers = self.layers
         alignment_feature = layers.proj(x)  # before fusion: what the picture alone says
         if self.fuse:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from refer.masks import MAX_SIDE
 from utils import MissingFileError, UserError
 
 Record = dict[str, Any]
@@ -18,7 +19,6 @@ FIELDS: dict[str, dict[str, type]] = {  # what each record must have, its id fir
     "annotations": {"id": int, "image_id": int, "category_id": int},
     "categories": {"id": int, "name": str},
 }
-MAX_SIDE = 2**14  # of a picture, in pixels; COCO's are 640 at most
 
 
 def read_refs(path: Path) -> list[Record]:

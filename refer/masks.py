@@ -1,4 +1,4 @@
-"""Rasterises COCO segmentations after checking them (pycocotools is C and trusts its input), and resizes masks.
+"""Masks: from COCO segmentations, which are checked (pycocotools is C and trusts its input), from and to RLE, resized.
 
 H, W: height and width of the picture in pixels.
 """
@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+MAX_SIDE = 2**14  # of a picture, in pixels; COCO's are 640 at most
 MAX_OUTLINE = 2_000_000  # pixels along one polygon: pycocotools allocates for each of them
 
 
@@ -19,6 +20,24 @@ def parts_of(segmentation: Any, H: int, W: int) -> Iterator[np.ndarray]:
         raise ValueError("segmentation is neither a list of polygons nor an RLE")
     for part in [segmentation] if isinstance(segmentation, dict) else segmentation:
         yield _decode_rle(part, H, W) if isinstance(part, dict) else _fill_polygon(part, H, W)
+
+
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """bool [H, W] → COCO RLE, as JSON takes it."""
+    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+
+
+def decode_mask(rle: dict[str, Any]) -> np.ndarray:
+    """The inverse of :func:`encode_mask`. ValueError: it is damaged."""
+    try:
+        H, W = rle["size"]
+        if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in (H, W)):
+            raise ValueError(f"no picture is {W}×{H}")
+        (mask,) = parts_of(rle, H, W)
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"not an RLE: {error}") from error
+    return mask.astype(bool)
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:

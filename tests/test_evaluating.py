@@ -12,8 +12,9 @@ from PIL import Image
 
 import lib.evaluation
 from lib.metrics import METRIC_NAMES, SegmentationMetrics
-from lib.results import decode_mask, read_results
-from lib.table import PUBLISHED
+from lib.report.results import read_results
+from lib.report.table import PUBLISHED
+from refer.masks import decode_mask
 from refer.refer import REFER
 
 

@@ -16,7 +16,7 @@ from data.loaders import build_eval_batches
 from lib.evaluation import ExpressionResult, alignment_maps, evaluate, predict
 from lib.metrics import SegmentationMetrics
 from lib.protocols import PAPER, PROTOCOLS, Protocol
-from lib.results import decode_mask
+from refer.masks import decode_mask
 from refer.refer import REFER
 from utils import StoppedError
 

@@ -10,10 +10,11 @@ from PIL import Image
 
 import utils
 from lib import rescore
-from lib.bootstrap import intervals, paired_intervals
 from lib.metrics import METRIC_NAMES, SegmentationMetrics, iou
 from lib.protocols import choose_protocols
-from lib.results import ResultFile, encode_mask
+from lib.report.bootstrap import intervals, paired_intervals
+from lib.report.results import ResultFile
+from refer.masks import encode_mask
 from refer.refer import REFER
 from utils import MissingFileError, UserError, run_command
 

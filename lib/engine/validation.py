@@ -12,8 +12,8 @@ from PIL import Image
 from torch import nn
 
 from lib.evaluation import Batch, EvaluationResult, evaluate
-from lib.figures import Judged, result_panel, spread
 from lib.protocols import PAPER
+from lib.report.figures import Judged, result_panel, spread
 
 LOG = logging.getLogger("crossvlt")
 DRAWN = 4  # expressions whose masks are drawn after each epoch

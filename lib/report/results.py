@@ -16,34 +16,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from pycocotools import mask as coco_mask
-
-from refer.files import MAX_SIDE
-from refer.masks import parts_of
 from utils import MissingFileError, UserError, writing, written_aside
 
 FORMAT = "crossvlt results 1"
 Line = dict[str, Any]
 NUMBERS = ("index", "image_id", "ref_id", "sent_id", "intersection", "union")
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """bool [H, W] → COCO RLE, as JSON takes it."""
-    rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
-
-
-def decode_mask(rle: dict[str, Any]) -> np.ndarray:
-    """The inverse of :func:`encode_mask`. ValueError: it is damaged."""
-    try:
-        H, W = rle["size"]
-        if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in (H, W)):
-            raise ValueError(f"no picture is {W}×{H}")
-        (mask,) = parts_of(rle, H, W)
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"not an RLE: {error}") from error
-    return mask.astype(bool)
 
 
 class ResultFile:

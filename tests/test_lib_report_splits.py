@@ -11,11 +11,12 @@ import lib.evaluation
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_eval_batches
-from lib.bootstrap import intervals
-from lib.judging import judge_splits, summary
 from lib.metrics import SegmentationMetrics
 from lib.protocols import PAPER, PROTOCOLS
-from lib.results import ResultFile, decode_mask, read_results
+from lib.report.bootstrap import intervals
+from lib.report.results import ResultFile, read_results
+from lib.report.splits import judge_splits, summary
+from refer.masks import decode_mask
 from refer.refer import REFER
 from utils import StoppedError, UserError
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from lib.results import ResultFile, decode_mask, encode_mask, read_results
+from lib.report.results import ResultFile, read_results
+from refer.masks import decode_mask, encode_mask
 from utils import MissingFileError, UserError
 
 HEADER = {

@@ -10,8 +10,8 @@ from PIL import Image
 from torch import nn
 
 from lib.evaluation import EvaluationResult, alignment_maps
-from lib.results import decode_mask
 from lib.visualize import Prediction, expression_panel, sheet
+from refer.masks import decode_mask
 from utils import written_aside
 
 

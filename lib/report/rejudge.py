@@ -11,8 +11,8 @@ import torch
 
 from lib.metrics import intersection_and_union, iou
 from lib.protocols import PROTOCOLS
-from lib.results import Line, decode_mask, read_results
-from refer.masks import resize_mask
+from lib.report.results import Line, read_results
+from refer.masks import decode_mask, resize_mask
 from refer.refer import REFER
 from utils import MissingFileError, UserError
 

@@ -8,11 +8,11 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
-from lib.bootstrap import intervals
 from lib.evaluation import Batch, EvaluationResult, ExpressionResult, evaluate
 from lib.metrics import iou
 from lib.protocols import Protocol
-from lib.results import Line, ResultFile
+from lib.report.bootstrap import intervals
+from lib.report.results import Line, ResultFile
 from utils import StoppedError, on_main
 
 Masks = dict[int, dict[str, Any]]

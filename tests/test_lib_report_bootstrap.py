@@ -5,9 +5,9 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from lib import bootstrap
-from lib.bootstrap import intervals, paired_intervals
 from lib.metrics import METRIC_NAMES, SegmentationMetrics
+from lib.report import bootstrap
+from lib.report.bootstrap import intervals, paired_intervals
 
 
 def made(num_expressions=60, num_images=12, seed=0):

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from lib.bootstrap import intervals
 from lib.config import suggestion
 from lib.metrics import METRIC_NAMES, SegmentationMetrics
-from lib.results import ResultFile, read_results
+from lib.report.bootstrap import intervals
+from lib.report.results import ResultFile, read_results
 from utils import MissingFileError, UserError, write_text
 
 MINUS = "−"

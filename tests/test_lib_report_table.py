@@ -7,8 +7,8 @@ import json
 import pytest
 
 from lib.metrics import METRIC_NAMES
-from lib.results import ResultFile
-from lib.table import (
+from lib.report.results import ResultFile
+from lib.report.table import (
     PUBLISHED,
     MeasuredRow,
     find_checkpoints,
