@@ -1,6 +1,6 @@
 """What an evaluation costs: what sharing a picture's work among its sentences brings, and whether memory grows.
 
-    python -m benchmarks.evaluation                          # base at 480: a sentence at a time, in batches, shared
+    python -m benchmarks.evaluation                          # base at 480: batches of 1 and of 8, shared or not
     python -m benchmarks.evaluation --scale                  # a set of RefCOCO val's size, a small model at 64 px
 
 Both write a set of their own: random pictures of 640×480 with rectangles as objects. Prints Markdown with machine and
@@ -12,19 +12,21 @@ import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.forward import machine
 from bert.tokenization import SPECIAL_TOKENS, read_vocabulary
 from CrossVLT import SWIN_VARIANTS, CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import DeviceBatches, build_eval_batches
+from data.transforms import normalize_images
 from lib.config import Parser
 from lib.evaluation import evaluate
 from lib.protocols import PAPER
@@ -97,40 +99,47 @@ def open_set(root: Path, img_size: int) -> ReferDataset:
     return ReferDataset(REFER(root), "val", read_vocabulary(root / "refcoco" / "vocab.txt"), img_size=img_size)
 
 
-def sharing(model: CrossVLT, dataset: ReferDataset, device: torch.device, batch_size: int, repeats: int) -> list[str]:
-    """A table of expressions per second: a sentence at a time, in batches, in batches with shared pictures."""
+def sharing(model: CrossVLT, dataset: ReferDataset, device: torch.device, sizes: list[int], repeats: int) -> list[str]:
+    """A table of expressions per second, by batch size, without and with sharing a picture's work."""
 
-    def each_alone() -> None:
-        for index in range(len(dataset)):
-            judge([index], 1, share_pictures=False)
+    def rate(batch_size: int, shared: bool) -> float:
+        # Without: each sentence decodes and encodes its picture anew, as if it were alone in the split.
+        parts = [range(len(dataset))] if shared or batch_size > 1 else [[index] for index in range(len(dataset))]
+        started = time.perf_counter()
+        for indices in parts:
+            batches = build_eval_batches(
+                dataset, device, batch_size=batch_size, workers=0, rank=0, world_size=1, indices=indices
+            )
+            evaluate(model, batches, indices=indices, batch_size=batch_size, share_pictures=shared)
+        return len(dataset) / (time.perf_counter() - started)
 
-    def judge(indices: range | list[int], batch_size: int, share_pictures: bool) -> None:
-        batches = build_eval_batches(
-            dataset, device, batch_size=batch_size, workers=0, rank=0, world_size=1, indices=indices
-        )
-        evaluate(model, batches, indices=indices, batch_size=batch_size, share_pictures=share_pictures)
-
-    everything = range(len(dataset))
-    ways: dict[str, Callable[[], None]] = {
-        "a sentence at a time, its picture decoded and encoded for it": each_alone,
-        f"batches of {batch_size}, picture decoded once, encoded for each": lambda: judge(
-            everything, batch_size, False
-        ),
-        f"batches of {batch_size}, picture decoded and encoded once": lambda: judge(everything, batch_size, True),
-    }
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    judge([0], 1, True)  # warms up
+    rate(1, True)  # warms up
+    rates: dict[tuple[int, bool], list[float]] = {(size, shared): [] for size in sizes for shared in (False, True)}
     for _ in range(repeats):  # in turns, so that what else the machine does meets all alike
-        for name, run in ways.items():
-            started = time.perf_counter()
-            run()
-            rates[name].append(len(dataset) / (time.perf_counter() - started))
-    first = statistics.median(next(iter(rates.values())))
-    lines = ["| way | expressions/s (median) | spread | ratio |", "|---|---|---|---|"]
-    for name, values in rates.items():
-        median = statistics.median(values)
-        lines.append(f"| {name} | {median:.3f} | {min(values):.3f}…{max(values):.3f} | {median / first:.2f} |")
-    return lines
+        for way, values in rates.items():
+            values.append(rate(*way))
+    lines = ["| batch | picture encoded | expressions/s (median) | spread | with ÷ without |", "|---|---|---|---|---|"]
+    for (size, shared), values in rates.items():
+        ratios = [a / b for a, b in zip(values, rates[size, False], strict=True)]
+        ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}…{max(ratios):.3f})" if shared else ""
+        how = "once" if shared else "for each sentence" + (", and decoded" if size == 1 else "")
+        spread = f"{min(values):.3f}…{max(values):.3f}"
+        lines.append(f"| {size} | {how} | {statistics.median(values):.3f} | {spread} | {ratio} |")
+    return [*lines, "", shared_part(model, dataset)]
+
+
+def shared_part(model: CrossVLT, dataset: ReferDataset) -> str:
+    """How much of the work a picture's sentences can share."""
+    sample = dataset[0]
+    inputs = (normalize_images(sample["image"])[None], sample["input_ids"][None], sample["attention_mask"][None])
+    model, work = model.cpu(), []
+    with torch.inference_mode():
+        for run in (lambda: model(*inputs), lambda: model.encode_pictures(inputs[0])):
+            with FlopCounterMode(display=False) as counter:
+                run()
+            work.append(counter.get_total_flops() / 1e9)
+    whole, shared = work
+    return f"Of {whole:.1f} GFLOP per expression {shared:.1f} ({shared / whole:.1%}) depend on the picture alone."
 
 
 def resident_mib() -> float:
@@ -188,7 +197,7 @@ def get_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.evaluation", description=__doc__)
     parser.add_argument("--swin_type", choices=SWIN_VARIANTS, default="base")
     parser.add_argument("--img_size", type=int, default=480)
-    parser.add_argument("-b", "--batch-size", type=int, default=8, help="default: 8")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="default: 1 8; --scale: the last")
     parser.add_argument("--repeats", type=int, default=3, help="of the timing (default: 3)")
     parser.add_argument("--scale", action="store_true", help="memory and time on a set of RefCOCO val's size instead")
     parser.add_argument("--images", type=int, default=REFCOCO_VAL.images, help="of --scale (default: 1500)")
@@ -199,8 +208,8 @@ def get_parser() -> Parser:
 
 def main() -> None:
     args = get_parser().parse_args()
-    if min(args.images, args.repeats, args.batch_size) < 1:
-        raise UserError("--images, --repeats and --batch-size must be at least 1")
+    if min(args.images, args.repeats, *args.batch_sizes) < 1:
+        raise UserError("--images, --repeats and --batch_sizes must be at least 1")
     device = set_up_processes(args.device).device
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -214,8 +223,10 @@ def main() -> None:
         write_set(Path(folder), size)
         dataset = open_set(Path(folder), img_size)
         model = model.to(device).eval()
-        measure = scale(model, dataset, device, args.batch_size, Path(folder)) if args.scale else None
-        lines = measure or sharing(model, dataset, device, args.batch_size, args.repeats)
+        if args.scale:
+            lines = scale(model, dataset, device, args.batch_sizes[-1], Path(folder))
+        else:
+            lines = sharing(model, dataset, device, args.batch_sizes, args.repeats)
     what = f"{size.expressions} expressions, {size.refs} refs, {size.images} images of {WIDTH}×{HEIGHT}"
     text = "\n".join([f"{name} at {img_size}×{img_size}: {what}", machine(device), "", *lines])
     print(text)

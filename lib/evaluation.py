@@ -74,7 +74,7 @@ def predict(
 def alignment_maps(
     model: nn.Module, images: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> list[list[np.ndarray]]:
-    """What ties pixels and sentence at each stage, for each of B sentences: four float32 [h, w], cosine / temperature.
+    """What ties pixels and sentence at each stage, for each of B sentences: four float32 [h, w] of cosines (−1…1).
 
     Args:
         model: a CrossVLT in eval mode.
@@ -83,7 +83,8 @@ def alignment_maps(
     device = model.temp.device
     inputs = (x.to(device) for x in (images, input_ids, attention_mask))
     similarities = model(*inputs, return_similarities=True).similarities
-    return [[stage[b, 0].float().cpu().numpy() for stage in similarities] for b in range(len(images))]
+    cosines = [(stage * temperature).float().cpu() for stage, temperature in zip(similarities, model.temp, strict=True)]
+    return [[stage[b, 0].numpy() for stage in cosines] for b in range(len(images))]
 
 
 def evaluate(

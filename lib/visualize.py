@@ -1,4 +1,7 @@
-"""Pictures a person can read: overlays of masks and alignment maps, a panel of one expression, a sheet of panels."""
+"""Pictures fit for a paper: overlays of masks and alignment maps, a panel of one expression, a sheet of panels.
+
+Letters: H×W the picture; h×w a mask or an alignment map, of any size.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,43 +9,54 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
-# Told apart by colour-blind readers too (Okabe and Ito's bluish green and vermilion).
+Color = tuple[int, int, int]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+# Okabe and Ito's colours, which colour-blind readers tell apart: green is the truth everywhere, each model has another.
 TRUTH_COLOR = (0, 158, 115)
-PREDICTION_COLOR = (213, 94, 0)
-APART_COLOR, ALIGNED_COLOR = (33, 102, 172), (178, 24, 43)  # the ends of the maps' scale; its middle is transparent
-GREY = (110, 110, 110)
-TINT = 70  # of 255: the object's own colours must stay recognisable
-MOST_HEAT = 0.85  # of a map's colour over the picture, at the ends of its scale
-CELL_WIDTH, CELL_HEIGHT = 380, 220  # a picture in a panel fits into these, in pixels
-LEAST_WIDTH = 84  # of a cell: its title needs room
-MARGIN = 10
-TEXT_SIZE, SMALL_SIZE = 17, 13
-SHEET_WIDTH = 2100  # pixels: two panels side by side where they fit into it
+MODEL_COLORS = ((213, 94, 0), (86, 180, 233), (240, 228, 66), (204, 121, 167), (0, 114, 178), (230, 159, 0))
+PREDICTION_COLOR = MODEL_COLORS[0]
+GREY, RULE = (110, 110, 110), (215, 215, 215)
+TINT = 100  # of 255: the object's own colours must stay recognisable
+# Every second of ColorBrewer's RdBu, evenly spaced over a map's scale: lightness says how far from its middle.
+HEAT_COLORS = ((33, 102, 172), (146, 197, 222), (255, 255, 255), (244, 165, 130), (178, 24, 43))
+HEAT = 0.65  # how much of a map's picture is its colour; the rest is the picture, grey and lightened
+CONTRAST = 0.7  # what the grey keeps of it: black must not be taken for a dark colour
+SCALE = (-1.0, 1.0)  # a cosine's
+
+# In pixels. Four cells printed as wide as a page's text (7 inches) make these letters 6 to 9 points high.
+CELL, CELLS_PER_ROW = 320, 4
+MARGIN, GAP = 12, 8
+SENTENCE_SIZE, TITLE_SIZE, NOTE_SIZE = 24, 19, 16
+SHEET_WIDTH = 2200
+OVERSAMPLING = 2  # masks are drawn so much larger than shown: smooth outlines
+
+
+class Column(NamedTuple):
+    """A picture of a panel and what stands above it; ``color``, in front of the title, is its mask's or its model's."""
+
+    title: str
+    picture: Image.Image
+    color: Color | None = None
+    score: str = ""
 
 
 class Prediction(NamedTuple):
     """What a model says of an expression."""
 
     name: str  # of the model
-    mask: np.ndarray  # bool [h, w], of any size
-    iou: float
-    maps: Sequence[np.ndarray] | None = None  # alignment maps, float [h, w] each
+    mask: np.ndarray  # bool [h, w]
+    iou: float  # 0–1
+    maps: Sequence[np.ndarray] | None = None  # the stages' alignment maps, finest first, float [h, w] each
 
 
-class _Cell(NamedTuple):
-    title: str
-    color: tuple[int, int, int]
-    picture: Image.Image
-    score: str = ""
-
-
-def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int] = PREDICTION_COLOR) -> Image.Image:
+def overlay(image: Image.Image, mask: np.ndarray, color: Color = PREDICTION_COLOR) -> Image.Image:
     """The picture with a mask (bool [H, W], the picture's size) tinted and outlined."""
     if mask.shape != image.size[::-1]:
         raise ValueError(f"a mask of {mask.shape} doesn't fit a picture of {image.size[::-1]}")
     area = Image.fromarray(mask.astype(np.uint8) * 255)
     tinted = Image.composite(Image.new("RGB", image.size, color), image, area.point(lambda v: v * TINT // 255))
-    thickness = 2 * max(1, round(max(image.size) / 300)) + 1
+    thickness = 2 * max(1, round(max(image.size) / 150)) + 1
     # A frame of background makes the outline run along the picture's edge too.
     framed = Image.new("L", (image.width + 2 * thickness, image.height + 2 * thickness))
     framed.paste(area, (thickness, thickness))
@@ -55,100 +69,146 @@ def overlay(image: Image.Image, mask: np.ndarray, color: tuple[int, int, int] = 
 
 
 def heat_overlay(image: Image.Image, values: np.ndarray, low: float = -1.0, high: float = 1.0) -> Image.Image:
-    """The picture in grey under a map: blue at ``low``, red at ``high``, transparent in the middle.
+    """A map over the greyed picture: blue at ``low``, red at ``high``, white halfway.
 
     Args:
-        image: RGB.
-        values: float [h, w] of any size; brought to the picture's (bilinear). Beyond the scale they are clipped.
-        low, high: the ends of the scale. Where they are equal nothing is coloured.
+        image: RGB, any size.
+        values: float [h, w]; brought to the picture's size (bilinear).
+        low, high: the ends of the colours' scale, the same for maps to be compared; values beyond it are clipped.
+
+    Raises:
+        ValueError: ``low`` isn't below ``high``.
     """
+    if not low < high:
+        raise ValueError(f"a scale must end above where it begins, not go from {low} to {high}")
     resized = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
-    middle, half = (low + high) / 2, (high - low) / 2
-    position = ((np.asarray(resized) - middle) / half).clip(-1, 1) if half > 0 else np.zeros(image.size[::-1])
-    grey = np.asarray(image.convert("L").convert("RGB"), dtype=np.float32)
-    color = np.where(position[..., None] < 0, APART_COLOR, ALIGNED_COLOR)
-    strength = MOST_HEAT * np.abs(position)[..., None]
-    return Image.fromarray(np.rint(grey * (1 - strength) + color * strength).astype(np.uint8))
+    channels, stops = zip(*HEAT_COLORS, strict=True), np.linspace(low, high, len(HEAT_COLORS))
+    color = np.stack([np.interp(np.asarray(resized), stops, channel) for channel in channels], axis=-1)
+    grey = 255 - CONTRAST * (255 - np.asarray(image.convert("L"), dtype=np.float32)[..., None])
+    blended = HEAT * color + (1 - HEAT) * grey
+    # What a diverged model has computed stays black.
+    return Image.fromarray(np.rint(np.nan_to_num(blended)).astype(np.uint8))
 
 
 def expression_panel(
-    image: Image.Image, truth: np.ndarray, predictions: Sequence[Prediction], sentence: str, note: str = ""
+    image: Image.Image,
+    truth: np.ndarray,
+    predictions: Sequence[Prediction],
+    sentence: str,
+    note: str = "",
+    scale: tuple[float, float] = SCALE,
 ) -> Image.Image:
-    """Picture, truth and predictions side by side under the sentence; the alignment maps of each model below.
+    """Picture, truth and predictions under the sentence; below, a row of alignment maps for each model that has them.
 
     Args:
         image: RGB, any size.
         truth: bool [H, W] of the picture's size.
-        predictions: of one model or several. Masks of another size are resized by nearest neighbour; the maps of all
-            of them are drawn on one scale, from their lowest value to their highest.
+        predictions: of one model, or of several, which are then named; masks are resized by nearest neighbour.
         sentence: the expression.
         note: small and grey, where it comes from.
+        scale: of the maps' colours, see :func:`heat_overlay`; the same in all panels to be compared.
+
+    Raises:
+        ValueError: the truth has another size than the picture.
     """
-    several = len(predictions) > 1
-    values = [values for one in predictions for values in one.maps or ()]
-    scale = (min(v.min() for v in values), max(v.max() for v in values)) if values else None
-    rows = [[_Cell("image", GREY, image), _Cell("truth", TRUTH_COLOR, overlay(image, truth, TRUTH_COLOR))]]
-    for one in predictions:
-        mask = Image.fromarray(one.mask).resize(image.size, Image.Resampling.NEAREST)
-        drawn = overlay(image, np.array(mask, dtype=bool))
-        rows[0].append(_Cell(one.name if several else "prediction", PREDICTION_COLOR, drawn, f"IoU {one.iou:.2f}"))
-    for one in predictions:
+    if truth.shape != image.size[::-1]:
+        raise ValueError(f"a truth of {truth.shape} doesn't fit a picture of {image.size[::-1]}")
+    size = _fitted(image.size, OVERSAMPLING * CELL)
+    drawn, several = image.resize(size, Image.Resampling.LANCZOS), len(predictions) > 1
+
+    def masked(mask: np.ndarray, color: Color) -> Image.Image:
+        resized = Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
+        return overlay(drawn, np.asarray(resized, dtype=bool), color)
+
+    columns, rows = [Column("truth", masked(truth, TRUTH_COLOR), TRUTH_COLOR)], []
+    for i, one in enumerate(predictions):
+        color = MODEL_COLORS[i % len(MODEL_COLORS)]
+        title = one.name if several else "prediction"
+        columns.append(Column(title, masked(one.mask, color), color, f"IoU {one.iou:.2f}"))
         if one.maps is not None:
-            of = f"{one.name}, " if several else ""
-            rows.append(
-                [_Cell(f"{of}stage {i}", GREY, heat_overlay(image, own, *scale)) for i, own in enumerate(one.maps, 1)]
-            )
-    return _panel(rows, sentence, note, scale)
+            suffix, tag = (f", {one.name}", color) if several else ("", None)
+            heats = [heat_overlay(drawn, values, *scale) for values in one.maps]
+            rows.append([Column(f"stage {stage}{suffix}", heat, tag) for stage, heat in enumerate(heats, 1)])
+    return panel(image, columns, sentence, note, maps=rows, scale=scale)
 
 
-def _panel(rows: list[list[_Cell]], sentence: str, note: str, scale: tuple[float, float] | None) -> Image.Image:
-    """Rows of cells under the text; ``scale``: what the maps' colours mean, if there are any."""
-    image = rows[0][0].picture
-    zoom = min(CELL_WIDTH / image.width, CELL_HEIGHT / image.height)
-    size = max(1, round(image.width * zoom)), max(1, round(image.height * zoom))
-    cell_width = max(LEAST_WIDTH, size[0])
-    width = max(map(len, rows)) * (cell_width + MARGIN) + MARGIN
-    font, small = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(SMALL_SIZE)
-    text_lines, note_lines = (
-        _wrapped(f"“{sentence}”", font, width - 2 * MARGIN),
-        _wrapped(note, small, width - 2 * MARGIN),
-    )
-    heading = len(text_lines) * (TEXT_SIZE + 5) + len(note_lines) * (SMALL_SIZE + 5)
-    row_height = SMALL_SIZE + 7 + size[1] + MARGIN
-    height = MARGIN + heading + len(rows) * row_height + (2 * SMALL_SIZE if scale else 0)
-    canvas = Image.new("RGB", (width, height), "white")
-    draw = ImageDraw.Draw(canvas)
-    top = MARGIN
-    for lines, used, step, color in ((text_lines, font, TEXT_SIZE, "black"), (note_lines, small, SMALL_SIZE, GREY)):
-        for line in lines:
-            draw.text((MARGIN, top), line, fill=color, font=used)
-            top += step + 5
+def panel(
+    image: Image.Image,
+    columns: Sequence[Column],
+    sentence: str,
+    note: str = "",
+    *,
+    maps: Sequence[Sequence[Column]] = (),
+    scale: tuple[float, float] = SCALE,
+) -> Image.Image:
+    """The picture and other columns side by side, in rows of four, under the sentence; rows of maps and their scale.
+
+    Args:
+        image: RGB, any size; all pictures are brought to its shape.
+        columns: right of it.
+        sentence, note: wrapped where they are long.
+        maps: a row each, below.
+        scale: what the ends of the maps' colours mean.
+    """
+    cells = [Column("image", image), *columns]
+    rows = [cells[i : i + CELLS_PER_ROW] for i in range(0, len(cells), CELLS_PER_ROW)] + list(maps)
+    width = max(map(len, rows)) * (CELL + MARGIN) + MARGIN
+    large, medium, small = (ImageFont.load_default(size) for size in (SENTENCE_SIZE, TITLE_SIZE, NOTE_SIZE))
+    text = [(line, large, "black", SENTENCE_SIZE) for line in _wrapped(f"“{sentence}”", large, width - 2 * MARGIN)]
+    text += [(line, small, GREY, NOTE_SIZE) for line in _wrapped(note, small, width - 2 * MARGIN)]
+    size = _fitted(image.size, CELL)
+    row_height = TITLE_SIZE + GAP + size[1] + MARGIN
+    height = MARGIN + sum(s + GAP for *_, s in text) + GAP + len(rows) * row_height
+    canvas = Image.new("RGB", (width, height + (NOTE_SIZE + MARGIN if maps else 0) + GAP), "white")
+    draw, top = ImageDraw.Draw(canvas), MARGIN
+    for line, font, color, line_height in text:
+        draw.text((MARGIN, top), line, fill=color, font=font)
+        top += line_height + GAP
+    top += GAP
     for row in rows:
-        for i, cell in enumerate(row):
-            left = MARGIN + i * (cell_width + MARGIN)
-            room = cell_width - (small.getlength(f" {cell.score}") if cell.score else 0)
-            draw.text((left, top), _shortened(cell.title, small, room), fill=cell.color, font=small)
-            draw.text((left + cell_width, top), cell.score, fill=cell.color, font=small, anchor="ra")
-            canvas.paste(cell.picture.resize(size, Image.Resampling.LANCZOS), (left, top + SMALL_SIZE + 7))
+        for i, column in enumerate(row):
+            left = MARGIN + i * (CELL + MARGIN)
+            _draw_title(draw, left, top, column, medium)
+            shown = column.picture.resize(size, Image.Resampling.LANCZOS)
+            canvas.paste(shown, (left, top + TITLE_SIZE + GAP))
         top += row_height
-    if scale:
-        _draw_scale(draw, small, top, *scale)
+    if maps:
+        _draw_scale(canvas, width - MARGIN - CELL, top, small, scale)
     return canvas
 
 
-def _draw_scale(draw: ImageDraw.ImageDraw, font: ImageFont.ImageFont, top: int, low: float, high: float) -> None:
-    """The maps' colours over a middle grey, with what they mean."""
-    begins, steps = f"{low:.2f} ", 120
-    left = MARGIN + font.getlength(begins)
-    draw.text((MARGIN, top), begins, fill=GREY, font=font)
-    bar = heat_overlay(Image.new("RGB", (steps, 1), (200, 200, 200)), np.linspace(-1, 1, steps)[None])
-    for x in range(steps):
-        draw.line((left + x, top + 2, left + x, top + SMALL_SIZE), fill=bar.getpixel((x, 0)))
-    draw.text((left + steps, top), f" {high:.2f}  cosine / temperature", fill=GREY, font=font)
+def _fitted(size: tuple[int, int], side: int) -> tuple[int, int]:
+    """The size of a picture whose longer side has become ``side``."""
+    return tuple(max(1, round(length * side / max(size))) for length in size)
 
 
-def _wrapped(text: str, font: ImageFont.ImageFont, width: float) -> list[str]:
-    """Lines that are no wider than ``width`` pixels; a longer word is broken."""
+def _draw_title(draw: ImageDraw.ImageDraw, left: int, top: int, column: Column, font: Font) -> None:
+    """Colour, title and score, no wider than a cell."""
+    right = left + CELL
+    if column.color:
+        draw.rectangle((left, top + 4, left + TITLE_SIZE - 5, top + TITLE_SIZE - 1), fill=column.color)
+        left += TITLE_SIZE + 1
+    score = column.score and f"  {column.score}"
+    title = _shortened(column.title, font, right - left - font.getlength(score))
+    draw.text((left, top), title, fill="black", font=font)
+    draw.text((left + font.getlength(title), top), score, fill=GREY, font=font)
+
+
+def _draw_scale(canvas: Image.Image, left: int, top: int, font: Font, scale: tuple[float, float]) -> None:
+    """A bar of the maps' colours between what its ends mean, one cell wide."""
+    # PIL's own font has no minus sign, so this is the hyphen.
+    begin, end = f"apart {scale[0]:+.4g}", f"{scale[1]:+.4g} aligned"
+    start, stop = left + round(font.getlength(begin)) + GAP, left + CELL - round(font.getlength(end)) - GAP
+    draw = ImageDraw.Draw(canvas)
+    draw.text((left, top), begin, fill=GREY, font=font)
+    draw.text((stop + GAP, top), end, fill=GREY, font=font)
+    bar = Image.new("RGB", (stop - start, NOTE_SIZE), "white")
+    canvas.paste(heat_overlay(bar, np.linspace(*SCALE, bar.width)[None]), (start, top))
+    draw.rectangle((start, top, stop - 1, top + NOTE_SIZE - 1), outline=RULE)
+
+
+def _wrapped(text: str, font: Font, width: float) -> list[str]:
+    """Lines no wider than ``width`` pixels; a longer word is broken."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -156,35 +216,33 @@ def _wrapped(text: str, font: ImageFont.ImageFont, width: float) -> list[str]:
             continue
         lines.append("")
         for character in word:
-            if lines[-1] and font.getlength(lines[-1] + character) > width:
+            if font.getlength(lines[-1] + character) > width:
                 lines.append("")
             lines[-1] += character
     return lines
 
 
-def _shortened(text: str, font: ImageFont.ImageFont, width: float) -> str:
-    """The text, or its beginning and its end where it is wider than ``width`` pixels."""
-    kept = len(text)
-    shown = text
-    while kept > 2 and font.getlength(shown) > width:
+def _shortened(text: str, font: Font, width: float) -> str:
+    """The text, without its middle where it would be wider than ``width`` pixels: runs' names differ at their ends."""
+    shown, kept = text, len(text)
+    while kept and font.getlength(shown) > width:
         kept -= 1
-        shown = text[: kept - kept // 2] + "…" + text[len(text) - kept // 2 :]
+        shown = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
     return shown
 
 
 def sheet(panels: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Panels in rows of ``columns``, by default as many as fit into a page (at most two)."""
-    width = max(panel.width for panel in panels)
-    columns = columns or max(1, min(2, len(panels), SHEET_WIDTH // width))
+    """Panels in rows of ``columns``, left and top aligned; by default as many as keep the sheet readable on a page."""
+    if columns is None:
+        columns = max(1, min(len(panels), SHEET_WIDTH // max(one.width for one in panels)))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
-    widths = [max(row[i].width for row in rows if i < len(row)) for i in range(len(rows[0]))]
-    heights = [max(picture.height for picture in row) for row in rows]
-    gap = 2 * MARGIN
-    canvas = Image.new("RGB", (sum(widths) + gap * (columns - 1), sum(heights) + gap * (len(rows) - 1)), "white")
-    draw, top = ImageDraw.Draw(canvas), 0
-    for row, height in zip(rows, heights, strict=True):
-        for i, picture in enumerate(row):
-            canvas.paste(picture, (sum(widths[:i]) + gap * i, top))
-        top += height + gap
-        draw.line((MARGIN, top - MARGIN, canvas.width - MARGIN, top - MARGIN), fill=(220, 220, 220))
+    lefts = np.cumsum([0] + [max(one.width for one in panels[i::columns]) for i in range(len(rows[0]))]).tolist()
+    tops = np.cumsum([0] + [max(one.height for one in row) for row in rows]).tolist()
+    canvas = Image.new("RGB", (lefts[-1], tops[-1]), "white")
+    draw = ImageDraw.Draw(canvas)
+    for row, top in zip(rows, tops, strict=False):
+        for one, left in zip(row, lefts, strict=False):
+            canvas.paste(one, (left, top))
+        if top:
+            draw.line((MARGIN, top, canvas.width - MARGIN - 1, top), fill=RULE)
     return canvas

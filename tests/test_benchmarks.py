@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 from benchmarks import evaluation, train_step
 from utils import UserError
@@ -42,21 +43,33 @@ def test_training_step_refuses_sizes_that_no_step_has(monkeypatch):
         run(monkeypatch, "--batch_sizes", 1, 0)
 
 
-def test_evaluation_counts_what_it_says(tmp_path, monkeypatch, capsys):
-    def report(*flags):
-        monkeypatch.setattr(sys, "argv", ["evaluation", *map(str, flags), "--device", "cpu"])
-        evaluation.main()
-        return [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+def test_sharing_is_reported_by_batch_size(tmp_path):
+    evaluation.write_set(tmp_path, evaluation.Size(1, 2, 5))
+    model = evaluation.build_crossvlt("tiny", **evaluation.SMALL).eval()
+    lines = evaluation.sharing(model, evaluation.open_set(tmp_path, 64), torch.device("cpu"), [1, 4], 1)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:6]]
+    assert [row[:2] for row in rows] == [
+        ["1", "for each sentence, and decoded"], ["1", "once"], ["4", "for each sentence"], ["4", "once"]
+    ]  # fmt: skip
+    for row in rows:
+        assert float(row[2]) > 0
+        assert (row[4] == "") == (row[1] != "once")
+    assert "depend on the picture alone" in lines[-1]
 
-    rows = report("--swin_type", "tiny", "--img_size", 64, "--repeats", 1, "--out", tmp_path / "out.md")
-    assert [row[0].split()[1] for row in rows[1:]] == ["a", "batches", "batches"]
-    assert rows[1][-1] == "1.00 |"
-    assert "15 expressions, 5 refs, 2 images" in (tmp_path / "out.md").read_text(encoding="utf-8")
-    rows = report("--scale", "--images", 12)
-    assert int(rows[-1][0].removeprefix("| ")) == round(10834 * 12 / 1500)
-    assert len(rows) == 11
+
+def test_the_scale_is_reported_by_tenths(tmp_path, monkeypatch, capsys):
+    def report(*flags):
+        monkeypatch.setattr(sys, "argv", ["evaluation", "--scale", *map(str, flags), "--device", "cpu"])
+        evaluation.main()
+        return capsys.readouterr().out
+
+    out = report("--images", 12, "--out", tmp_path / "out.md")
+    assert (tmp_path / "out.md").read_text(encoding="utf-8") == out
+    counts = [int(line.split()[1]) for line in out.splitlines() if line.startswith("| ") and "MiB" in line]
+    assert counts == sorted(counts)
+    assert (len(counts), counts[-1]) == (10, round(10834 * 12 / 1500))
     with pytest.raises(UserError, match="must be at least 1"):
-        report("--scale", "--images", 0)
+        report("--images", 0)
 
 
 def test_the_generated_split_is_refcocos_size(tmp_path):

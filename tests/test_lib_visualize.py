@@ -5,23 +5,48 @@ import pytest
 from PIL import Image
 
 from lib.visualize import (
-    ALIGNED_COLOR,
-    APART_COLOR,
-    CELL_HEIGHT,
-    CELL_WIDTH,
-    MOST_HEAT,
+    CELL,
+    CELLS_PER_ROW,
+    CONTRAST,
+    HEAT,
+    HEAT_COLORS,
+    MARGIN,
+    MODEL_COLORS,
     PREDICTION_COLOR,
+    SHEET_WIDTH,
     TRUTH_COLOR,
+    Column,
     Prediction,
     expression_panel,
     heat_overlay,
     overlay,
+    panel,
     sheet,
 )
 
+GREY = Image.new("RGB", (80, 60), (90, 90, 90))
+NOTHING = np.zeros((60, 80), bool)
+CELL_HEIGHT = CELL * 60 // 80
+MAPS = [np.full((side, side), value, np.float32) for side, value in ((8, -1), (4, -0.5), (2, 0), (1, 1))]
 
-def has_color(picture, color):
-    return (np.asarray(picture) == color).all(-1).any()
+
+def heat(value, lightness=90):
+    """The colour of a value on the usual scale over a grey picture."""
+    stops = np.linspace(-1, 1, len(HEAT_COLORS))
+    color = [np.interp(value, stops, channel) for channel in zip(*HEAT_COLORS, strict=True)]
+    return HEAT * np.array(color) + (1 - HEAT) * (255 - CONTRAST * (255 - lightness))
+
+
+def cells(drawn, rows, bottom):
+    """The pictures of a panel of GREY by row and place, found from its bottom; a caption is 39 pixels high."""
+    pixels, pitch = np.asarray(drawn).astype(int), CELL_HEIGHT + 39
+    tops = [drawn.height - bottom - (rows - row) * pitch + 27 for row in range(rows)]
+    lefts = range(MARGIN, drawn.width - MARGIN, CELL + MARGIN)
+    return [[pixels[top : top + CELL_HEIGHT, left : left + CELL] for left in lefts] for top in tops]
+
+
+def close(pixels, color, tolerance=1.0):
+    return np.abs(pixels - np.array(color)).max(-1) <= tolerance
 
 
 def test_overlay_tints_the_mask_only():
@@ -38,86 +63,162 @@ def test_overlay_tints_the_mask_only():
         overlay(image, mask.T)
 
 
-def test_the_maps_colours_are_a_fixed_function_of_their_values():
-    image = Image.new("RGB", (60, 40), (0, 255, 0))
-    grey = np.asarray(image.convert("L").convert("RGB"))[0, 0].astype(float)
-    for value, color, strength in (
-        (-1, APART_COLOR, 1),
-        (1, ALIGNED_COLOR, 1),
-        (0, grey, 0),
-        (0.5, ALIGNED_COLOR, 0.5),
-    ):
-        for clipped in {value, 3 * value if abs(value) == 1 else value}:
-            drawn = np.asarray(heat_overlay(image, np.full((3, 5), clipped, np.float32)))
-            wanted = grey * (1 - MOST_HEAT * strength) + np.array(color) * MOST_HEAT * strength
-            assert np.abs(drawn - wanted).max() <= 0.51
-    assert np.array_equal(np.asarray(heat_overlay(image, np.ones((2, 2)), 1, 1))[0, 0], grey)  # a map of one value
-    halves = np.asarray(heat_overlay(image, np.array([[-4.0, -2.0]]), -4, -2)).astype(int)
-    assert (halves[:, 0, 2] > halves[:, 0, 0]).all()
-    assert (halves[:, -1, 0] > halves[:, -1, 2]).all()
+@pytest.mark.parametrize("value", [-7, -1, -0.3, 0, 0.8, 1, 7, -np.inf, np.inf])
+def test_a_maps_colour_is_that_of_its_value(value):
+    drawn = np.asarray(heat_overlay(GREY, np.full((3, 5), value, np.float32)))
+    assert drawn.shape == (60, 80, 3)
+    assert close(drawn, heat(np.clip(value, -1, 1)), 0.51).all()
 
 
-def test_a_panel_shows_truth_and_every_prediction():
-    image, truth = Image.new("RGB", (80, 60), (90, 90, 90)), np.zeros((60, 80), bool)
+def test_the_maps_scale_is_even_to_both_sides():
+    blue, white, red = heat(-1), heat(0), heat(1)
+    assert blue[2] > blue[0] + 50
+    assert red[0] > red[2] + 50
+    assert np.ptp(white) == 0
+    luminance = np.array(HEAT_COLORS) @ (0.2126, 0.7152, 0.0722)
+    half = len(HEAT_COLORS) // 2
+    assert (np.diff(luminance[: half + 1]) > 0).all()
+    assert np.abs(luminance - luminance[::-1]).max() < 40  # so grey prints don't favour a side
+    shifted = np.asarray(heat_overlay(GREY, np.full((2, 2), -3.0), -4, -2))
+    assert close(shifted, white, 0.51).all()
+    for low, high in ((1, 1), (1, -1), (0, np.nan)):
+        with pytest.raises(ValueError, match="scale"):
+            heat_overlay(GREY, np.ones((2, 2)), low, high)
+
+
+def test_maps_are_resized_smoothly_and_let_the_picture_through():
+    row = np.asarray(heat_overlay(GREY, np.array([[-1.0, 1.0]])))[30].astype(int)
+    assert (np.diff(row[:, 0] - row[:, 2]) >= 0).all()  # ever less blue, ever more red
+    assert close(row[0], heat(-1)).all()
+    assert close(row[-1], heat(1)).all()
+    assert len(np.unique(row, axis=0)) > 20
+    dark, light = (
+        heat_overlay(Image.new("RGB", (1, 1), (v, v, v)), np.ones((1, 1))).getpixel((0, 0)) for v in (0, 255)
+    )
+    assert max(np.subtract(light, dark)) > 40
+    assert np.asarray(heat_overlay(GREY, np.full((2, 2), np.nan, np.float32))).max() == 0
+    assert np.asarray(heat_overlay(GREY, np.array([[np.inf, 0.0]]))).min() > 0  # infinity is clipped, not spread
+
+
+def test_a_panel_shows_picture_truth_and_prediction_in_order():
+    truth = NOTHING.copy()
     truth[10:40, 10:40] = True
-    nothing, small = np.zeros((60, 80), bool), np.zeros((6, 8), bool)
-    small[1:3, 1:3] = True
-    blank = expression_panel(image, nothing, [Prediction("a", nothing, 0.0)], "x")
-    with_truth = expression_panel(image, truth, [Prediction("a", nothing, 0.0)], "x")
-    whole = expression_panel(image, truth, [Prediction("a", small, 0.5)], "x")
-    cell = (blank.width - 10) // 3
-    for other, column in ((blank, 1), (whole, 2)):
-        changed = np.nonzero((np.asarray(with_truth) != np.asarray(other)).any(-1))[1]
-        assert changed.min() >= 10 + column * cell
-        assert changed.max() <= 10 + (column + 1) * cell
-    # A mask of a tenth of the size is drawn ten times as large, by nearest neighbour.
-    tinted = np.array(Image.new("RGB", (80, 60), (90, 90, 90)))
-    enlarged = overlay(Image.fromarray(tinted), np.kron(small, np.ones((10, 10))).astype(bool))
-    shown = expression_panel(image, truth, [Prediction("a", np.kron(small, np.ones((10, 10))).astype(bool), 0.5)], "x")
-    assert np.array_equal(np.asarray(shown), np.asarray(whole))
-    assert has_color(enlarged, PREDICTION_COLOR)
-    assert has_color(overlay(image, truth, TRUTH_COLOR), TRUTH_COLOR)
-    several = expression_panel(image, truth, [Prediction(name, small, 0.5) for name in "abc"], "x")
-    assert several.width == 10 + 5 * cell
+    drawn = expression_panel(GREY, truth, [Prediction("a", ~truth, 0.0)], "x")
+    assert drawn.width == MARGIN + 3 * (CELL + MARGIN)
+    ((image, true, predicted),) = cells(drawn, 1, bottom=8)
+    assert close(image, (90, 90, 90)).all()
+    inside = np.kron(truth, np.ones((4, 4))).astype(bool)
+    for picture, area, color in ((true, inside, TRUTH_COLOR), (predicted, ~inside, PREDICTION_COLOR)):
+        tinted = ~close(picture, (90, 90, 90), 3)
+        assert tinted[area].mean() > 0.99  # resampling blurs the outline by a pixel
+        assert tinted[~area].mean() < 0.05
+        assert close(picture, color).any()
+        assert (np.diff(picture[80, 80]) * np.diff(color) > 0).all() == area[80, 80]  # the model's or the truth's hue
 
 
-def test_maps_have_rows_of_their_own_and_one_scale():
-    image, mask = Image.new("RGB", (80, 60), (90, 90, 90)), np.zeros((60, 80), bool)
-    maps = [np.full((side, side), value, np.float32) for side, value in ((8, -1.0), (4, 0.0), (2, 0.5), (1, 1.0))]
-    plain = expression_panel(image, mask, [Prediction("a", mask, 0.0)], "x")
-    one = expression_panel(image, mask, [Prediction("a", mask, 0.0, maps)], "x")
-    two = expression_panel(image, mask, [Prediction(name, mask, 0.0, maps) for name in "ab"], "x")
-    assert plain.height < one.height < two.height
-    assert one.width == two.width > plain.width
-    for color in (APART_COLOR, ALIGNED_COLOR):
-        found = (1 - MOST_HEAT) * 90 + MOST_HEAT * np.array(color)
-        assert (np.abs(np.asarray(one).astype(float) - found).max(-1) < 1).sum() > 1000
-        assert (np.abs(np.asarray(plain).astype(float) - found).max(-1) < 1).sum() == 0
+def test_masks_of_other_sizes_are_resized_by_nearest_neighbour():
+    small = np.zeros((3, 4), bool)
+    small[1, 2] = True
+    enlarged = np.kron(small, np.ones((20, 20))).astype(bool)
+    first, second = (expression_panel(GREY, NOTHING, [Prediction("a", mask, 0.5)], "x") for mask in (small, enlarged))
+    assert np.array_equal(np.asarray(first), np.asarray(second))
+    ((_, _, drawn),) = cells(first, 1, bottom=8)
+    marked = ~close(drawn, (90, 90, 90), 3)
+    assert marked[82:158, 162:238].all()
+    assert not marked[:78].any()
+    assert not marked[162:].any()
+    assert not marked[:, :158].any()
+    assert not marked[:, 242:].any()
+    # Every second column of a mask larger than it is drawn: nearest neighbour takes these or the others, no mean.
+    stripes = np.tile([False, True], (960, 640))
+    halves = [expression_panel(GREY, NOTHING, [Prediction("a", one, 0.5)], "x") for one in (stripes, ~stripes)]
+    whole, empty = (~close(cells(half, 1, bottom=8)[0][2], (90, 90, 90), 3) for half in halves)
+    assert whole.all() != empty.all()
+    assert whole.any() != empty.any()
+    with pytest.raises(ValueError, match="truth"):
+        expression_panel(GREY, small, [], "x")
 
 
-@pytest.mark.parametrize("size", [(300, 100), (50, 400), (1, 1), (2000, 30), (64, 64)])
-@pytest.mark.parametrize("sentence", ["a dog", "left " * 60, "«café» – ☃ 狗", "", "w" * 300])
+def test_each_model_has_its_place_and_its_colour():
+    full = [Prediction(str(i), ~NOTHING, 1.0) for i in range(7)]
+    drawn = expression_panel(GREY, ~NOTHING, full, "x")
+    assert drawn.width == MARGIN + CELLS_PER_ROW * (CELL + MARGIN)
+    pictures = [picture for row in cells(drawn, 3, bottom=8) for picture in row]
+    colors = [TRUTH_COLOR, *MODEL_COLORS, PREDICTION_COLOR]
+    for picture, color in zip(pictures[1:], colors, strict=False):
+        assert close(picture[:2, 20:300], color, 12).any()  # the outline along the picture's edge
+        assert (~close(picture, (90, 90, 90))).all()
+    assert all((picture == 255).all() for picture in pictures[9:])
+    assert len(set(colors)) == 1 + len(MODEL_COLORS)
+
+
+def test_maps_have_a_row_per_model_and_a_fixed_scale():
+    mute = Prediction("b", NOTHING, 0.0)
+    for predictions, rows in (
+        ([Prediction("a", NOTHING, 0.0, MAPS)], 2),
+        ([Prediction("a", NOTHING, 0.0, MAPS), mute], 2),
+        ([Prediction("a", NOTHING, 0.0, MAPS), Prediction("b", NOTHING, 0.0, MAPS[::-1])], 3),
+    ):
+        drawn = expression_panel(GREY, NOTHING, predictions, "x")
+        found = cells(drawn, rows, bottom=8 + 28)
+        for row, values in zip(found[1:], ((-1, -0.5, 0, 1), (1, 0, -0.5, -1)), strict=False):
+            assert all(close(picture, heat(value)).all() for picture, value in zip(row, values, strict=True))
+        bar = np.asarray(drawn)[-28, -(CELL + MARGIN) : -MARGIN]
+        for value in (-0.9, 0, 0.9):
+            assert close(bar, heat(value, 255), 4).any()
+    wide = expression_panel(GREY, NOTHING, [Prediction("a", NOTHING, 0.0, MAPS)], "x", scale=(-2, 2))
+    assert close(cells(wide, 2, bottom=36)[1][0], heat(-0.5)).all()
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"),
+    [
+        ((300, 100), "left " * 60),
+        ((50, 400), "w" * 300),
+        ((1, 1), ""),
+        ((2000, 1), "«café» – ☃ 狗\n\t\0 \ud800"),
+        ((1, 2000), "dog"),
+    ],
+)
 def test_panels_of_any_shape_and_sentence(size, sentence):
     mask = np.ones(size[::-1], bool)
-    predictions = [Prediction("a rather long name of a model/best", ~mask, 0.123, [np.eye(4, dtype=np.float32)] * 4)]
-    drawn = expression_panel(Image.new("RGB", size, "blue"), mask, predictions, sentence, "a note " * 9)
-    assert drawn.width <= 10 + 4 * (CELL_WIDTH + 10)
-    assert drawn.height < 2 * CELL_HEIGHT + 700
+    models = [Prediction(f"a rather long name of a model/{i} " * 3, ~mask, 0.1, MAPS) for i in range(2)]
+    drawn = expression_panel(Image.new("RGB", size, "blue"), mask, models, sentence, "a note " * 60)
     pixels = np.asarray(drawn)
-    assert pixels.min() < 90 < pixels.max()
-    assert (pixels[:, -8:] == 255).all()  # no text runs over the edge
-    assert (pixels[-5:] == 255).all()
+    assert drawn.width == MARGIN + CELLS_PER_ROW * (CELL + MARGIN)
+    assert pixels[:MARGIN].min() == 255  # no text runs over an edge
+    assert pixels[:, : MARGIN - 2].min() == 255
+    assert pixels[:, 2 - MARGIN :].min() == 255
+    assert pixels[-8:].min() == 255
+    assert (pixels == TRUTH_COLOR).all(-1).any()
+
+
+def test_titles_keep_to_their_cell():
+    """A long title is cut, keeping its end and the score; the next cell's begins where it should."""
+    drawn = [
+        panel(GREY, [Column(name, GREY, TRUTH_COLOR, "IoU 0.50"), Column("b", GREY)], "x") for name in ("m", "m" * 90)
+    ]
+    short, long = (np.asarray(picture)[: -CELL_HEIGHT - 20].astype(int) for picture in drawn)
+    changed = np.nonzero((short != long).any((0, 2)))[0]
+    assert changed.min() > MARGIN + (CELL + MARGIN)
+    assert MARGIN + 2 * CELL < changed.max() <= 2 * (MARGIN + CELL)
 
 
 def test_sheets_are_aligned():
-    panels = [
-        Image.new("RGB", (width, height), "blue") for width, height in ((300, 100), (200, 50), (250, 70), (310, 20))
-    ]
-    together = sheet(panels)
-    assert together.size == (300 + 20 + 310, 100 + 20 + 70)
-    pixels = np.asarray(together)
-    assert (pixels[0, 320] == (0, 0, 255)).all()  # the second column begins behind the widest of the first
-    assert (pixels[120, 0] == (0, 0, 255)).all()
-    assert sheet([Image.new("RGB", (1500, 10))] * 3).size == (1500, 70)  # wide ones below each other
-    assert sheet(panels[:1]).size == (300, 100)
-    assert sheet(panels, columns=3).width == 310 + 20 + 200 + 20 + 250
+    sizes = ((300, 100), (200, 50), (250, 70), (310, 20), (10, 10))
+    panels = [Image.new("RGB", size, color) for size, color in zip(sizes, MODEL_COLORS, strict=False)]
+    together = sheet(panels, columns=2)
+    assert together.size == (300 + 310, 100 + 70 + 10)
+    for (left, top), color in zip(((0, 0), (300, 0), (0, 101), (300, 101), (0, 171)), MODEL_COLORS, strict=False):
+        assert together.getpixel((left, top)) == color
+    assert together.getpixel((305, 175)) == (255, 255, 255)
+    assert sheet(panels[:1], columns=3).size == (300, 100)
+
+
+def test_sheets_are_no_wider_than_a_page_by_default():
+    for width, columns in ((SHEET_WIDTH + 1, 1), (SHEET_WIDTH // 2 + 1, 1), (SHEET_WIDTH // 2, 2), (9, 5)):
+        assert sheet([Image.new("RGB", (width, 10))] * 5).width == columns * width
+    plain = expression_panel(GREY, NOTHING, [Prediction("a", NOTHING, 0.0)], "x")
+    with_maps = expression_panel(GREY, NOTHING, [Prediction("a", NOTHING, 0.0, MAPS)], "x")
+    assert sheet([plain] * 4).size == (2 * plain.width, 2 * plain.height)
+    assert sheet([with_maps] * 2).size == (with_maps.width, 2 * with_maps.height)
