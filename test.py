@@ -260,7 +260,7 @@ def evaluate_splits(args: Any) -> None:
             for protocol in protocols:
                 where = f"{cfg.DATA.NAME} ({cfg.DATA.SPLIT_BY}), {args.resume}, {cfg.DATA.IMG_SIZE} px"
                 print(f"\n{where}, {protocol.name} protocol{shuffled}\n{metrics_table(rows[protocol.name])}")
-            for path in filter(None, (args.json, args.predictions, *sheets)):
+            for path in filter(None, (args.json, args.predictions, file and file.settings, *sheets)):
                 print(path)
 
 

@@ -49,6 +49,7 @@ class REFER:
 
     def __init__(self, data_root: str | Path, dataset: str = "refcoco", splitBy: str = "unc") -> None:
         check_dataset(dataset, splitBy)
+        self.dataset, self.splitBy = dataset, splitBy
         folder = Path(data_root, dataset)
         self.instances_path, self.refs_path = folder / "instances.json", folder / f"refs({splitBy}).p"
         self.image_dir = folder / "images" if dataset == "refshapes" else Path(data_root) / COCO_IMAGES

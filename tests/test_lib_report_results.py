@@ -42,6 +42,8 @@ def test_a_whole_file_is_ordered_however_it_came_about(tmp_path):
     assert not file.partial.exists()
     header, lines = read_results(tmp_path / "a.jsonl")
     assert header == {"format": "crossvlt results 1", "complete": True, **HEADER}
+    assert header == json.loads((tmp_path / "a.settings.json").read_text())
+    assert [json.loads(one) for one in (tmp_path / "a.jsonl").read_text().splitlines()] == LINES
     assert lines == LINES
 
 
@@ -76,12 +78,15 @@ def test_another_evaluations_lines_are_never_mixed_in(tmp_path):
     with pytest.raises(UserError, match=r"a\.jsonl\.partial is left from .* another checkpoint_sha256 \(0, now 1\)"):
         other.begin()
     (tmp_path / "a.jsonl.partial").write_text("something else\n")
-    with pytest.raises(UserError, match="is not a result file"):
+    with pytest.raises(UserError, match="doesn't belong to a result file"):
         other.begin()
     finished = whole(tmp_path / "b.jsonl")
     assert finished.is_finished()
     assert not ResultFile(tmp_path / "b.jsonl", {**HEADER, "checkpoint_sha256": "1"}).is_finished()
-    (tmp_path / "b.jsonl").write_text("{}\n")
+    finished.partial.touch()  # killed between the last line and the settings
+    assert not finished.is_finished()
+    finished.partial.unlink()
+    finished.settings.write_text("{}\n")
     assert not finished.is_finished()
 
 
@@ -89,16 +94,21 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(MissingFileError, match="no result file"):
         read_results(tmp_path / "none.jsonl")
     path = tmp_path / "a.jsonl"
+    file = whole(path)
+    settings = file.settings.read_text()
     for content in (b"", b"[1]\n", b"\xff\n", b'{"format": "other"}\n'):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.jsonl is not a result file"):
+        file.settings.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.settings\.json doesn't belong to a result file"):
             read_results(path)
-    whole(path)
+    file.settings.unlink()
+    with pytest.raises(UserError, match="keep them together"):
+        read_results(path)
+    file.settings.write_text(settings)
     lines = path.read_text().splitlines()
     for change in ({"intersection": 3}, {"union": "2"}, {"index": True}, {"protocol": None}, {"split": 1}):
-        damaged = [*lines[:2], json.dumps({**LINES[1], **change}), *lines[3:]]
+        damaged = [lines[0], json.dumps({**LINES[1], **change}), *lines[2:]]
         path.write_text("\n".join(damaged) + "\n")
-        with pytest.raises(UserError, match="line 3 is damaged"):
+        with pytest.raises(UserError, match="line 2 is damaged"):
             read_results(path)
 
 

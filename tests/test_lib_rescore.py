@@ -13,7 +13,7 @@ from lib import rescore
 from lib.metrics import METRIC_NAMES, SegmentationMetrics, iou
 from lib.protocols import choose_protocols
 from lib.report.bootstrap import intervals, paired_intervals
-from lib.report.results import ResultFile
+from lib.report.results import ResultFile, settings_path
 from refer.masks import encode_mask
 from refer.refer import REFER
 from utils import MissingFileError, UserError, run_command
@@ -119,8 +119,7 @@ def test_several_files_splits_and_protocols(run, tmp_path):
 def test_the_order_of_lines_changes_nothing(run, tmp_path):
     file = write(tmp_path / "a.jsonl")
     *_, report = run(file)
-    header, *lines = file.read_text().splitlines(True)
-    file.write_text("".join([header, *reversed(lines)]))
+    file.write_text("".join(reversed(file.read_text().splitlines(True))))
     assert run(file)[2] == report
 
 
@@ -341,7 +340,7 @@ def test_masks_that_do_not_fit_are_told(run, tmp_path, data_root):
         (["--ids", __file__], "--ids .*: line 1 is not a sent_id"),
         (["--compare", "a", "b"], "give result files, or two of them with --compare"),
         (["/nowhere.jsonl"], "no result file /nowhere.jsonl"),
-        ([__file__], "is not a result file of test.py"),
+        ([__file__], "keep them together"),
     ],
 )  # fmt: skip
 def test_mistakes_are_told(run, tmp_path, flags, told):
@@ -372,15 +371,18 @@ def test_a_protocol_of_the_file_that_fits_is_named(run, tmp_path):
 
 def test_damaged_files_and_lost_ones(run, tmp_path, monkeypatch):
     file = write(tmp_path / "a.jsonl")
-    header, *lines = file.read_text().splitlines(True)
-    for content, told in (
-        ([header, *lines, lines[0]], "sent_id 101 of val, paper is there twice"),
-        ([header, lines[0].replace('"paper"', '"other"')], "is of a split or protocol that its first line doesn't"),
-        ([header.replace('"val"', '"wal"'), *lines], "is of a split or protocol that its first line doesn't"),
-        ([header.replace("splits", "parts"), *lines], "its first line doesn't say which splits"),
-        ([header.replace('{"val": 3, "testA": 1}', "[1]"), *lines], "its first line doesn't say which splits"),
-        ([header, "{}\n"], "line 2 is damaged"),
+    beside = settings_path(file)
+    settings, lines = beside.read_text(), file.read_text().splitlines(True)
+    no_splits = json.dumps({**json.loads(settings), "splits": [1]})
+    for told_settings, content, told in (
+        (settings, [*lines, lines[0]], "sent_id 101 of val, paper is there twice"),
+        (settings, [lines[0].replace('"paper"', '"other"')], "is of a split or protocol that its settings don't"),
+        (settings.replace('"val"', '"wal"'), lines, "is of a split or protocol that its settings don't"),
+        (settings.replace("splits", "parts"), lines, "its settings don't say which splits"),
+        (no_splits, lines, "its settings don't say which splits"),
+        (settings, ["{}\n"], "line 1 is damaged"),
     ):
+        beside.write_text(told_settings)
         file.write_text("".join(content))
         with pytest.raises(UserError, match=told):
             run(file)
@@ -489,9 +491,9 @@ def test_compare_protocols_of_one_model(run, tmp_path):
 
 def test_compare_tells_other_settings(run, tmp_path):
     a, b = write(tmp_path / "a.jsonl"), write(tmp_path / "b.jsonl")
-    b.write_text(
-        b.read_text().replace('"img_size": 16', '"img_size": 32').replace('"max_tokens": 21', '"max_tokens": 9')
-    )
+    settings = settings_path(b).read_text()
+    settings = settings.replace('"img_size": 16', '"img_size": 32').replace('"max_tokens": 21', '"max_tokens": 9')
+    settings_path(b).write_text(settings)
     _, warned, report = run("--compare", a, b)
     assert warned == (
         "warning: not the same img_size in both: A 16, B 32\n"

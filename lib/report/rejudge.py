@@ -133,12 +133,12 @@ def read(path: str) -> Results:
         splits = {name: int(count) for name, count in header["splits"].items()}
         protocols = {str(settings["name"]): dict(settings) for settings in header["protocols"]}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is damaged: its first line doesn't say which splits and protocols it holds") from error
+        raise UserError(f"{path} is damaged: its settings don't say which splits and protocols it holds") from error
     seen = set()
     for line in lines:
         place = (line["split"], line["protocol"], line["ref_id"], line["sent_id"])
         if place in seen or line["split"] not in splits or line["protocol"] not in protocols:
-            wrong = "is there twice" if place in seen else "is of a split or protocol that its first line doesn't name"
+            wrong = "is there twice" if place in seen else "is of a split or protocol that its settings don't name"
             raise UserError(
                 f"{path} is damaged: sent_id {line['sent_id']} of {line['split']}, {line['protocol']} {wrong}"
             )

@@ -1,13 +1,15 @@
-"""Result files: a line of JSON per expression and protocol, under a header that says how they came about.
+"""Result files: a line of JSON per expression and protocol, and beside it how they came about.
 
-The first line is the header: ``format``, ``complete``, the checkpoint and its SHA-256, dataset, ``splits`` with their
-numbers of expressions, ``protocols`` with all their settings. Each further line is one expression under one protocol:
+A line of ``out.jsonl`` is one expression under one protocol:
 
-    {"split": "val", "index": 0, "image_id": 9, "ref_id": 3, "ann_id": 7, "sent_id": 5, "sentence": "left dog",
-     "protocol": "paper", "intersection": 90, "union": 120, "iou": 0.75, "mask": {"size": [480, 480], "counts": "…"}}
+    {"dataset": "refcoco", "split_by": "unc", "split": "val", "protocol": "paper", "index": 0, "image_id": 9,
+     "ref_id": 3, "ann_id": 7, "sent_id": 5, "sentence": "left dog", "intersection": 90, "union": 120, "iou": 0.75,
+     "mask": {"size": [480, 480], "counts": "…"}}
 
-``mask`` is the prediction as COCO RLE at the size it was judged at. While an evaluation runs, its lines are in
-``<file>.partial``, in the order they were done; the file itself is whole, and ordered by split, expression, protocol.
+ordered by split, expression, protocol; ``mask`` is the prediction as COCO RLE at the size it was judged at.
+``out.settings.json`` has the checkpoint and its SHA-256, ``splits`` with their numbers of expressions, and
+``protocols`` with everything they settle. While an evaluation runs, its lines are in ``out.jsonl.partial``, in the
+order they were done, under a first line with the settings, which says ``"complete": false``.
 """
 
 import json
@@ -16,9 +18,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from utils import MissingFileError, UserError, writing, written_aside
+from utils import MissingFileError, UserError, write_text, writing, written_aside
 
 FORMAT = "crossvlt results 1"
+PARTIAL = ".partial"
 Line = dict[str, Any]
 NUMBERS = ("index", "image_id", "ref_id", "sent_id", "intersection", "union")
 
@@ -27,23 +30,22 @@ class ResultFile:
     """Writes a result file so that an evaluation which was stopped can go on.
 
     Args:
-        path: of the file.
-        header: settings; another evaluation's lines are never mixed in.
+        path: of the lines.
+        header: the settings; another evaluation's lines are never mixed in.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
-        self.path, self.partial = Path(path), Path(f"{path}.partial")
+        self.path, self.partial, self.settings = Path(path), Path(f"{path}{PARTIAL}"), settings_path(path)
         self.header = json.loads(json.dumps({"format": FORMAT, "complete": False, **header}))  # as it is read back
 
     def is_finished(self) -> bool:
         """Whether the file is there already, whole, and of an evaluation with these settings."""
-        if not self.path.exists():
+        if not self.path.exists() or self.partial.exists():
             return False
         try:
-            found = _header_of(self.path)
+            return _differing(_header_of(self.path), self.header | {"complete": True}) is None
         except UserError:
             return False
-        return _differing(found, self.header | {"complete": True}) is None
 
     def begin(self) -> None:
         """Begin the partial file, or go on with the one that is there: :meth:`lines` are what it has.
@@ -88,15 +90,20 @@ class ResultFile:
             for offset, line in _lines(self.partial)
         )
         with written_aside(self.path) as aside, open(aside, "wb") as whole, open(self.partial, "rb") as partial:
-            whole.write(_encoded(self.header | {"complete": True}))
             for *_, offset in places:  # one line in memory at a time
                 partial.seek(offset)
                 whole.write(partial.readline())
+        write_text(self.settings, json.dumps(self.header | {"complete": True}, indent=1, ensure_ascii=False) + "\n")
         self.partial.unlink()
 
 
+def settings_path(path: str | Path) -> Path:
+    """Where the settings of a result file are."""
+    return Path(path).with_suffix(".settings.json")
+
+
 def read_results(path: str | Path) -> tuple[dict[str, Any], list[Line]]:
-    """A result file's header and lines; a partial one's too.
+    """A result file's settings and lines; a partial one's too.
 
     Raises:
         MissingFileError: no such file.
@@ -128,27 +135,32 @@ def _drop_torn_line(path: Path) -> bool:
 
 
 def _header_of(path: Path) -> dict[str, Any]:
+    """The settings of a result file: beside it, or a partial one's first line."""
+    if not path.is_file():
+        raise MissingFileError(f"no result file {path}")
+    source = path if path.suffix == PARTIAL else settings_path(path)
     try:
-        with open(path, "rb") as file:
-            header = json.loads(file.readline())
+        with open(source, "rb") as file:
+            header = json.loads(file.readline() if path.suffix == PARTIAL else file.read())
     except FileNotFoundError as error:
-        raise MissingFileError(f"no result file {path}") from error
+        raise UserError(f"{source} is missing: it says how {path} came about, keep them together") from error
     except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from error
+        raise UserError(f"can't read {source}: {error.strerror}") from error
     except ValueError:
         header = None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise UserError(f"{path} is not a result file of test.py --predictions")
+        raise UserError(f"{source} doesn't belong to a result file of test.py --predictions")
     return header
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Line]]:
-    """Every line after the header, checked, with its position in the file."""
+    """Every line, checked, with its position in the file; a partial file's first line is its header."""
     with open(path, "rb") as file:
-        offset = len(file.readline())
-        for number, text in enumerate(file, 2):
-            if not text.endswith(b"\n") and path.suffix == ".partial":
-                return  # being written, or torn when its process was killed
+        offset = 0
+        for number, text in enumerate(file, 1):
+            if path.suffix == PARTIAL and (number == 1 or not text.endswith(b"\n")):
+                offset += len(text)  # the header, or a line that is being written or torn
+                continue
             try:
                 line = json.loads(text)
                 numbers = [line[name] for name in NUMBERS]
