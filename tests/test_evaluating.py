@@ -34,14 +34,15 @@ def test_the_number_of_processes_changes_no_byte(best, data, run_script, tmp_pat
         out, report = tmp_path / f"{processes}.jsonl", tmp_path / f"{processes}.json"
         done = run_script(
             "test.py", *data, "--resume", best, "-b", 4, "--protocol", "paper,original",
-            "--predictions", out, "--json", report, processes=processes,
+            "--threshold", 0.15, "--predictions", out, "--json", report, processes=processes,
         )  # fmt: skip
-        files[processes] = out.read_bytes(), report.read_bytes(), done.stdout.replace(f"/{processes}.json", "/out.json")
+        files[processes] = out.read_bytes(), report.read_bytes(), done.stdout.replace(f"/{processes}.", "/out.")
     header, lines = read_results(out)
     number = header["splits"]["val"]
     assert number % 2
     assert number % 3
     assert len({(line["sent_id"], line["protocol"]) for line in lines}) == len(lines) == 2 * number
+    assert len({(line["intersection"], line["union"]) for line in lines}) > number / 2  # masks that say something
     assert files[1] == files[2] == files[3]
 
 
