@@ -1,12 +1,9 @@
 """train.py and test.py as a user runs them, end to end on generated data."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
 
 
 @pytest.fixture
@@ -43,10 +40,11 @@ def test_training_writes_what_the_readme_says(trained):
     assert not list(folder.rglob("*.part"))
 
 
-def test_saved_config_trains_the_same_again(trained, run_script, tmp_path):
+def test_saved_config_trains_the_same_again(trained, run_here, tmp_path):
     folder, _ = trained
     saved = folder / "models" / "run" / "config.yaml"
-    run_script("train.py", "--cfg", saved, "--model_id", "again", "--steps", 2, "--log_dir", tmp_path / "models")
+    folders = ["--output-dir", tmp_path / "checkpoints", "--log_dir", tmp_path / "models"]
+    run_here("train.py", "--cfg", saved, "--model_id", "again", "--steps", 2, *folders, check=True)
     assert entries(tmp_path / "checkpoints" / "again" / "last.pth")["step"] == 2
 
 
@@ -55,21 +53,21 @@ def test_old_launcher(run_script, train_flags, tmp_path):
     assert (tmp_path / "checkpoints" / "old" / "best.pth").exists()
 
 
-def test_default_model_id_says_what_it_is(run_script, train_flags, tmp_path):
-    run_script("train.py", *train_flags, "--steps", 1)
+def test_default_model_id_says_what_it_is(run_here, train_flags, tmp_path):
+    run_here("train.py", *train_flags, "--steps", 1, check=True)
     (run,) = (tmp_path / "checkpoints").iterdir()
     assert run.name.startswith("refshapes_unc_tiny_2")
     assert (tmp_path / "models" / run.name / "train.log").exists()
 
 
-def test_initialising_from_weights(trained, run_script, train_flags, tmp_path):
+def test_initialising_from_weights(trained, run_here, train_flags, tmp_path):
     best = trained[0] / "checkpoints" / "run" / "best.pth"
     model = {f"module.{key}": value for key, value in entries(best)["model"].items()}
     torch.save(model, tmp_path / "released.pth")
     flags = ["--cfg", tmp_path / "init.yaml", *train_flags[2:], "--steps", 1, "--lr", 1e-30, "--wd", 0]
     text = Path(train_flags[1]).read_text().replace("{FROM_SCRATCH: true}", f"{{INIT_FROM: {tmp_path}/released.pth}}")
     (tmp_path / "init.yaml").write_text(text)
-    run_script("train.py", *flags, "--model_id", "init", "--ddp_trained_weights")
+    run_here("train.py", *flags, "--model_id", "init", "--ddp_trained_weights", check=True)
     started = entries(tmp_path / "checkpoints" / "init" / "last.pth")
     assert started["step"] == 1
     for key, value in started["model"].items():
@@ -110,8 +108,8 @@ def test_a_mistake_is_one_clear_line(told_in_one_line, flags, told):
     assert told in told_in_one_line("train.py", *flags)
 
 
-def test_help_needs_nothing():
+def test_help_needs_nothing(run_here):
     for script in ("train.py", "test.py"):
-        done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert "--swin_type" in done.stdout
-        assert "--local_rank" not in done.stdout
+        done = run_here(script, "--help", check=True)
+        assert "--swin_type" in done.out
+        assert "--local_rank" not in done.out
