@@ -31,6 +31,22 @@ SMALL = {
 }
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """For small tensors more threads only wait for each other; with torchrun too each process has one."""
+    every = torch.get_num_threads()
+    torch.set_num_threads(1)
+    return every
+
+
+@pytest.fixture
+def every_thread(one_thread):
+    """For models of the published size."""
+    torch.set_num_threads(one_thread)
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def small_model():
     """Build a small CrossVLT: ``small_model(fusion=…)``."""
@@ -112,7 +128,9 @@ class Finished(NamedTuple):
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """Run train.py or test.py in this process, to be quick: what ``python train.py …`` runs is run_command(main)."""
-    from utils import run_command
+    from utils import LOGGER, run_command
+
+    logging_as_it_was = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
 
     def run(script, *flags, check=False):
         spec = importlib.util.spec_from_file_location(f"{script[:-3]}_script", ROOT / script)
@@ -124,6 +142,8 @@ def run_here(monkeypatch, capsys):
             run_command(module.main)
         except SystemExit as left:
             status = left.code
+        finally:
+            LOGGER.handlers[:], LOGGER.level, LOGGER.propagate = logging_as_it_was
         text = capsys.readouterr()
         assert not check or status == 0, text.err
         return Finished(status, text.out, text.err)

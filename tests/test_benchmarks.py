@@ -20,6 +20,7 @@ def run(monkeypatch, *flags):
     train_step.main()
 
 
+@pytest.mark.usefixtures("every_thread")
 def test_training_step_is_reported_row_by_row(tmp_path, monkeypatch, capsys):
     out = tmp_path / "step.md"
     run(

@@ -38,6 +38,7 @@ def test_golden_recipe_gives_the_recorded_check_values():
     assert inputs.masks.sum((1, 2)).tolist() == [34632, 25864]
 
 
+@pytest.mark.usefixtures("every_thread")
 @pytest.mark.parametrize(("swin_type", "size", "batch"), [("tiny", 224, 3), ("base", 480, 2)])
 def test_eval_logits_are_the_published_ones(swin_type, size, batch):
     name = f"eval_{swin_type}_{size}"
@@ -55,6 +56,7 @@ def test_eval_logits_are_the_published_ones(swin_type, size, batch):
     assert logits.std() == pytest.approx(golden["std"], abs=2e-4)
 
 
+@pytest.mark.usefixtures("every_thread")
 def test_three_training_steps_are_the_published_ones():
     golden = json.loads((GOLDEN / "train_tiny_224.json").read_text())
     recorded = np.load(GOLDEN / "train_tiny_224.npz")

@@ -8,7 +8,6 @@ import subprocess
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import lib.evaluation
@@ -30,17 +29,13 @@ def best(trained):
 
 
 def test_the_number_of_processes_changes_no_byte(best, data, run_script, run_here, tmp_path):
-    files, threads = {}, torch.get_num_threads()
+    files = {}
     for processes in (1, 2, 3):
         out, report = tmp_path / f"{processes}.jsonl", tmp_path / f"{processes}.json"
         flags = ["test.py", *data, "--resume", best, "-b", 4, "--protocol", "paper,original", "--threshold", 0.15]
         flags += ["--predictions", out, "--json", report]
-        if processes == 1:
-            torch.set_num_threads(1)  # as torchrun does
-            text = run_here(*flags, check=True).out
-            torch.set_num_threads(threads)
-        else:
-            text = run_script(*flags, processes=processes).stdout
+        alone = processes == 1
+        text = run_here(*flags, check=True).out if alone else run_script(*flags, processes=processes).stdout
         files[processes] = out.read_bytes(), report.read_bytes(), text.replace(f"/{processes}.", "/out.")
     header, lines = read_results(out)
     number = header["splits"]["val"]

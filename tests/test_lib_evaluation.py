@@ -213,6 +213,7 @@ def test_batch_limits_and_shared_pictures_change_nothing(small_model, small_spli
         assert np.abs(counts - one_by_one).max() <= 2
 
 
+@pytest.mark.usefixtures("every_thread")
 def test_shared_picture_work_keeps_the_golden_logits():
     """Both recorded pictures with all three recorded sentences at once: the pairs that were recorded come out alike."""
     recorded = np.load(ROOT / "tests" / "data" / "golden" / "eval_tiny_224.npz")["logits"]
