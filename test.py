@@ -16,7 +16,7 @@ Swin type, window and everything else about the model, picture size and tokenize
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -66,6 +66,7 @@ from utils import (
     cpu_group,
     file_sha256,
     from_main,
+    gather,
     launched_rank,
     on_main,
     run_command,
@@ -317,18 +318,19 @@ def measure(
         return [missing_row(row, f"no checkpoint for {row.dataset} in {args.checkpoints}") for row in wanted]
     ours = copy(args)
     vars(ours).update({"DATA.NAME": wanted[0].dataset, "DATA.SPLIT_BY": wanted[0].split_by})
-    try:
-        loaded = load(ours, path)
-        refer = REFER(loaded.cfg.DATA.ROOT, wanted[0].dataset, wanted[0].split_by)
-    except UserError as error:
-        return [missing_row(row, str(error)) for row in wanted]
+    loaded, reason = attempt(lambda: load(ours, path))
+    refer = None
+    if not reason:
+        refer, reason = attempt(lambda: REFER(loaded.cfg.DATA.ROOT, wanted[0].dataset, wanted[0].split_by))
+    if reason:
+        return [missing_row(row, reason) for row in wanted]
     rows, model, digest = [], None, on_main(lambda: file_sha256(path))
     for row in wanted:
-        try:
-            datasets = {row.split: make_dataset(loaded, refer, row.split)}
-        except UserError as error:
-            rows.append(missing_row(row, str(error)))
+        dataset, reason = attempt(lambda: make_dataset(loaded, refer, row.split))  # noqa: B023
+        if reason:
+            rows.append(missing_row(row, reason))
             continue
+        datasets = {row.split: dataset}
         file = ResultFile(folder / f"{row.name}.jsonl", settings_of(loaded, digest, datasets))
         if from_main(file.is_finished()):
             LOG.info("%s: finished before, in %s", row.title, file.path)
@@ -338,6 +340,16 @@ def measure(
                 pass
         rows += on_main(lambda: measured_rows(row, file))  # noqa: B023
     return rows
+
+
+def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
+    """A result, or why there is none on some process: the same decision on all of them."""
+    result, reason = None, ""
+    try:
+        result = function()
+    except UserError as error:
+        reason = str(error)
+    return result, next(filter(None, gather(reason)), "")
 
 
 def segment_own_picture(args: Any) -> None:

@@ -216,6 +216,9 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
         (["--resume", "{best}", "DATA", "--protocol", "papr"], "--protocol papr: choose of paper, original"),
         (["--resume", "{best}", "DATA", "--threshold", "2"], "--threshold 2.0: a probability between 0 and 1"),
         (["--resume", "{best}", "DATA", "--eval_size", "480"], "invalid choice: '480'"),
+        (["--resume", "{best}", "DATA", "--predictions", "{tmp}/a.jsonl.partial"],
+         "name what it becomes: {tmp}/a.jsonl"),
+        (["--resume", "{best}", "DATA", "--predictions", "{tmp}/a", "--json", "{tmp}/./a"], "name two files"),
         (["--resume", "{best}", "DATA", "--vis_maps"], "--vis_maps needs --vis DIR"),
         (["--resume", "{best}", "DATA", "--checkpoints", "{checkpoints}"], "give --table too"),
         (["--table", "--checkpoints", "{checkpoints}", "--resume", "{best}"], "--resume does nothing beside --table"),
@@ -231,10 +234,10 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
          "--json does nothing beside --resume and --image"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_clear_line(told_in_one_line, flags, told):
+def test_a_mistake_is_one_clear_line(told_in_one_line, tmp_path, flags, told):
     data = ["--dataset", "refshapes", "--refer_data_root", "{data}", "-j", "0"]
     given = [part for flag in flags for part in (data if flag == "DATA" else [flag])]
-    assert told in told_in_one_line("test.py", *given)
+    assert told.replace("{tmp}", str(tmp_path)) in told_in_one_line("test.py", *given)
 
 
 def test_a_missing_picture_is_found_before_the_work(best, data, refshapes_root, run_here, tmp_path):

@@ -1,9 +1,11 @@
 """The flags of test.py that aren't configuration keys, and what they ask for together."""
 
+from pathlib import Path
 from typing import Any
 
 from lib.config import Parser
 from lib.protocols import EVAL_SIZES
+from lib.report.results import PARTIAL
 from refer.refer import MASK_MODES
 from utils import UserError
 
@@ -74,6 +76,11 @@ def choose_way(args: Any) -> str:
             raise UserError(f"--{name} does nothing beside {' and '.join(f'--{one}' for one in needed)}: leave it out")
     if args.vis_maps and not args.vis:
         raise UserError("--vis_maps needs --vis DIR: where to draw")
+    if args.predictions and Path(args.predictions).suffix == PARTIAL:
+        whole = args.predictions.removesuffix(PARTIAL)
+        raise UserError(f"--predictions {args.predictions}: to go on from it, name what it becomes: {whole}")
+    if args.predictions and args.json and Path(args.predictions).resolve() == Path(args.json).resolve():
+        raise UserError(f"--predictions and --json are both {args.json}: name two files")
     if args.vis_num < 1:
         raise UserError(f"--vis-num {args.vis_num}: must be above 0")
     return way
