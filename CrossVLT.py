@@ -81,7 +81,7 @@ class CrossVLT(nn.Module):
         )
 
     def encode_pictures(self, images: torch.Tensor) -> torch.Tensor:
-        """What depends on the pictures alone: [B, 3, H, W] → stage 0's blocks' output [B, h, w, C].
+        """Stage 0's blocks, which see the pictures alone: [B, 3, H, W] → [B, h, w, C].
 
         Several sentences of a picture need it once; evaluation makes use of that.
         """

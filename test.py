@@ -16,7 +16,7 @@ Swin type, window and everything else about the model, picture size and tokenize
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch import nn
 from transformers import BertTokenizer
 from yacs.config import CfgNode
 
-from bert.tokenization import check_vocabulary, load_tokenizer, tokenize
+from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer, tokenize
 from CrossVLT import build_crossvlt
 from data.dataset_refer_bert import ReferDataset, open_image
 from data.loaders import DeviceBatches, build_eval_batches
@@ -46,13 +46,12 @@ from lib.report.flags import add_flags, choose_way
 from lib.report.results import ResultFile
 from lib.report.splits import judge_splits, summary
 from lib.report.table import (
-    PUBLISHED,
     MeasuredRow,
     PublishedRow,
+    choose_rows,
     find_checkpoints,
     measured_rows,
     metrics_table,
-    missing_row,
     text_table,
     write_tables,
 )
@@ -62,11 +61,11 @@ from utils import (
     MissingFileError,
     Processes,
     UserError,
+    attempt,
     check_writable,
     cpu_group,
     file_sha256,
     from_main,
-    gather,
     launched_rank,
     on_main,
     run_command,
@@ -144,7 +143,7 @@ def settings_of(
     loaded: Loaded, digest: str, datasets: dict[str, ReferDataset], *, shuffle_sentences: bool = False
 ) -> dict[str, Any]:
     """What result files say of how their numbers came about."""
-    cfg, checkpoint = loaded.cfg, loaded.checkpoint
+    cfg, checkpoint, refer = loaded.cfg, loaded.checkpoint, next(iter(datasets.values())).refer
     return {
         "checkpoint": str(checkpoint.path),
         "checkpoint_sha256": digest,
@@ -158,6 +157,10 @@ def settings_of(
         "shuffle_sentences": shuffle_sentences,
         "shuffle_seed": cfg.SEED if shuffle_sentences else None,
         "protocols": [protocol.settings() for protocol in loaded.protocols],
+        "vocabulary": fingerprint(loaded.tokenizer),
+        "annotations_sha256": on_main(
+            lambda: {path.name: file_sha256(path) for path in (refer.refs_path, refer.instances_path)}
+        ),
     }
 
 
@@ -244,16 +247,16 @@ def evaluate_splits(args: Any) -> None:
             for protocol in protocols:
                 result = results[protocol.name]
                 rows[protocol.name].append((split, result.metrics, len(dataset)))
-                report.append(summary(dataset, protocol, result, settings))
-                if args.baselines:
-                    report[-1]["baselines"] = on_main(lambda: baselines_of(dataset, protocol))  # noqa: B023
-                    rows[protocol.name] += [
-                        (f"  {name}", metrics, len(dataset)) for name, metrics in report[-1]["baselines"].items()
-                    ]
+                known = on_main(lambda: baselines_of(dataset, protocol)) if args.baselines else {}  # noqa: B023
+                rows[protocol.name] += [(f"  {name}", metrics, len(dataset)) for name, metrics in known.items()]
+                if args.json and session.processes.is_main:
+                    report.append(summary(dataset, protocol, result, settings))
+                    if known:
+                        report[-1]["baselines"] = known
             if args.json:
                 on_main(lambda: write_text(args.json, json.dumps(report, indent=1) + "\n"))
             if args.vis:
-                maps = maps_of(model, dataset, normalize_images) if args.vis_maps else None
+                maps = maps_of(model, dataset, drawn[split], normalize_images) if args.vis_maps else None
                 judged = Judged("prediction", dataset, results[protocols[0].name], protocols[0].gt_mask, maps)
                 sheets.append(on_main(lambda: draw([judged], drawn[split], Path(args.vis))))  # noqa: B023
         if session.processes.is_main:
@@ -268,7 +271,11 @@ def evaluate_splits(args: Any) -> None:
 def compare_models(args: Any) -> None:
     """Draw what several checkpoints predict of the same expressions, side by side."""
     paths = [part for part in (part.strip() for part in args.vis_compare.split(",")) if part]
+    if not paths:
+        raise UserError(f"--vis_compare {args.vis_compare!r} names no checkpoint")
     loaded = [load(args, path) for path in paths]
+    if len(loaded[0].protocols) > 1:
+        raise UserError(f"--protocol {args.protocol}: --vis_compare draws by one protocol")
     cfg = loaded[0].cfg
     refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     splits = refer.choose_splits(cfg.DATA.SPLIT)
@@ -282,7 +289,7 @@ def compare_models(args: Any) -> None:
             for split, results in session.judge(model, one, own, drawn=drawn, only_drawn=True):
                 protocol, maps = one.protocols[0], None
                 if args.vis_maps:
-                    maps = maps_of(model, own[split], normalize_images)
+                    maps = maps_of(model, own[split], drawn[split], normalize_images)
                 judged[split].append(Judged(name, own[split], results[protocol.name], protocol.gt_mask, maps))
         for split in splits:
             path = on_main(lambda: draw(judged[split], drawn[split], Path(args.vis)))  # noqa: B023
@@ -293,13 +300,11 @@ def compare_models(args: Any) -> None:
 def make_table(args: Any) -> None:
     """Evaluate the published rows that have a checkpoint and data, and write them beside the paper's."""
     asked, found = vars(args), find_checkpoints(args.checkpoints)
-    wanted = [row for row in PUBLISHED if asked.get("DATA.NAME", row.dataset) == row.dataset]
-    if asked.get("DATA.SPLIT", "all") != "all":
-        wanted = [row for row in wanted if row.split in asked["DATA.SPLIT"].split(",")]
-    if not wanted:
-        raise UserError("--table: none of the published rows has that --dataset and --split")
+    wanted = choose_rows(asked.get("DATA.NAME"), asked.get("DATA.SPLIT_BY"), asked.get("DATA.SPLIT"))
     folder, rows = Path(args.table_dir), []
-    with joined_processes(config.resolve(args)[0]) as session:
+    ours = copy(args)
+    vars(ours).update({"DATA.NAME": wanted[0].dataset, "DATA.SPLIT_BY": wanted[0].split_by})
+    with joined_processes(config.resolve(ours)[0]) as session:
         on_main(lambda: check_writable(folder / "table.md"))
         for name in dict.fromkeys(row.dataset for row in wanted):
             rows += measure([row for row in wanted if row.dataset == name], found.get(name), folder, args, session)
@@ -315,7 +320,7 @@ def measure(
 ) -> list[MeasuredRow]:
     """The rows of one dataset: evaluated now, or read back where an earlier run has finished them."""
     if path is None:
-        return [missing_row(row, f"no checkpoint for {row.dataset} in {args.checkpoints}") for row in wanted]
+        return [MeasuredRow(row, reason=f"no checkpoint for {row.dataset} in {args.checkpoints}") for row in wanted]
     ours = copy(args)
     vars(ours).update({"DATA.NAME": wanted[0].dataset, "DATA.SPLIT_BY": wanted[0].split_by})
     loaded, reason = attempt(lambda: load(ours, path))
@@ -323,33 +328,29 @@ def measure(
     if not reason:
         refer, reason = attempt(lambda: REFER(loaded.cfg.DATA.ROOT, wanted[0].dataset, wanted[0].split_by))
     if reason:
-        return [missing_row(row, reason) for row in wanted]
+        return [MeasuredRow(row, reason=reason) for row in wanted]
     rows, model, digest = [], None, on_main(lambda: file_sha256(path))
     for row in wanted:
         dataset, reason = attempt(lambda: make_dataset(loaded, refer, row.split))  # noqa: B023
         if reason:
-            rows.append(missing_row(row, reason))
+            rows.append(MeasuredRow(row, reason=reason))
             continue
         datasets = {row.split: dataset}
-        file = ResultFile(folder / f"{row.name}.jsonl", settings_of(loaded, digest, datasets))
+        file = ResultFile(folder / f"{row.name}.jsonl", settings_of(loaded, digest, datasets), replace=True)
         if from_main(file.is_finished()):
             LOG.info("%s: finished before, in %s", row.title, file.path)
         else:
             model = model or loaded.build(session.processes)
-            for _ in session.judge(model, loaded, datasets, file=file):
-                pass
+            try:
+                for _ in session.judge(model, loaded, datasets, file=file):
+                    pass
+            except UserError as error:  # such as a damaged picture
+                if session.processes.world_size > 1:  # the others wait for this one
+                    raise
+                rows.append(MeasuredRow(row, reason=str(error)))
+                continue
         rows += on_main(lambda: measured_rows(row, file))  # noqa: B023
     return rows
-
-
-def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
-    """A result, or why there is none on some process: the same decision on all of them."""
-    result, reason = None, ""
-    try:
-        result = function()
-    except UserError as error:
-        reason = str(error)
-    return result, next(filter(None, gather(reason)), "")
 
 
 def segment_own_picture(args: Any) -> None:
@@ -384,9 +385,8 @@ def main() -> None:
     unused = config.unused_flags(args)
     if unused:
         LOG.warning("not used in evaluation: %s", ", ".join(unused))
-    {"image": segment_own_picture, "table": make_table, "vis_compare": compare_models, "splits": evaluate_splits}[way](
-        args
-    )
+    ways = {"image": segment_own_picture, "table": make_table, "vis_compare": compare_models, "splits": evaluate_splits}
+    ways[way](args)
 
 
 if __name__ == "__main__":

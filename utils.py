@@ -144,6 +144,16 @@ def on_main(function: Callable[[], Any]) -> Any:
     return result
 
 
+def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
+    """A result, or why there is none on some process: the same decision on all of them."""
+    result, reason = None, ""
+    try:
+        result = function()
+    except UserError as error:
+        reason = str(error)
+    return result, next(filter(None, gather(reason)), "")
+
+
 def agree(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
     """The sums of every process's values, in float64, the same on every process.
 

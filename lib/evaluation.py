@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from lib.metrics import SegmentationMetrics, intersection_and_union, iou
+from lib.metrics import intersection_and_union, iou, metrics_of
 from lib.protocols import PAPER, Protocol
 from refer.masks import encode_mask
-from utils import StoppedError, agree, gather
+from utils import StoppedError, UserError, agree, gather
 
 SECONDS_BETWEEN_LINES = 30
 SECONDS_BETWEEN_REPORTS = 60  # what at most is lost when a process is killed
@@ -129,6 +129,7 @@ def evaluate(
 
     Raises:
         StoppedError: ``stop_asked`` said so; everything until then was reported.
+        UserError: a batch doesn't fit into the GPU's memory.
         RuntimeError: an expression was judged twice or not at all.
     """
     tally = _Tally(np.asarray(indices, dtype=np.int64), protocols, known)
@@ -156,9 +157,18 @@ def evaluate(
             if stop_asked is not None and stop_asked():
                 exchange()
                 raise StoppedError("stopped while judging: nothing was lost, and nothing has changed")
-            done = [] if batch is None else _judged(model, batch, protocols, batch_size, wanted, share_pictures)
+            try:
+                done = [] if batch is None else _judged(model, batch, protocols, batch_size, wanted, share_pictures)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"the GPU's memory doesn't hold {batch_size} expressions: lower --batch-size"
+                ) from error
             new += done
-            counts = [(result.intersection, result.union) for result in done if result.protocol == first]
+            counts = [
+                (result.intersection, result.union)
+                for result in done
+                if result.protocol == first and not tally.is_known(result)
+            ]
             due = time.monotonic() - reported_at > SECONDS_BETWEEN_REPORTS
             news = [len(counts), sum(i for i, _ in counts), sum(u for _, u in counts), due]
             *sums, due = agree([float(number) for number in news], group)
@@ -241,11 +251,18 @@ class _Tally:
             raise RuntimeError("an expression was judged that isn't among those to be judged")
         return places
 
+    def _place(self, result: ExpressionResult) -> tuple[int, int]:
+        return self.names.index(result.protocol), int(self._places(np.array([result.index]))[0])
+
+    def is_known(self, result: ExpressionResult) -> bool:
+        """Whether it was known beforehand: a batch may be computed again for the sake of one expression."""
+        return bool(self.known[self._place(result)])
+
     def add(self, result: ExpressionResult) -> bool:
-        """Whether it is news: a batch may be computed again for the sake of one expression."""
-        protocol, place = self.names.index(result.protocol), self._places(np.array([result.index]))[0]
-        if self.known[protocol, place]:
+        """Count a result, unless it is known: whether it is news."""
+        if self.is_known(result):
             return False
+        protocol, place = self._place(result)
         if self.counts[protocol, place, 0] != UNKNOWN:
             raise RuntimeError(f"expression {result.index} was judged twice")
         self.counts[protocol, place] = result.intersection, result.union
@@ -257,9 +274,7 @@ class _Tally:
             raise RuntimeError(f"{never} of {len(self.indices)} expressions were never judged")
         found = {}
         for name, counts in zip(self.names, self.counts, strict=True):
-            metrics = SegmentationMetrics()
-            metrics.add(*counts.T.tolist())
-            found[name] = EvaluationResult(self.indices, counts, metrics.compute(), masks.get(name, {}))
+            found[name] = EvaluationResult(self.indices, counts, metrics_of(counts), masks.get(name, {}))
         return found
 
 

@@ -5,6 +5,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
@@ -70,3 +71,12 @@ class SegmentationMetrics:
         values.append(math.fsum(ious) / count)
         values.append(sum(intersection for intersection, _ in self.pairs) / union if union else 0.0)
         return {name: 100 * value for name, value in zip(metric_names(thresholds), values, strict=True)}
+
+
+def metrics_of(
+    counts: np.ndarray, thresholds: Sequence[float] = THRESHOLDS, *, strict: bool = False
+) -> dict[str, float]:
+    """The metrics of expressions with these intersections and unions, int64 [n, 2]; see SegmentationMetrics.compute."""
+    metrics = SegmentationMetrics()
+    metrics.add(*np.asarray(counts).T.tolist())
+    return metrics.compute(thresholds, strict=strict)

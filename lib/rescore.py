@@ -18,14 +18,12 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from lib.config import DEFAULTS, Parser
-from lib.metrics import THRESHOLDS, SegmentationMetrics, iou, metric_names
+from lib.metrics import THRESHOLDS, iou, metric_names, metrics_of
 from lib.protocols import EVAL_SIZES
 from lib.report.bootstrap import intervals, paired_intervals
 from lib.report.rejudge import NEEDS_MODEL, Results, check_names, check_switches, choose, parse_subset, read, rejudge
-from lib.report.results import Line
+from lib.report.results import Line, counts_of, settings_path
 from refer.refer import MASK_MODES, REFER
 from utils import UserError, check_writable, run_command, set_up_logging, write_text
 
@@ -55,20 +53,13 @@ def score(results: Results, scoring: Scoring) -> list[Row]:
             row |= {"of": whole, "num_images": len(set(images)), "metrics": None, "interval_95": None}
             if lines:
                 row["metrics"] = _metrics(lines, scoring)
-                row["interval_95"] = intervals(images, _counts(lines), **scoring._asdict())
+                row["interval_95"] = intervals(images, counts_of(lines), **scoring._asdict())
             rows.append(row)
     return rows
 
 
-def _counts(lines: Sequence[Line]) -> np.ndarray:
-    """Intersections and unions, int64 [n, 2]."""
-    return np.array([(line["intersection"], line["union"]) for line in lines], dtype=np.int64)
-
-
 def _metrics(lines: Sequence[Line], scoring: Scoring) -> dict[str, float]:
-    metrics = SegmentationMetrics()
-    metrics.add(*_counts(lines).T.tolist())
-    return metrics.compute(scoring.thresholds, strict=scoring.strict)
+    return metrics_of(counts_of(lines), scoring.thresholds, strict=scoring.strict)
 
 
 def protocol_pairs(a: Results, b: Results) -> list[tuple[str, str]]:
@@ -124,7 +115,7 @@ def compare(a: Results, b: Results, scoring: Scoring, most: int) -> tuple[list[R
             lines_a, lines_b = [in_a[key] for key in keys], [in_b[key] for key in keys]
             images = [line["image_id"] for line in lines_a]
             changes += [_change(*lines) for lines in zip(lines_a, lines_b, strict=True)]
-            found = paired_intervals(images, _counts(lines_a), _counts(lines_b), **scoring._asdict())
+            found = paired_intervals(images, counts_of(lines_a), counts_of(lines_b), **scoring._asdict())
             rows[-1] |= {
                 "metrics_a": _metrics(lines_a, scoring),
                 "metrics_b": _metrics(lines_b, scoring),
@@ -260,7 +251,8 @@ def main() -> None:
     thresholds = parse_thresholds(args.precision_at) if args.precision_at is not None else THRESHOLDS
     scoring = Scoring(thresholds, args.strict, args.draws, args.seed)
     if args.json:
-        if Path(args.json).resolve() in [Path(path).resolve() for path in paths]:
+        used = [Path(part).resolve() for path in paths for part in (path, settings_path(path))]
+        if Path(args.json).resolve() in used:
             raise UserError(f"--json {args.json} is a result file: it would be lost; name another file")
         check_writable(args.json)
 

@@ -55,7 +55,7 @@ def test_sharing_is_reported_by_batch_size(tmp_path):
     for row in rows:
         assert float(row[2]) > 0
         assert (row[4] == "") == (row[1] != "once")
-    assert "depend on the picture alone" in lines[-1]
+    assert "computed once per picture" in lines[-1]
 
 
 def test_the_scale_is_reported_by_tenths(tmp_path, monkeypatch, capsys):

@@ -151,7 +151,7 @@ def test_own_picture(best, refshapes_root, run_here, tmp_path):
 
 @pytest.fixture
 def coco_layout(refshapes_root, tmp_path):
-    """The generated set under two of the paper's names; RefCOCO+ lacks a picture of testB."""
+    """The generated set under two of the paper's names; a picture of testB is missing."""
     root, source = tmp_path / "data", refshapes_root / "refshapes"
     (root / "images/mscoco/images").mkdir(parents=True)
     shutil.copytree(source / "images", root / "images/mscoco/images/train2014")
@@ -159,6 +159,8 @@ def coco_layout(refshapes_root, tmp_path):
         (root / name).mkdir()
         shutil.copy(source / "instances.json", root / name)
         shutil.copy(source / "refs(unc).p", root / name / ("refs(umd).p" if name == "refcocog" else "refs(unc).p"))
+    refer = REFER(root, "refcoco")
+    refer.get_image_path(refer.loadRefs(refer.getRefIds(split="testB"))[0]["image_id"]).unlink()
     return root
 
 
@@ -181,20 +183,28 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
     whole = len(calls)
     entries = json.loads((tmp_path / "table" / "table.json").read_text(encoding="utf-8"))
     assert [entry["title"] for entry in entries] == [row.title for row in PUBLISHED]
-    assert [entry["ours"] is not None for entry in entries] == [True] * 3 + [False] * 3 + [True, True]
+    assert [entry["ours"] is not None for entry in entries] == [True, True] + [False] * 4 + [True, False]
+    assert "1 of the 3 pictures of split testB are missing" in entries[2]["not_measured"]
     assert "refs(unc).p is missing" in entries[3]["not_measured"]
     assert entries[0]["difference"]["oIoU"] == entries[0]["ours"]["oIoU"] - 73.44
     assert f"{entries[1]['ours']['mIoU']:.2f}" in done.out
     assert "71.54†" in done.out
     again = run_here(*flags, check=True)
     assert len(calls) == whole  # finished rows are kept
-    assert again.err.count("finished before") == 5
+    assert again.err.count("finished before") == 3
     assert again.out == done.out
     header, lines = read_results(tmp_path / "table" / "refcoco_unc_val.jsonl")
     assert (header["dataset"], len(lines)) == ("refcoco", entries[0]["num_expressions"])
     some = run_here(*flags, "--dataset", "refcoco", "--split", "testA,testB", check=True)
     assert [line.split()[1] for line in some.out.splitlines() if " ours " in line] == ["testA", "testB"]
+    assert run_here(*flags, "--dataset", "refcocog", check=True).out.count(" ours ") == 2
     assert run_here(*flags, "--dataset", "refcoco+").status == 2
+    picture = REFER(coco_layout, "refcoco").get_image_path(lines[0]["image_id"])
+    picture.write_bytes(picture.read_bytes()[:60])
+    (tmp_path / "table" / "refcoco_unc_val.jsonl").unlink()
+    damaged = run_here(*flags, "--dataset", "refcoco", check=True)
+    assert f"RefCOCO val: the picture {picture} can't be decoded" in damaged.out
+    assert " ours " in damaged.out
 
 
 @pytest.mark.parametrize(
@@ -218,12 +228,18 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
         (["--resume", "{best}", "DATA", "--eval_size", "480"], "invalid choice: '480'"),
         (["--resume", "{best}", "DATA", "--predictions", "{tmp}/a.jsonl.partial"],
          "name what it becomes: {tmp}/a.jsonl"),
-        (["--resume", "{best}", "DATA", "--predictions", "{tmp}/a", "--json", "{tmp}/./a"], "name two files"),
+        (["--resume", "{best}", "DATA", "--predictions", "{tmp}/a", "--json", "{tmp}/./a"],
+         "is one of the files of --predictions"),
         (["--resume", "{best}", "DATA", "--vis_maps"], "--vis_maps needs --vis DIR"),
         (["--resume", "{best}", "DATA", "--checkpoints", "{checkpoints}"], "give --table too"),
         (["--table", "--checkpoints", "{checkpoints}", "--resume", "{best}"], "--resume does nothing beside --table"),
         (["--table", "--checkpoints", "{checkpoints}"], "no best_<set>.pth for any of refcoco"),
         (["--vis_compare", "{best}", "DATA"], "give --vis too"),
+        (["--vis_compare", " ,", "DATA", "--vis", "{tmp}/vis"], "names no checkpoint"),
+        (["--vis_compare", "{best}", "DATA", "--vis", "{tmp}/vis", "--protocol",
+          "paper,original"], "draws by one protocol"),
+        (["--resume", "{best}", "DATA", "--vis-num", "3"], "--vis-num needs --vis DIR"),
+        (["--table", "--checkpoints", "{best}", "--dataset", "refcocog", "--splitBy", "google"], "is not a yaml"),
         (["--vis_compare", "{best},{tmp}/torn.pth", "DATA", "--vis", "{tmp}/vis"], "torn.pth is torn or not"),
         (["--resume", "{best}", "DATA", "--image", "a.jpg"], "give --sentence too (all of --resume, --image"),
         (["--resume", "{best}", "DATA", "--image", "no.jpg", "--sentence", "a", "--out", "o.png"],

@@ -136,10 +136,13 @@ def test_counts_are_what_pycocotools_says(size):
         assert union == coco_mask.area(coco_mask.merge([as_rle[0][k], as_rle[1][k]]))
 
 
-def test_what_is_known_is_not_judged_again():
+def test_what_is_known_is_not_judged_again(monkeypatch):
     known = np.array([[0, 0, 7, 9]])
-    reported = []
-    result = judge([PERFECT, HALF], known=known, report=reported.extend, report_masks=True)["paper"]
+    reported, lines = [], []
+    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_LINES", -1)
+    how = {"report": reported.extend, "report_masks": True, "progress": "val", "log": lines.append}
+    result = judge([PERFECT, HALF], known=known, **how)["paper"]
+    assert [line.split(", ")[0] for line in lines] == ["val: 2/3 expressions", "val: 3/3 expressions"]
     assert result.counts.tolist() == [[7, 9], *COUNTS[1:]]  # the batch held 0 for the sake of 1
     assert [(one.index, one.intersection, one.union) for one in reported] == [(2, 2, 2), (1, 0, 1)]
     assert all(decode_mask(one.mask).shape == (2, 2) for one in reported)

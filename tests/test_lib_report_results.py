@@ -42,7 +42,7 @@ def test_a_whole_file_is_ordered_however_it_came_about(tmp_path):
     assert not file.partial.exists()
     header, lines = read_results(tmp_path / "a.jsonl")
     assert header == {"format": "crossvlt results 1", "complete": True, **HEADER}
-    assert header == json.loads((tmp_path / "a.settings.json").read_text())
+    assert header == json.loads((tmp_path / "a.jsonl.settings.json").read_text())
     assert [json.loads(one) for one in (tmp_path / "a.jsonl").read_text().splitlines()] == LINES
     assert lines == LINES
 
@@ -90,6 +90,31 @@ def test_another_evaluations_lines_are_never_mixed_in(tmp_path):
     assert not finished.is_finished()
 
 
+def test_a_whole_file_is_kept_unless_it_is_to_be_replaced(tmp_path):
+    path, other = tmp_path / "a.jsonl", {**HEADER, "checkpoint_sha256": "1"}
+    whole(path)
+    again = ResultFile(path, {**HEADER, "checkpoint": "elsewhere/a.pth", "batch_size": 3})
+    again.begin()
+    assert list(again.lines()) == LINES
+    again.finish()
+    assert read_results(path)[1] == LINES
+    with pytest.raises(UserError, match=r"is there already, .* \(another checkpoint_sha256: 0, now 1\): name another"):
+        ResultFile(path, other).begin()
+    replacing = ResultFile(path, other, replace=True)
+    replacing.begin()
+    assert read_results(path)[0]["checkpoint_sha256"] == "0"  # until the new one is whole
+    replacing.append(LINES)
+    replacing.finish()
+    assert read_results(path)[0]["checkpoint_sha256"] == "1"
+    path.write_text("".join(path.read_text().splitlines(True)[:-1]))
+    assert not replacing.is_finished()
+    with pytest.raises(UserError, match="lines are missing"):
+        ResultFile(path, other).begin()
+    replacing.settings.unlink()
+    with pytest.raises(UserError, match="it isn't a result file"):
+        ResultFile(path, other).begin()
+
+
 def test_damage_is_named(tmp_path):
     with pytest.raises(MissingFileError, match="no result file"):
         read_results(tmp_path / "none.jsonl")
@@ -98,7 +123,7 @@ def test_damage_is_named(tmp_path):
     settings = file.settings.read_text()
     for content in (b"", b"[1]\n", b"\xff\n", b'{"format": "other"}\n'):
         file.settings.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.settings\.json doesn't belong to a result file"):
+        with pytest.raises(UserError, match=r"a\.jsonl\.settings\.json doesn't belong to a result file"):
             read_results(path)
     file.settings.unlink()
     with pytest.raises(UserError, match="keep them together"):

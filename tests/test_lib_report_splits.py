@@ -106,8 +106,20 @@ def test_lines_say_what_was_judged(judge, datasets, tmp_path):
 
 
 def test_without_a_file_nothing_is_kept(judge):
-    with pytest.raises(StoppedError, match=r"stopped in split testA: nothing was kept; with --predictions FILE"):
+    with pytest.raises(KeyboardInterrupt):
         judge(stop_after=1)
+
+
+def test_a_finished_evaluation_is_read_back(judge, tmp_path):
+    drawn = {"val": [3]}
+    wanted, _ = judge(tmp_path / "a.jsonl", drawn=drawn)
+    content = (tmp_path / "a.jsonl").read_bytes()
+    found, batches = judge(tmp_path / "a.jsonl", drawn=drawn)
+    assert batches == [0, 0]
+    assert (tmp_path / "a.jsonl").read_bytes() == content
+    for split in wanted:
+        assert found[split]["paper"].metrics == wanted[split]["paper"].metrics
+    assert found["val"]["paper"].masks == wanted["val"]["paper"].masks
 
 
 def test_another_checkpoints_results_are_refused(judge, tmp_path):

@@ -11,12 +11,12 @@ from lib.report.results import ResultFile
 from lib.report.table import (
     PUBLISHED,
     MeasuredRow,
+    choose_rows,
     find_checkpoints,
     latex_table,
     markdown_table,
     measured_rows,
     metrics_table,
-    missing_row,
     text_table,
     write_tables,
 )
@@ -33,7 +33,7 @@ def rows():
     return [
         MeasuredRow(FIRST, "paper", better, spans, 10834, "best_refcoco.pth"),
         MeasuredRow(FIRST, "original", worse, spans, 10834, "best_refcoco.pth"),
-        missing_row(LAST, "no checkpoint for refcocog"),
+        MeasuredRow(LAST, reason="no checkpoint for refcocog"),
     ]
 
 
@@ -75,10 +75,11 @@ def test_the_written_tables_say_the_same(rows, tmp_path):
     columns = {line.count("|") for line in markdown.splitlines() if line.startswith("|")}
     assert columns == {len(METRIC_NAMES) + 3}
     assert latex == "\n".join(latex_table(rows, name) for name in ("paper", "original"))
-    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
+    body = [line for line in latex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
     assert {line.count("&") for line in body} == {len(METRIC_NAMES) + 1}
     assert r"71.54\textsuperscript{\dag}" in latex
     assert "$-$63.44" in latex
+    assert r"\multicolumn{9}{l}{\footnotesize \textsuperscript{\dag} the published entry equals" in latex
     assert not set("−–†") & set("\n".join(body))
     lines = list(csv.DictReader(io.StringIO(table)))
     assert len(lines) == 3 * len(METRIC_NAMES)
@@ -153,3 +154,16 @@ def test_metrics_under_their_names():
     assert heading.split() == ["split", *METRIC_NAMES, "expressions"]
     assert first.split() == ["val", *(f"{i}.00" for i in range(7)), "5"]
     assert len(heading) == len(first) == len(second)
+
+
+def test_flags_choose_rows():
+    assert choose_rows(None, None, None) == list(PUBLISHED)
+    assert [row.title for row in choose_rows("refcocog", None, " test")] == ["G-Ref (umd) test"]
+    assert [row.split for row in choose_rows("refcoco", "unc", "testB, val")] == ["val", "testB"]
+    for flags, told in (
+        (("refcocog", "google", None), "none with that --dataset and --splitBy"),
+        (("refcoco", None, "val,tstA"), "no published row has split 'tstA'"),
+        (("refshapes", None, "all"), "none with that"),
+    ):
+        with pytest.raises(UserError, match=told):
+            choose_rows(*flags)

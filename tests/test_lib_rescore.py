@@ -53,7 +53,8 @@ def write(path, expressions=EXPRESSIONS, protocols="paper", splits=None, complet
     header = {"dataset": "refcoco", "split_by": "unc", "img_size": IMG_SIZE, "shuffle_sentences": False}
     header["splits"] = splits or {name: names.count(name) for name in names}
     header["protocols"] = [protocol.settings() for protocol in chosen]
-    file = ResultFile(path, header)
+    file = ResultFile(path, header, replace=True)
+    path.unlink(missing_ok=True)  # one that was begun is gone on with
     file.begin()
     for index, (split, ref_id, image_id, sent_id, sentence, intersection, union) in enumerate(expressions):
         for protocol in chosen:
@@ -319,7 +320,7 @@ def test_masks_that_do_not_fit_are_told(run, tmp_path, data_root):
     [
         (["--threshold", "0.4"], r"--threshold 0.4: .*a\.jsonl has the masks of paper, made with threshold None, and a "
          r"binary mask has no probabilities left: run test\.py --threshold 0\.4$"),
-        (["--eval_size", "original"], "can't become the logits at another size: run test.py --protocol original$"),
+        (["--eval_size", "original"], "can't become the logits at another size: run test.py --eval_size original$"),
         (["--max_tokens", "30"], "max_tokens 21, and sentences .*: run test.py --max_tokens 30$"),
         (["--split", "val,tesTA"], "--split tesTA: .*a.jsonl has val, testA$"),
         (["--split", ","], "--split ',' names nothing"),

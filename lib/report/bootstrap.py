@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from lib.metrics import THRESHOLDS, SegmentationMetrics, metric_names
+from lib.metrics import THRESHOLDS, metric_names, metrics_of
 
 PERCENTILES = (2.5, 97.5)
 IOU_UNITS = 2**32  # IoUs are summed in these, as whole numbers: then no order of adding changes a last digit
@@ -65,11 +65,7 @@ def paired_intervals(
     sums = [_image_sums(images, counts, thresholds, strict) for counts in (counts_a, counts_b)]
     totals_a, totals_b = np.split(_totals(np.concatenate(sums, axis=1), draws, seed), 2, axis=1)
     between = _between(_metrics(totals_b) - _metrics(totals_a), thresholds)
-    points = []
-    for counts in (counts_a, counts_b):
-        metrics = SegmentationMetrics()
-        metrics.add(*np.asarray(counts).T.tolist())
-        points.append(metrics.compute(thresholds, strict=strict))
+    points = [metrics_of(counts, thresholds, strict=strict) for counts in (counts_a, counts_b)]
     return {name: (points[1][name] - points[0][name], low, high) for name, (low, high) in between.items()}
 
 

@@ -1,6 +1,6 @@
 """Figures of results: a panel per expression, models side by side, and a sheet of them all."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ from lib.visualize import Prediction, expression_panel, sheet
 from refer.masks import decode_mask
 from utils import written_aside
 
+MOST_ON_SHEET = 60
+
 
 class Judged(NamedTuple):
     """A model's results on a split: ``result`` keeps the masks of what is to be drawn."""
@@ -22,7 +24,7 @@ class Judged(NamedTuple):
     dataset: Any  # a ReferDataset
     result: EvaluationResult
     gt_mask: str = "paper"  # which true masks are drawn
-    maps: Callable[[int], list[np.ndarray]] | None = None  # gives an expression's alignment maps
+    maps: Mapping[int, list[np.ndarray]] | None = None  # the alignment maps of what is to be drawn, by index
 
 
 def spread(length: int, number: int) -> list[int]:
@@ -32,20 +34,24 @@ def spread(length: int, number: int) -> list[int]:
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
     """Files' names without folder and ending, or with their folder's where that doesn't tell them apart."""
-    names = [Path(path).stem for path in paths]
-    return names if len(set(names)) == len(names) else [f"{Path(path).parent.name}/{Path(path).stem}" for path in paths]
+    for names in (
+        [Path(path).stem for path in paths],
+        [f"{Path(path).parent.name}/{Path(path).stem}" for path in paths],
+    ):
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
 
 
 def maps_of(
-    model: nn.Module, dataset: Any, normalize: Callable[[torch.Tensor], torch.Tensor]
-) -> Callable[[int], list[np.ndarray]]:
-    """Gives the four alignment maps of an expression of a dataset; ``normalize`` makes of its picture the model's."""
-
-    def maps(index: int) -> list[np.ndarray]:
+    model: nn.Module, dataset: Any, indices: Iterable[int], normalize: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[int, list[np.ndarray]]:
+    """The four alignment maps of some expressions; ``normalize`` makes of a dataset's picture the model's."""
+    maps = {}
+    for index in indices:
         sample = dataset[index]
         inputs = (normalize(sample["image"]), sample["input_ids"], sample["attention_mask"])
-        return alignment_maps(model, *(one[None] for one in inputs))[0]
-
+        maps[index] = alignment_maps(model, *(one[None] for one in inputs))[0]
     return maps
 
 
@@ -55,7 +61,7 @@ def result_panel(judged: Sequence[Judged], index: int) -> Image.Image:
     expression = dataset.expressions[index]
     predictions = [
         Prediction(
-            one.name, decode_mask(one.result.masks[index]), one.result.iou(index), one.maps(index) if one.maps else None
+            one.name, decode_mask(one.result.masks[index]), one.result.iou(index), one.maps[index] if one.maps else None
         )
         for one in judged
     ]
@@ -65,13 +71,17 @@ def result_panel(judged: Sequence[Judged], index: int) -> Image.Image:
 
 
 def draw(judged: Sequence[Judged], indices: Sequence[int], folder: Path) -> Path:
-    """Write a panel per index and a sheet of them all; gives back the sheet. UserError: they can't be written."""
+    """Write a panel per index and a sheet of them, or of the first ``MOST_ON_SHEET``; gives back the sheet.
+
+    UserError: they can't be written.
+    """
     dataset, panels = judged[0].dataset, []
     for index in indices:
-        expression = dataset.expressions[index]
-        panels.append(result_panel(judged, index))
+        expression, panel = dataset.expressions[index], result_panel(judged, index)
         name = f"{dataset.split}_{index:06d}_ref{expression.ref_id}_sent{expression.sent_id}.png"
-        save_picture(panels[-1], folder / name)
+        save_picture(panel, folder / name)
+        if len(panels) < MOST_ON_SHEET:
+            panels.append(panel)
     path = folder / f"{dataset.split}_sheet.png"
     save_picture(sheet(panels), path)
     return path

@@ -5,7 +5,7 @@ from typing import Any
 
 from lib.config import Parser
 from lib.protocols import EVAL_SIZES
-from lib.report.results import PARTIAL
+from lib.report.results import PARTIAL, settings_path
 from refer.refer import MASK_MODES
 from utils import UserError
 
@@ -79,8 +79,12 @@ def choose_way(args: Any) -> str:
     if args.predictions and Path(args.predictions).suffix == PARTIAL:
         whole = args.predictions.removesuffix(PARTIAL)
         raise UserError(f"--predictions {args.predictions}: to go on from it, name what it becomes: {whole}")
-    if args.predictions and args.json and Path(args.predictions).resolve() == Path(args.json).resolve():
-        raise UserError(f"--predictions and --json are both {args.json}: name two files")
+    if args.predictions and args.json:
+        written = (args.predictions, f"{args.predictions}{PARTIAL}", settings_path(args.predictions))
+        if Path(args.json).resolve() in [Path(path).resolve() for path in written]:
+            raise UserError(f"--json {args.json} is one of the files of --predictions: name another")
+    if args.vis_num != parser.get_default("vis_num") and not args.vis:
+        raise UserError("--vis-num needs --vis DIR: where to draw")
     if args.vis_num < 1:
         raise UserError(f"--vis-num {args.vis_num}: must be above 0")
     return way

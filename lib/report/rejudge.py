@@ -19,10 +19,9 @@ from utils import MissingFileError, UserError
 # Why the stored masks don't allow another value of a switch, and the flags of test.py that do.
 NEEDS_MODEL = {
     "threshold": ("a binary mask has no probabilities left", "--threshold {}"),
-    "eval_size": ("a binary mask can't become the logits at another size", "--protocol {}"),
+    "eval_size": ("a binary mask can't become the logits at another size", "--eval_size {}"),
     "max_tokens": ("sentences cut elsewhere give other logits", "--max_tokens {}"),
 }
-PROTOCOL_OF_SIZE = {protocol.eval_size: protocol.name for protocol in PROTOCOLS.values()}
 
 
 class Results(NamedTuple):
@@ -188,7 +187,7 @@ def check_switches(results: Results, switches: dict[str, Any]) -> None:
         if value is None or not others:
             continue
         reason, flag = NEEDS_MODEL[switch]
-        remedy = f"run test.py {flag.format(PROTOCOL_OF_SIZE.get(value, value))}"
+        remedy = f"run test.py {flag.format(value)}"
         if len(others) < len(results.protocols):
             remedy = f"choose --protocol {next(name for name in results.protocols if name not in others)}"
         raise UserError(

@@ -7,21 +7,26 @@ A line of ``out.jsonl`` is one expression under one protocol:
      "mask": {"size": [480, 480], "counts": "…"}}
 
 ordered by split, expression, protocol; ``mask`` is the prediction as COCO RLE at the size it was judged at.
-``out.settings.json`` has the checkpoint and its SHA-256, ``splits`` with their numbers of expressions, and
+``out.jsonl.settings.json`` has the checkpoint and its SHA-256, ``splits`` with their numbers of expressions, and
 ``protocols`` with everything they settle. While an evaluation runs, its lines are in ``out.jsonl.partial``, in the
 order they were done, under a first line with the settings, which says ``"complete": false``.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from utils import MissingFileError, UserError, write_text, writing, written_aside
 
 FORMAT = "crossvlt results 1"
 PARTIAL = ".partial"
+# Where the checkpoint lies doesn't matter, its SHA-256 says which it is; a batch that turned out too large may be
+# followed by smaller ones.
+INFORMATIVE = ("checkpoint", "batch_size")
 Line = dict[str, Any]
 NUMBERS = ("index", "image_id", "ref_id", "sent_id", "intersection", "union")
 
@@ -32,9 +37,11 @@ class ResultFile:
     Args:
         path: of the lines.
         header: the settings; another evaluation's lines are never mixed in.
+        replace: what to do with another evaluation's whole file: False: refuse, True: replace it in the end.
     """
 
-    def __init__(self, path: str | Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: str | Path, header: dict[str, Any], *, replace: bool = False) -> None:
+        self.replace = replace
         self.path, self.partial, self.settings = Path(path), Path(f"{path}{PARTIAL}"), settings_path(path)
         self.header = json.loads(json.dumps({"format": FORMAT, "complete": False, **header}))  # as it is read back
 
@@ -43,19 +50,30 @@ class ResultFile:
         if not self.path.exists() or self.partial.exists():
             return False
         try:
-            return _differing(_header_of(self.path), self.header | {"complete": True}) is None
+            header = _header_of(self.path)
         except UserError:
             return False
+        with open(self.path, "rb") as file:
+            number = sum(1 for _ in file)
+        whole = sum(self.header["splits"].values()) * len(self.header["protocols"])
+        return _differing(header, self.header | {"complete": True}) is None and number == whole
 
     def begin(self) -> None:
         """Begin the partial file, or go on with the one that is there: :meth:`lines` are what it has.
 
         Raises:
-            UserError: it can't be written, or is of another evaluation.
+            UserError: it can't be written; what is there is another evaluation's.
         """
+        if self.is_finished():
+            return
         with writing(self.partial):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             if not self.partial.exists() or not _drop_torn_line(self.partial):
+                if self.path.exists() and not self.replace:
+                    raise UserError(
+                        f"{self.path} is there already, and not this evaluation's ({self._why()}): name another file, "
+                        "or delete it"
+                    )
                 self._append([self.header])
                 return
         found = _header_of(self.partial)
@@ -66,14 +84,25 @@ class ResultFile:
                 f"{self.header.get(other)}): go on with that one, name another file, or delete it"
             )
 
+    def _why(self) -> str:
+        """How the whole file that is there differs from this evaluation's."""
+        try:
+            found = _header_of(self.path)
+        except UserError:
+            return "it isn't a result file"
+        other = _differing(found, self.header | {"complete": True})
+        return f"another {other}: {found.get(other)}, now {self.header.get(other)}" if other else "lines are missing"
+
     def lines(self) -> Iterator[Line]:
-        """What the partial file has so far, in the order it was done."""
-        return (line for _, line in _lines(self.partial))
+        """What is done so far: of the partial file in the order it was done, or of the whole one."""
+        return (line for _, line in _lines(self.partial if self.partial.exists() else self.path))
 
     def append(self, lines: Iterable[Line]) -> None:
         """Add lines, so that they outlive this process. UserError: the disk is full."""
-        with writing(self.partial):
-            self._append(lines)
+        lines = list(lines)
+        if lines:  # else there may be no partial file: a finished evaluation has nothing to add
+            with writing(self.partial):
+                self._append(lines)
 
     def _append(self, lines: Iterable[Line]) -> None:
         with open(self.partial, "ab") as file:
@@ -83,7 +112,9 @@ class ResultFile:
             os.fsync(file.fileno())
 
     def finish(self) -> None:
-        """Make the whole, ordered file of the partial one."""
+        """Make the whole, ordered file of the partial one; nothing, where it is whole already."""
+        if not self.partial.exists():
+            return
         splits, protocols = list(self.header["splits"]), [one["name"] for one in self.header["protocols"]]
         places = sorted(
             (splits.index(line["split"]), line["index"], protocols.index(line["protocol"]), offset)
@@ -97,9 +128,14 @@ class ResultFile:
         self.partial.unlink()
 
 
+def counts_of(lines: Sequence[Line]) -> np.ndarray:
+    """Intersections and unions of lines, int64 [n, 2]."""
+    return np.array([(line["intersection"], line["union"]) for line in lines], dtype=np.int64)
+
+
 def settings_path(path: str | Path) -> Path:
     """Where the settings of a result file are."""
-    return Path(path).with_suffix(".settings.json")
+    return Path(f"{path}.settings.json")
 
 
 def read_results(path: str | Path) -> tuple[dict[str, Any], list[Line]]:
@@ -114,8 +150,8 @@ def read_results(path: str | Path) -> tuple[dict[str, Any], list[Line]]:
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> str | None:
-    """A setting that two headers don't share; a checkpoint may have moved, its SHA-256 says which it is."""
-    return next((key for key in {**a, **b} if key != "checkpoint" and a.get(key) != b.get(key)), None)
+    """A setting that two headers don't share, of those that tell evaluations apart."""
+    return next((key for key in {**a, **b} if key not in INFORMATIVE and a.get(key) != b.get(key)), None)
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

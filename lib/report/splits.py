@@ -49,6 +49,7 @@ def judge_splits(
 
     Raises:
         StoppedError: ``stop_asked`` said so; it says how to go on.
+        KeyboardInterrupt: the same where there is no file, so that nothing is kept.
         UserError: the file can't be written, or is another evaluation's.
     """
     known, kept = on_main(lambda: _begun(file, protocols, drawn)) if file else ({}, {})
@@ -73,9 +74,10 @@ def judge_splits(
                 group=group,
             )
         except StoppedError as error:
-            left = f"{file.partial} has what was done, and the same command goes on" if file else "nothing was kept"
-            hint = "" if file else "; with --predictions FILE the same command can go on later"
-            raise StoppedError(f"stopped in split {split}: {left}{hint}") from error
+            if file is None:
+                raise KeyboardInterrupt from error
+            told = f"stopped in split {split}: {file.partial} has what was done, and the same command goes on"
+            raise StoppedError(told) from error
         results[protocols[0].name].masks.update(kept.get(split, {}))
         if file and split == list(datasets)[-1]:
             on_main(file.finish)

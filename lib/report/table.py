@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import yaml
 
 from lib.config import suggestion
-from lib.metrics import METRIC_NAMES, SegmentationMetrics
+from lib.metrics import METRIC_NAMES, metrics_of
 from lib.report.bootstrap import intervals
-from lib.report.results import ResultFile, read_results
+from lib.report.results import ResultFile, counts_of, read_results
 from utils import MissingFileError, UserError, write_text
 
 MINUS = "−"
@@ -65,22 +64,30 @@ class MeasuredRow(NamedTuple):
     reason: str = ""  # why it was not measured
 
 
-def missing_row(published: PublishedRow, reason: str) -> MeasuredRow:
-    """A row that can't be measured."""
-    return MeasuredRow(published, reason=reason)
-
-
 def measured_rows(published: PublishedRow, file: ResultFile) -> list[MeasuredRow]:
     """A row of each protocol of a whole result file."""
     header, lines = read_results(file.path)
     rows = []
     for protocol in (one["name"] for one in header["protocols"]):
         own = [line for line in lines if line["protocol"] == protocol]
-        counts = np.array([(line["intersection"], line["union"]) for line in own], dtype=np.int64)
-        metrics = SegmentationMetrics()
-        metrics.add(*counts.T.tolist())
+        counts = counts_of(own)
         interval = intervals([line["image_id"] for line in own], counts)
-        rows.append(MeasuredRow(published, protocol, metrics.compute(), interval, len(own), header["checkpoint"]))
+        rows.append(MeasuredRow(published, protocol, metrics_of(counts), interval, len(own), header["checkpoint"]))
+    return rows
+
+
+def choose_rows(dataset: str | None, split_by: str | None, splits: str | None) -> list[PublishedRow]:
+    """The published rows that the flags leave; None: not given. UserError: none, or a split that none of them has."""
+    rows = [row for row in PUBLISHED if dataset in (None, row.dataset) and split_by in (None, row.split_by)]
+    names = [name.strip() for name in (splits or "all").split(",") if name.strip()]
+    for name in names:
+        if name != "all" and name not in [row.split for row in rows]:
+            raise UserError(f"--table: no published row has split {name!r} with that --dataset and --splitBy")
+    rows = [row for row in rows if "all" in names or row.split in names]
+    if not rows:
+        raise UserError(
+            f"--table has rows of {', '.join(SETS)} (refcocog: umd), none with that --dataset and --splitBy"
+        )
     return rows
 
 
@@ -172,8 +179,11 @@ def latex_table(rows: list[MeasuredRow], protocol: str) -> str:
                 for cell in cells
             ]
             lines.append(" & ".join([title, what, *marked]) + r" \\")
-    notes = [f"% {note}" for note in _notes(rows, protocol)]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", *notes, ""])
+    width = 2 + len(METRIC_NAMES)
+    for note in _notes(rows, protocol):
+        text = note.replace("†", r"\textsuperscript{\dag}").replace("_", r"\_").replace("%", r"\%")
+        lines.append(rf"\multicolumn{{{width}}}{{l}}{{\footnotesize {text}}} \\")
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def csv_table(rows: list[MeasuredRow]) -> str:
