@@ -26,7 +26,7 @@ class Validation:
         dataset: the split, a ReferDataset.
         make_batches: gives this process's share of the batches of some of its expressions, on the model's device.
         batch_size: the most expressions of a forward pass.
-        looked_at: how many expressions :meth:`look_ahead` judges: two batches of every process.
+        looked_at: how many expressions :meth:`look_ahead` judges: about two batches of every process.
         title: of the progress bar; None: no bar here.
         stop_asked, group: see :func:`evaluate`.
         compiled: whether the model's blocks are. Here they run uncompiled: compiling them once more for this would take
@@ -54,7 +54,7 @@ class Validation:
         return self._judge(model, range(len(self.dataset)), keep_masks=self.drawn, progress=self.title)
 
     def look_ahead(self, model: nn.Module) -> float:
-        """Judge two batches; gives back the seconds that the whole split will take.
+        """Judge a few batches; gives back the seconds that the whole split will take.
 
         Better to stumble over it at once than after an epoch.
         """
