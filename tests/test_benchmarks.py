@@ -20,9 +20,9 @@ def run(monkeypatch, *flags):
     train_step.main()
 
 
-@pytest.mark.usefixtures("every_thread")
 def test_training_step_is_reported_row_by_row(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "step.md"
+    out, small = tmp_path / "step.md", {**evaluation.SMALL, "depths": (2, 2, 2, 2), "vocab_size": 30522}
+    monkeypatch.setattr(train_step, "build_crossvlt", lambda swin_type: evaluation.build_crossvlt(swin_type, **small))
     run(
         monkeypatch, "--swin_type", "tiny", "--img_size", 64, "--batch_sizes", 1, "--steps", 1, "--device", "cpu",
         "--out", out,
