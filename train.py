@@ -50,6 +50,7 @@ from lib.engine.validation import Validation
 from lib.journal import Journal, write_environment
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
 from refer.refer import REFER, check_dataset
+from refer.sources import SWIN_ADDRESS, SWIN_FILES
 from utils import (
     MissingFileError,
     Processes,
@@ -103,11 +104,11 @@ def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
         raise UserError("--from_scratch and --init_from contradict each other: give one of them")
     if pretrained.FROM_SCRATCH or pretrained.INIT_FROM:
         return None, None
-    name = config.SWIN_FILES[cfg.MODEL.SWIN_TYPE]
+    name = SWIN_FILES[cfg.MODEL.SWIN_TYPE]
     swin = Path(pretrained.SWIN or Path("pretrained") / name)
     if not swin.is_file():
         raise MissingFileError(
-            f"no ImageNet Swin weights {swin}: download {config.SWIN_ADDRESS}{name} to there, name the file by "
+            f"no ImageNet Swin weights {swin}: download {SWIN_ADDRESS}{name} to there, name the file by "
             "--pretrained_swin_weights, or train with --from_scratch"
         )
     try:
@@ -347,7 +348,7 @@ def main() -> None:
                 f"the global batch was {before} so far and is {cfg.TRAIN.GLOBAL_BATCH} from here on; an epoch has "
                 "another number of steps, so the learning rate jumps to another place of its curve"
             )
-    check_dataset(cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    check_dataset(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     swin, bert = (None, None) if resumed else find_pretrained(cfg)
     start = resumed or (read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM else None)
     if cfg.PRETRAINED.DDP_TRAINED and "PRETRAINED.DDP_TRAINED" in given:

@@ -9,18 +9,12 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from yacs.config import CfgNode
 
+from refer.sources import SWIN_FILES
 from utils import MissingFileError, UserError
 
 SMALLEST = 32  # a picture of at most this side leaves the last stage one position
 MOST_TOKENS = 512  # positions of BERT
-SWIN_TYPES = ("tiny", "small", "base", "large")
-SWIN_FILES = {
-    "tiny": "swin_tiny_patch4_window7_224.pth",
-    "small": "swin_small_patch4_window7_224.pth",
-    "base": "swin_base_patch4_window12_384_22k.pth",
-    "large": "swin_large_patch4_window12_384_22k.pth",
-}
-SWIN_ADDRESS = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+SWIN_TYPES = tuple(SWIN_FILES)
 BASE_KEY = "_BASE_"
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
 

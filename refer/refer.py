@@ -23,12 +23,13 @@ from utils import UserError
 
 Ids = int | Iterable[int]
 
-DATASETS: dict[str, tuple[str, ...]] = {  # dataset: its splitBy values
+DATASETS: dict[str, tuple[str, ...]] = {  # known dataset: its splitBy values
     "refcoco": ("unc", "google"),
     "refcoco+": ("unc",),
     "refcocog": ("umd", "google"),
     "refshapes": ("unc",),
 }
+COCO_DATASETS = ("refcoco", "refcoco+", "refcocog")
 MASK_MODES = ("paper", "union")
 SPLIT_ORDER = ("val", "testA", "testB", "testC", "test")
 COCO_IMAGES = Path("images", "mscoco", "images", "train2014")
@@ -48,11 +49,11 @@ class REFER:
     """
 
     def __init__(self, data_root: str | Path, dataset: str = "refcoco", splitBy: str = "unc") -> None:
-        check_dataset(dataset, splitBy)
+        check_dataset(data_root, dataset, splitBy)
         self.dataset, self.splitBy = dataset, splitBy
         folder = Path(data_root, dataset)
         self.instances_path, self.refs_path = folder / "instances.json", folder / f"refs({splitBy}).p"
-        self.image_dir = folder / "images" if dataset == "refshapes" else Path(data_root) / COCO_IMAGES
+        self.image_dir = image_folder(data_root, dataset)
         refs = read_refs(self.refs_path)
         self.data: dict[str, list[Record]] = {"refs": refs, **read_instances(self.instances_path)}
         self._build_indexes()
@@ -214,14 +215,42 @@ class REFER:
         return {"mask": mask, "area": int(np.count_nonzero(mask))}
 
 
-def check_dataset(dataset: str, splitBy: str) -> None:
-    """UserError, naming the right ones, unless there is such a dataset with such a split system."""
-    if dataset not in DATASETS:
-        close = difflib.get_close_matches(str(dataset), DATASETS, n=1)
+def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
+    """The splitBy values of a dataset: a known one's, else those of the refs files in its folder under `data_root`.
+
+    UserError: neither known nor found.
+    """
+    if dataset in DATASETS:
+        return DATASETS[dataset]
+    root, name = Path(data_root), str(dataset)
+    if "," in name:
+        raise UserError(f"{name!r} names several datasets: only train.py takes more than one")
+    is_name = name not in {"", ".", ".."} and not set("/\\\0") & set(name)
+    found = tuple(sorted(path.name[5:-3] for path in (root / name).glob("refs(*).p"))) if is_name else ()
+    if not found:
+        own = sorted(path.parent.name for path in root.glob("*/instances.json") if path.parent.name not in DATASETS)
+        names = [*DATASETS, *own]
+        close = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(f"unknown dataset {dataset!r}{hint}: choose one of {', '.join(DATASETS)}")
-    if splitBy not in DATASETS[dataset]:
-        raise UserError(f"unknown splitBy {splitBy!r}: {dataset} has {', '.join(DATASETS[dataset])}")
+        raise UserError(
+            f"unknown dataset {dataset!r}{hint}: choose one of {', '.join(names)}, or make your own in {root} "
+            "by `python -m data.convert`"
+        )
+    return found
+
+
+def check_dataset(data_root: str | Path, dataset: str, splitBy: str) -> None:
+    """UserError, naming the right ones, unless there is such a dataset with such a split system."""
+    systems = split_systems(data_root, dataset)
+    if splitBy not in systems:
+        raise UserError(f"unknown splitBy {splitBy!r}: {dataset} has {', '.join(systems)}")
+
+
+def image_folder(data_root: str | Path, dataset: str) -> Path:
+    """Where a dataset's pictures belong: the COCO sets share one folder, any other has its own `images`, and takes
+    COCO's where it has none."""
+    own = Path(data_root, dataset, "images")
+    return own if dataset == "refshapes" or (dataset not in DATASETS and own.is_dir()) else Path(data_root, COCO_IMAGES)
 
 
 def _ids(ids: Ids) -> list[int]:

@@ -851,3 +851,26 @@ def test_any_polygon_is_drawn_or_refused(tmp_path, polygon):
     rows, columns = np.nonzero(mask)
     assert not len(rows) or (rows.min() >= min(ys) - 1 and rows.max() <= max(ys) + 1)
     assert not len(columns) or (columns.min() >= min(xs) - 1 and columns.max() <= max(xs) + 1)
+
+
+def test_a_dataset_of_ones_own(tmp_path):
+    """Any folder with the two files is a dataset; its pictures are in its own images folder, or are COCO's."""
+    write(tmp_path, make_refs(), make_instances(), dataset="mine", splitBy="first")
+    write(tmp_path, make_refs(), make_instances(), dataset="mine", splitBy="second")
+    refer = REFER(tmp_path, "mine", "second")
+    assert refer.getRefIds(split="train") == [50, 30]
+    assert refer.get_image_path(3) == tmp_path / "images/mscoco/images/train2014/COCO_train2014_000000000003.jpg"
+    (tmp_path / "mine" / "images").mkdir()
+    refer = REFER(tmp_path, "mine", "first")
+    assert refer.get_image_path(3) == tmp_path / "mine/images/COCO_train2014_000000000003.jpg"
+    with pytest.raises(UserError, match="unknown splitBy 'unc': mine has first, second"):
+        REFER(tmp_path, "mine", "unc")
+    with pytest.raises(
+        UserError, match=r"unknown dataset 'mime' \(did you mean mine\?\).*refshapes, mine, or make your"
+    ):
+        REFER(tmp_path, "mime", "first")
+    with pytest.raises(UserError, match="names several datasets"):
+        REFER(tmp_path, "mine,refcoco", "first")
+    for name in ("../" + tmp_path.name, "mine/../mine", ".", "", "mi\0ne", "mi*"):
+        with pytest.raises(UserError, match="unknown dataset"):
+            REFER(tmp_path, name, "first")
