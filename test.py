@@ -143,7 +143,7 @@ def settings_of(
     loaded: Loaded, digest: str, datasets: dict[str, ReferDataset], *, shuffle_sentences: bool = False
 ) -> dict[str, Any]:
     """What result files say of how their numbers came about."""
-    cfg, checkpoint, refer = loaded.cfg, loaded.checkpoint, next(iter(datasets.values())).refer
+    cfg, checkpoint, files = loaded.cfg, loaded.checkpoint, next(iter(datasets.values())).annotation_files
     return {
         "checkpoint": str(checkpoint.path),
         "checkpoint_sha256": digest,
@@ -158,9 +158,7 @@ def settings_of(
         "shuffle_seed": cfg.SEED if shuffle_sentences else None,
         "protocols": [protocol.settings() for protocol in loaded.protocols],
         "vocabulary": fingerprint(loaded.tokenizer),
-        "annotations_sha256": on_main(
-            lambda: {path.name: file_sha256(path) for path in (refer.refs_path, refer.instances_path)}
-        ),
+        "annotations_sha256": on_main(lambda: {path.name: file_sha256(path) for path in files}),
     }
 
 

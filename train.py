@@ -6,6 +6,7 @@
 
     torchrun --nproc_per_node 2 train.py --cfg configs/refcoco+.yaml            # the same by torchrun, from a yaml
     python train.py --cfg configs/one_24gb_gpu.yaml --dataset refcoco           # one GPU, the published global batch
+    python train.py --dataset refcoco,refcoco+,refcocog …                       # the union, without what is evaluated
     python train.py --cfg … --model_id mine --auto_resume                       # begin, or go on after any end
     python train.py --resume checkpoints/<model_id>/last.pth                    # go on with a run
 
@@ -20,6 +21,7 @@ import logging
 import math
 import re
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +37,7 @@ from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer
 from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import DeviceBatches, build_eval_batches, build_train_loader
+from data.mixed import MixedDataset, mix
 from lib import config
 from lib.checkpoint import Checkpoint, load_pretrained, load_strictly, load_weights, read_checkpoint, rebuild
 from lib.criterion import CrossVLTCriterion
@@ -72,11 +75,12 @@ LOG = logging.getLogger("crossvlt")
 
 
 class Splits(NamedTuple):
-    """What is trained and validated on, and the tokenizer both are read with."""
+    """What is trained and validated on, the tokenizer both are read with, and what is to be known of their pictures."""
 
-    train: ReferDataset
+    train: ReferDataset | MixedDataset
     val: ReferDataset
     tokenizer: BertTokenizer
+    remarks: list[tuple[int, str]]  # levels of the log, and lines
 
 
 def get_parser() -> config.Parser:
@@ -183,10 +187,21 @@ def open_splits(cfg: CfgNode) -> Splits:
     """Read the annotations and tokenise the sentences."""
     cfg.PRETRAINED.TOKENIZER = config.tokenizer_name(cfg, cfg.MODEL.VOCAB_SIZE)  # resolved: saved with the run
     tokenizer = load_tokenizer(cfg.PRETRAINED.TOKENIZER)
-    refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    refers = [REFER(cfg.DATA.ROOT, *names) for names in config.datasets_of(cfg)]
     how = {"img_size": cfg.DATA.IMG_SIZE, "max_tokens": cfg.DATA.MAX_TOKENS, "seed": cfg.SEED}
-    train_set = ReferDataset(refer, "train", tokenizer, draw_sentences=True, **how)
-    return Splits(train_set, ReferDataset(refer, cfg.DATA.SPLIT, tokenizer, **how), tokenizer)
+
+    def make_train(refer: REFER, excluded_images: Collection[int] = ()) -> ReferDataset:
+        return ReferDataset(refer, "train", tokenizer, draw_sentences=True, excluded_images=excluded_images, **how)
+
+    val = ReferDataset(refers[0], cfg.DATA.SPLIT, tokenizer, **how)
+    if len(refers) > 1:
+        train, proof = mix(refers, make_train)
+        return Splits(train, val, tokenizer, [(logging.INFO, line) for line in proof.lines()])
+    train = make_train(refers[0])
+    judged = {expression.image_id for expression in val.expressions}
+    seen = len(judged & {expression.image_id for expression in train.expressions})
+    leak = (logging.WARNING, f"{seen} of the {len(judged)} pictures of split {val.split} are in train too")
+    return Splits(train, val, tokenizer, [leak] if seen else [])
 
 
 def build_step(
@@ -257,6 +272,8 @@ def fit(
     on_main(splits.val.check_pictures)
     if resumed:
         LOG.info("goes on from %s: epoch %d, step %d", resumed.path, progress.epoch + 1, progress.step)
+    for level, remark in splits.remarks:
+        LOG.log(level, remark)
     LOG.info("%s: %.1f M parameters", cfg.MODEL_ID, sum(p.numel() for p in model.parameters()) / 1e6)
     LOG.info(
         f"{len(splits.train)} samples; steps {progress.step}…{total_steps}, {steps_per_epoch} per epoch; global batch "
@@ -348,7 +365,8 @@ def main() -> None:
                 f"the global batch was {before} so far and is {cfg.TRAIN.GLOBAL_BATCH} from here on; an epoch has "
                 "another number of steps, so the learning rate jumps to another place of its curve"
             )
-    check_dataset(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    for names in config.datasets_of(cfg):
+        check_dataset(cfg.DATA.ROOT, *names)
     swin, bert = (None, None) if resumed else find_pretrained(cfg)
     start = resumed or (read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM else None)
     if cfg.PRETRAINED.DDP_TRAINED and "PRETRAINED.DDP_TRAINED" in given:
@@ -361,7 +379,8 @@ def main() -> None:
     on_main(functools.partial(check_same, gather((resumed.path.name, resumed.extra["step"]) if resumed else None)))
     if not cfg.MODEL_ID:
         now = time.strftime("%Y%m%d-%H%M%S")
-        cfg.MODEL_ID = from_main(f"{cfg.DATA.NAME}_{cfg.DATA.SPLIT_BY}_{cfg.MODEL.SWIN_TYPE}_{now}")
+        what = f"{cfg.DATA.NAME}_{cfg.DATA.SPLIT_BY}".replace(",", "-")
+        cfg.MODEL_ID = from_main(f"{what}_{cfg.MODEL.SWIN_TYPE}_{now}")
     model = build_model(cfg, resumed, start, swin, bert).to(processes.device)
     vocabulary = start.extra.get("vocabulary") if start else None
     check_vocabulary(splits.tokenizer, model.config["vocab_size"], vocabulary)

@@ -1,5 +1,6 @@
 """What every room shares: errors a user can cause, processes, logging, seeding, safe writing."""
 
+import gc
 import hashlib
 import logging
 import os
@@ -7,7 +8,7 @@ import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -232,6 +233,18 @@ def file_sha256(path: str | Path) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+@contextmanager
+def paused_collector() -> Iterator[None]:
+    """Keep Python from looking for garbage again and again among millions of new records: that is half of the time."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """DataLoaders: shuffled shares for training, exact shares for evaluation, and their way to the model's device."""
 
+import gc
 import signal
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -147,12 +148,13 @@ def _loader(dataset: Dataset, workers: int, pin_memory: bool, *, seed: tuple[int
         num_workers=workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=generator,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=_set_up_worker,
         **order,
     )
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Schedulers signal every process of a job: a worker that died of it would take the saving process along."""
+def _set_up_worker(worker: int) -> None:
+    gc.freeze()  # to look for garbage among what the parent made would copy the memory that is shared with it
+    # Schedulers signal every process of a job: a worker that died of it would take the saving process along.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

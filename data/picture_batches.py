@@ -43,9 +43,10 @@ class PictureBatches(Dataset):
     ) -> None:
         self.dataset, self.truths = dataset, tuple(dict.fromkeys(truths))
         self.indices = np.arange(len(dataset)) if indices is None else np.unique(np.fromiter(indices, np.int64))
+        image_ids = [expression.image_id for expression in dataset.expressions]
         by_image: dict[int, list[int]] = {}
         for index in self.indices.tolist():
-            by_image.setdefault(dataset.expressions[index].image_id, []).append(index)
+            by_image.setdefault(image_ids[index], []).append(index)
         self.batches: list[list[int]] = []
         for group in by_image.values():
             if self.batches and len(self.batches[-1]) + len(group) <= batch_size:
@@ -83,8 +84,8 @@ class PictureBatches(Dataset):
                 truths[gt_mask, eval_size] = [torch.from_numpy(mask) for mask in full_size]
         return {
             "image": torch.stack([resize_image(picture, dataset.img_size) for picture in pictures.values()]),
-            "input_ids": torch.from_numpy(dataset.input_ids[batch].astype(np.int64)),
-            "attention_mask": torch.from_numpy(dataset.attention_mask[batch].astype(np.int64)),
+            "input_ids": dataset.input_ids[batch].long(),
+            "attention_mask": dataset.attention_mask[batch].long(),
             "index": torch.tensor(batch),
             "picture": torch.tensor([images.index(one.image_id) for one in expressions]),
             "object": torch.tensor([objects.index(one.ref_id) for one in expressions]),

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from refer.refer import MASK_MODES
+from refer.masks import MASK_MODES
 from utils import UserError
 
 EVAL_SIZES = ("resized", "original")

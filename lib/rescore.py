@@ -24,7 +24,8 @@ from lib.protocols import EVAL_SIZES
 from lib.report.bootstrap import intervals, paired_intervals
 from lib.report.rejudge import NEEDS_MODEL, Results, check_names, check_switches, choose, parse_subset, read, rejudge
 from lib.report.results import Line, counts_of, settings_path
-from refer.refer import MASK_MODES, REFER
+from refer.masks import MASK_MODES
+from refer.refer import REFER
 from utils import UserError, check_writable, run_command, set_up_logging, write_text
 
 LOG = logging.getLogger("crossvlt")

@@ -4,14 +4,46 @@ H, W: height and width of the picture in pixels.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+from utils import UserError
+
+MASK_MODES = ("paper", "union")
 MAX_SIDE = 2**14  # of a picture, in pixels; COCO's are 640 at most
 MAX_OUTLINE = 2_000_000  # pixels along one polygon: pycocotools allocates for each of them
+
+
+class Shape(NamedTuple):
+    """What an object's mask is drawn from."""
+
+    where: str  # file, annotation and ref, for messages
+    height: int  # of the picture, in pixels
+    width: int
+    segmentation: Any  # as the annotation has it, not yet checked
+
+    def draw(self, mode: str = "paper") -> np.ndarray:
+        """uint8 [H, W] of 0 and 1 at the picture's size.
+
+        Each part of the segmentation (polygon or RLE) is rasterised by itself. "paper", the released protocol: the
+        object is where exactly one part lies, so where two overlap is a hole. "union": where any part lies.
+
+        Raises:
+            UserError: unknown mode; a segmentation that cannot be a mask of this picture.
+        """
+        if mode not in MASK_MODES:
+            raise UserError(f"unknown mask mode {mode!r}: choose one of {', '.join(MASK_MODES)}")
+        covered, twice = (np.zeros((self.height, self.width), np.uint8, order="F") for _ in range(2))  # as the parts
+        try:
+            for part in parts_of(self.segmentation, self.height, self.width):
+                twice |= covered & part
+                covered |= part
+        except ValueError as error:
+            raise UserError(f"{self.where}: {error}") from error
+        return np.ascontiguousarray(covered ^ twice if mode == "paper" else covered)
 
 
 def parts_of(segmentation: Any, H: int, W: int) -> Iterator[np.ndarray]:

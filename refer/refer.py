@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from refer.files import Record, read_instances, read_refs
-from refer.masks import is_number, parts_of
-from utils import UserError
+from refer.masks import Shape, is_number
+from utils import UserError, paused_collector
 
 Ids = int | Iterable[int]
 
@@ -30,7 +30,6 @@ DATASETS: dict[str, tuple[str, ...]] = {  # known dataset: its splitBy values
     "refshapes": ("unc",),
 }
 COCO_DATASETS = ("refcoco", "refcoco+", "refcocog")
-MASK_MODES = ("paper", "union")
 SPLIT_ORDER = ("val", "testA", "testB", "testC", "test")
 COCO_IMAGES = Path("images", "mscoco", "images", "train2014")
 
@@ -54,9 +53,10 @@ class REFER:
         folder = Path(data_root, dataset)
         self.instances_path, self.refs_path = folder / "instances.json", folder / f"refs({splitBy}).p"
         self.image_dir = image_folder(data_root, dataset)
-        refs = read_refs(self.refs_path)
-        self.data: dict[str, list[Record]] = {"refs": refs, **read_instances(self.instances_path)}
-        self._build_indexes()
+        with paused_collector():
+            refs = read_refs(self.refs_path)
+            self.data: dict[str, list[Record]] = {"refs": refs, **read_instances(self.instances_path)}
+            self._build_indexes()
 
     def _build_indexes(self) -> None:
         self.Refs: dict[int, Record] = {ref["ref_id"]: ref for ref in self.data["refs"]}
@@ -187,32 +187,23 @@ class REFER:
         return self.image_dir / self.loadImgs([image_id])[0]["file_name"]
 
     def getMask(self, ref: Mapping[str, Any] | int, mode: str = "paper") -> dict[str, Any]:
-        """The object's mask at the picture's size, for a ref or its id.
-
-        Each part of the segmentation (polygon or RLE) is rasterised by itself. "paper", the released protocol:
-        the object is where exactly one part lies, so where two overlap is a hole. "union": where any part lies.
+        """The object's mask at the picture's size, for a ref or its id; `mode`: see :meth:`refer.masks.Shape.draw`.
 
         Returns:
             {"mask": uint8 [H, W] of 0 and 1, "area": int, its number of ones in pixels}
         Raises:
             UserError: unknown mode or ref; a segmentation that cannot be a mask of this picture.
         """
-        if mode not in MASK_MODES:
-            raise UserError(f"unknown mask mode {mode!r}: choose one of {', '.join(MASK_MODES)}")
-        ref = self.loadRefs([ref.get("ref_id") if isinstance(ref, Mapping) else ref])[0]
-        annotation, image = self.refToAnn[ref["ref_id"]], self.Imgs[ref["image_id"]]
-        H, W = image["height"], image["width"]
-        covered, twice = (np.zeros((H, W), np.uint8, order="F") for _ in range(2))  # the order of the parts
-        try:
-            for part in parts_of(annotation.get("segmentation"), H, W):
-                twice |= covered & part
-                covered |= part
-        except ValueError as error:
-            raise UserError(
-                f"{self.instances_path}: annotation {annotation['id']} of ref {ref['ref_id']}: {error}"
-            ) from error
-        mask = np.ascontiguousarray(covered ^ twice if mode == "paper" else covered)
+        ref_id = ref.get("ref_id") if isinstance(ref, Mapping) else ref
+        mask = self.get_shape(self.loadRefs([ref_id])[0]["ref_id"]).draw(mode)
         return {"mask": mask, "area": int(np.count_nonzero(mask))}
+
+    def get_shape(self, ref_id: int) -> Shape:
+        """What a ref's mask is drawn from. UserError: an unknown id."""
+        ref = self.loadRefs([ref_id])[0]
+        annotation, image = self.refToAnn[ref_id], self.Imgs[ref["image_id"]]
+        where = f"{self.instances_path}: annotation {annotation['id']} of ref {ref_id}"
+        return Shape(where, image["height"], image["width"], annotation.get("segmentation"))
 
 
 def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
@@ -237,6 +228,17 @@ def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
             "by `python -m data.convert`"
         )
     return found
+
+
+def default_split_system(data_root: str | Path, dataset: str) -> str:
+    """The split system that is meant where none is named. UserError: there are several, and none is the usual one."""
+    systems = split_systems(data_root, dataset)
+    usual = dataset in DATASETS and "unc" in systems
+    if len(systems) > 1 and not usual:
+        raise UserError(
+            f"--dataset {dataset} has several split systems: give --splitBy {' or --splitBy '.join(systems)}"
+        )
+    return "unc" if usual else systems[0]
 
 
 def check_dataset(data_root: str | Path, dataset: str, splitBy: str) -> None:

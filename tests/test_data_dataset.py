@@ -1,6 +1,8 @@
 """Samples and loaders: the published preprocessing against plain arithmetic, drawing, sharing, broken pictures."""
 
 import collections
+import pickle
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset, open_image
 from data.loaders import DeviceBatches, build_eval_batches, build_train_loader
+from data.packed import PackedList
 from data.picture_batches import PictureBatches
 from data.transforms import normalize_images, preprocess_image, preprocess_mask, resize_image
 from refer.refer import REFER
@@ -17,9 +20,13 @@ from utils import UserError
 
 
 @pytest.fixture
-def make_dataset(refshapes_root):
+def refer(refshapes_root):
+    return REFER(refshapes_root, "refshapes")
+
+
+@pytest.fixture
+def make_dataset(refshapes_root, refer):
     def make(split="val", **how):
-        refer = REFER(refshapes_root, "refshapes")
         tokenizer = read_vocabulary(refshapes_root / "refshapes" / "vocab.txt")
         return ReferDataset(refer, split, tokenizer, **{"img_size": 48, **how})
 
@@ -40,25 +47,27 @@ def test_preprocessing_to_the_digit():
     assert np.array_equal(got.numpy(), np.asarray(Image.fromarray(mask).resize((24, 24), Image.Resampling.NEAREST)))
 
 
-def test_a_sample_is_what_the_files_say(make_dataset):
-    dataset = make_dataset()
+@pytest.mark.parametrize("draw_sentences", [False, True])
+def test_a_sample_is_what_the_files_say(make_dataset, refer, draw_sentences):
+    dataset = make_dataset(draw_sentences=draw_sentences)
     index = len(dataset) // 2
-    sample, expression = dataset[index], dataset.expressions[index]
-    ref = dataset.refer.loadRefs(expression.ref_id)[0]
-    picture = open_image(dataset.refer.get_image_path(ref["image_id"]))
+    sample, expression = dataset[index], dataset.expressions[dataset.expression_of(index)]
+    ref = refer.loadRefs(expression.ref_id)[0]
+    assert (expression.ann_id, expression.image_id) == (ref["ann_id"], ref["image_id"])
+    picture = open_image(refer.get_image_path(ref["image_id"]))
     assert torch.equal(sample["image"], resize_image(picture, 48))
     assert torch.equal(normalize_images(sample["image"]), preprocess_image(picture, 48))
-    assert torch.equal(sample["mask"], preprocess_mask(dataset.refer.getMask(ref)["mask"], 48))
+    assert torch.equal(sample["mask"], preprocess_mask(refer.getMask(ref)["mask"], 48))
     assert expression.sentence in [sentence["raw"] for sentence in ref["sentences"]]
-    vocabulary = (dataset.refer.instances_path.parent / "vocab.txt").read_text().splitlines()
+    vocabulary = (refer.instances_path.parent / "vocab.txt").read_text().splitlines()
     words = [vocabulary[i] for i in sample["input_ids"][sample["attention_mask"] == 1]]
     assert words == ["[CLS]", *expression.sentence.split(), "[SEP]"]
     assert sample["input_ids"].shape == sample["attention_mask"].shape == (21,)
     assert sample["index"] == index
 
 
-def test_evaluation_has_every_sentence_and_training_every_ref(make_dataset):
-    refs = make_dataset().refer.loadRefs(make_dataset().refer.getRefIds(split="val"))
+def test_evaluation_has_every_sentence_and_training_every_ref(make_dataset, refer):
+    refs = refer.loadRefs(refer.getRefIds(split="val"))
     sentences = [(ref["ref_id"], s["sent_id"]) for ref in refs for s in ref["sentences"]]
     assert [(e.ref_id, e.sent_id) for e in make_dataset().expressions] == sentences
     assert len(make_dataset()) == len(sentences)
@@ -78,9 +87,9 @@ def test_drawing_is_a_function_of_seed_epoch_and_index(make_dataset):
     assert draws(0, 0) != draws(1, 0)
 
 
-def test_drawing_is_uniform(make_dataset):
+def test_drawing_is_uniform(make_dataset, refer):
     dataset = make_dataset("train", draw_sentences=True)
-    sizes = np.diff(dataset._sentence_ranges, axis=1)[:, 0]
+    sizes = [len(ref["sentences"]) for ref in refer.loadRefs(refer.getRefIds(split="train"))]
     index = int(np.argmax(sizes))
     counts = collections.Counter()
     for epoch in range(600):
@@ -106,7 +115,7 @@ def test_shuffled_sentences_keep_all_but_the_pairing(make_dataset):
     assert [e[:3] for e in plain.expressions] == [e[:3] for e in shuffled.expressions]
     moved = sum(a != b for a, b in zip(plain.expressions, shuffled.expressions, strict=True))
     assert moved > len(plain) / 2
-    assert make_dataset(shuffle_sentences=True).expressions == shuffled.expressions
+    assert list(make_dataset(shuffle_sentences=True).expressions) == list(shuffled.expressions)
 
 
 def batches_of(dataset, batch_size, *, rank=0, world_size=1, **how):
@@ -129,7 +138,7 @@ def test_evaluation_shares_hold_every_expression_once_and_pictures_whole(make_da
         assert len(batch) <= batch_size or len(pictures) == 1
 
 
-def test_a_batch_of_pictures_is_what_its_samples_are(make_dataset):
+def test_a_batch_of_pictures_is_what_its_samples_are(make_dataset, refer):
     dataset, truths = make_dataset(), [("paper", "resized"), ("union", "original")]
     decoded = []
     dataset.picture = lambda index: decoded.append(index) or ReferDataset.picture(dataset, index)
@@ -144,7 +153,7 @@ def test_a_batch_of_pictures_is_what_its_samples_are(make_dataset):
             masks = {truth: batch["truths"][truth][batch["object"][row]] for truth in truths}
             assert torch.equal(masks["paper", "resized"], sample["mask"])
             ref_id = dataset.expressions[index].ref_id
-            assert np.array_equal(masks["union", "original"].numpy(), dataset.refer.getMask(ref_id, "union")["mask"])
+            assert np.array_equal(masks["union", "original"].numpy(), refer.getMask(ref_id, "union")["mask"])
 
 
 def test_batches_that_are_done_are_left_out(make_dataset):
@@ -210,14 +219,14 @@ def test_batches_reach_the_model_normalised(make_dataset):
     assert (batch["mask"].dtype, batch["mask"].shape) == (torch.int64, (3, 48, 48))
 
 
-def test_missing_pictures_are_found_at_once(make_dataset, monkeypatch, tmp_path):
+def test_missing_pictures_are_found_at_once(make_dataset, tmp_path):
     dataset = make_dataset()
     dataset.check_pictures()
-    real = dataset.refer.get_image_path
-    gone = {dataset.expressions[0].image_id, dataset.expressions[-1].image_id}
-    monkeypatch.setattr(
-        dataset.refer, "get_image_path", lambda i: tmp_path / "nowhere" / f"{i}.jpg" if i in gone else real(i)
-    )
+    gone = {dataset.image_path(0), dataset.image_path(len(dataset) - 1)}
+    for path in dataset.image_dir.iterdir():
+        if path not in gone:
+            (tmp_path / path.name).symlink_to(path)
+    dataset.image_dir = tmp_path
     with pytest.raises(UserError, match=r"2 of the 7 pictures of split val are missing, .*\.jpg for one"):
         dataset.check_pictures()
 
@@ -234,12 +243,12 @@ def test_broken_pictures_are_named(tmp_path, make_dataset):
             open_image(picture)
 
 
-def test_a_picture_of_another_size_is_named(tmp_path, make_dataset, monkeypatch):
+def test_a_picture_of_another_size_is_named(tmp_path, make_dataset):
     dataset = make_dataset()
-    other = tmp_path / "other.png"
+    other = tmp_path / dataset.image_path(0).name
     Image.new("RGB", (11, 13)).save(other)
-    monkeypatch.setattr(dataset.refer, "get_image_path", lambda image_id: other)
-    with pytest.raises(UserError, match=r"other\.png is 11×13, but its annotation says"):
+    dataset.image_dir = tmp_path
+    with pytest.raises(UserError, match=rf"{other.name} is 11×13, but its annotation says"):
         dataset[0]
 
 
@@ -247,3 +256,55 @@ def test_grey_and_transparent_pictures_become_rgb(tmp_path):
     for mode in ("L", "RGBA", "P", "CMYK", "LA"):
         Image.new(mode, (5, 4)).save(tmp_path / "picture.tiff")
         assert open_image(tmp_path / "picture.tiff").mode == "RGB"
+
+
+def test_packed_records_are_what_was_packed():
+    records = [(), (1, -(2**70), 0.1, float("inf"), None, True), ("naïve", [[1, 2.5], {"counts": "a\0b"}])]
+    packed = PackedList(records, list)
+    assert list(packed) == [list(record) for record in records]
+    assert [packed[0], packed[1], packed[-1]] == [list(record) for record in records]
+    assert len(packed) == 3
+    for beyond in (3, -4):
+        with pytest.raises(IndexError):
+            packed[beyond]
+    assert list(PackedList([], list)) == []
+    with pytest.raises(ValueError, match="unmarshal"):
+        PackedList([[object()]], list)
+
+
+def test_workers_share_annotations_and_tokens(make_dataset):
+    """Neither a forked worker nor a started one gets a copy: all that grows with the split is in shared tensors."""
+    dataset = make_dataset("train", draw_sentences=True)
+    alone = [dataset[index] for index in range(3)]
+    sent = bytes(ForkingPickler.dumps(dataset))  # what a started worker is sent: tensors as handles of shared memory
+    tensors = [value for one in (dataset, dataset.expressions, dataset._targets) for value in vars(one).values()]
+    tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
+    assert all(tensor.is_shared() for tensor in tensors)
+    assert sum(tensor.numel() for tensor in tensors) > 20_000
+    assert len(sent) < 4_000
+    again = pickle.loads(sent)
+    again.set_epoch(1)
+    dataset.set_epoch(0)
+    assert int(again._epoch) == 0  # the same memory
+    for index, sample in enumerate(alone):
+        assert all(torch.equal(value, again[index][name]) for name, value in sample.items())
+
+
+def test_excluded_images_are_in_no_sample(make_dataset):
+    everything = make_dataset("train", draw_sentences=True)
+    gone = {everything.expressions[0].image_id, everything.expressions[-1].image_id}
+    rest = make_dataset("train", draw_sentences=True, excluded_images=gone)
+    kept = [expression for expression in everything.expressions if expression.image_id not in gone]
+    assert list(rest.expressions) == kept
+    assert 0 < len(rest) == len({expression.ref_id for expression in kept}) < len(everything)
+    ref_ids = [everything.expressions[everything.expression_of(index)].ref_id for index in range(len(everything))]
+    assert torch.equal(rest[0]["mask"], everything[ref_ids.index(kept[0].ref_id)]["mask"])
+
+
+def test_a_segmentation_beyond_all_bounds_is_refused(make_dataset, refer):
+    nested = []
+    for _ in range(5000):
+        nested = [nested]
+    refer.refToAnn[refer.getRefIds(split="val")[0]]["segmentation"] = nested
+    with pytest.raises(UserError, match=r"instances\.json: an annotation's segmentation is no list of polygons"):
+        make_dataset()

@@ -92,12 +92,11 @@ def test_lines_say_what_was_judged(judge, datasets, tmp_path):
     for one in lines:
         dataset, result = datasets[one["split"]], results[one["split"]][one["protocol"]]
         expression, mask = dataset.expressions[one["index"]], decode_mask(one["mask"])
-        assert tuple(one[k] for k in ("ref_id", "sent_id", "image_id", "sentence")) == tuple(expression)
-        assert one["ann_id"] == dataset.refer.Refs[one["ref_id"]]["ann_id"]
+        assert tuple(one[k] for k in expression._fields) == tuple(expression)
         assert [one["intersection"], one["union"]] == result.counts[one["index"]].tolist()
         assert one["iou"] == result.iou(one["index"])
         if one["protocol"] == "original":
-            truth = dataset.refer.getMask(one["ref_id"], "union")["mask"]
+            truth = dataset.full_size_mask(one["index"], "union")
         else:
             truth = dataset[one["index"]]["mask"].numpy()
         assert (int((mask & (truth == 1)).sum()), int((mask | (truth == 1)).sum())) == tuple(

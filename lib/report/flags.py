@@ -6,7 +6,7 @@ from typing import Any
 from lib.config import Parser
 from lib.protocols import EVAL_SIZES
 from lib.report.results import PARTIAL, settings_path
-from refer.refer import MASK_MODES
+from refer.masks import MASK_MODES
 from utils import UserError
 
 PROTOCOL = ("protocol", "gt_mask", "eval_size", "threshold")

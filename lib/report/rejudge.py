@@ -203,7 +203,7 @@ def rejudge(results: Results, gt_mask: str, get_refer: Callable[[str, str], REFE
 
     Args:
         results: whose protocols of another gt_mask are judged anew, and named by it.
-        gt_mask: one of :data:`refer.refer.MASK_MODES`.
+        gt_mask: one of :data:`refer.masks.MASK_MODES`.
         get_refer: the annotations of (dataset, splitBy); called only if they are needed.
 
     Raises:

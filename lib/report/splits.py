@@ -107,14 +107,14 @@ def _line(dataset: Any, result: ExpressionResult) -> Line:
     """A result as its line in a result file."""
     expression = dataset.expressions[result.index]
     return {
-        "dataset": dataset.refer.dataset,
-        "split_by": dataset.refer.splitBy,
+        "dataset": dataset.name,
+        "split_by": dataset.split_by,
         "split": dataset.split,
         "protocol": result.protocol,
         "index": result.index,
         "image_id": expression.image_id,
         "ref_id": expression.ref_id,
-        "ann_id": dataset.refer.Refs[expression.ref_id]["ann_id"],
+        "ann_id": expression.ann_id,
         "sent_id": expression.sent_id,
         "sentence": expression.sentence,
         "intersection": result.intersection,

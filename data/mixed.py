@@ -1,0 +1,120 @@
+"""Training on several datasets at once, without a single picture that one of them is evaluated on.
+
+The COCO sets divide the same photos differently: RefCOCO's testA is largely in RefCOCO+'s or G-Ref's train split. Who
+trains on their union as they are is tested on pictures that were trained on.
+"""
+
+import os
+import re
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import ConcatDataset
+
+from data.dataset_refer_bert import ReferDataset
+from refer.refer import REFER
+
+# COCO_train2014_000000000009.jpg, as the 2014 sets name it, or 000000000009.jpg, as those of 2017 do.
+COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.\w+")
+
+
+class Part(NamedTuple):
+    """What a dataset contributes, and what was taken from it because of the others and of itself; counts."""
+
+    title: str  # dataset (splitBy)
+    refs: int
+    expressions: int
+    images: int
+    removed_refs: int
+    removed_expressions: int
+    removed_images: int
+
+
+class Proof(NamedTuple):
+    """That no picture of an evaluation split is trained on."""
+
+    parts: list[Part]
+    trained: int  # different pictures in training
+    evaluated: int  # different pictures in the evaluation splits of all datasets
+    in_both: int
+
+    def lines(self) -> list[str]:
+        """A table and the sum, for people."""
+        width = max(len("dataset"), *(len(part.title) for part in self.parts))
+        heads = ("refs", "expressions", "images")
+        lines = [f"{'dataset':{width}}" + "".join(f"  {head:>11}  {'removed':>8}" for head in heads)]
+        for part in self.parts:
+            pairs = zip(part[1:4], part[4:7], strict=True)
+            lines.append(f"{part.title:{width}}" + "".join(f"  {kept:>11}  {removed:>8}" for kept, removed in pairs))
+        return [
+            *lines,
+            f"{self.trained} pictures are trained on, {self.evaluated} are in an evaluation split, "
+            f"{self.in_both} are in both",
+        ]
+
+
+class MixedDataset(ConcatDataset):
+    """Training splits one after another as one; what :class:`data.dataset_refer_bert.ReferDataset` has for training."""
+
+    datasets: list[ReferDataset]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the next drawn sentences belong to."""
+        for dataset in self.datasets:
+            dataset.set_epoch(epoch)
+
+    def check_pictures(self) -> None:
+        """UserError where pictures are missing."""
+        for dataset in self.datasets:
+            dataset.check_pictures()
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """As of the dataset that ``index`` falls into, with the index in this one."""
+        return {**super().__getitem__(index), "index": torch.tensor(index)}
+
+
+def picture_keys(refer: REFER) -> dict[int, str]:
+    """What tells each image of the annotations from any other picture, by image id.
+
+    Two images are the same picture if they are the same file, or if their names carry the same COCO number, wherever
+    they lie.
+    """
+    folder, keys = os.path.realpath(refer.image_dir), {}
+    for image_id, image in refer.Imgs.items():
+        number = COCO_NAME.fullmatch(image["file_name"].rpartition("/")[2])
+        keys[image_id] = number[1] if number else os.path.realpath(os.path.join(folder, image["file_name"]))
+    return keys
+
+
+def evaluation_images(refer: REFER) -> set[int]:
+    """Ids of the images of every split but train."""
+    return {ref["image_id"] for ref in refer.data["refs"] if ref["split"] != "train"}
+
+
+def mix(refers: Sequence[REFER], make: Callable[[REFER, Collection[int]], ReferDataset]) -> tuple[MixedDataset, Proof]:
+    """The union of the training splits, and the proof that nothing in it is evaluated on.
+
+    Args:
+        refers: the datasets.
+        make: the training split of one, without the images of these ids.
+    """
+    keys = [picture_keys(refer) for refer in refers]
+    evaluated = {of[one] for refer, of in zip(refers, keys, strict=True) for one in evaluation_images(refer)}
+    datasets, parts, trained = [], [], set()
+    for refer, key_of in zip(refers, keys, strict=True):
+        train = [ref for ref in refer.data["refs"] if ref["split"] == "train"]
+        excluded = {ref["image_id"] for ref in train if key_of[ref["image_id"]] in evaluated}
+        dataset = make(refer, excluded)
+        # Counted in what will be trained on, not in what was meant to be.
+        images = {expression.image_id for expression in dataset.expressions}
+        trained |= {key_of[image] for image in images}
+        expressions, sentences = len(dataset.expressions), sum(len(ref["sentences"]) for ref in train)
+        kept = (len(dataset), expressions, len(images))
+        before = (len(train), sentences, len({ref["image_id"] for ref in train}))
+        removed = (a - b for a, b in zip(before, kept, strict=True))
+        parts.append(Part(f"{refer.dataset} ({refer.splitBy})", *kept, *removed))
+        datasets.append(dataset)
+    proof = Proof(parts, len(trained), len(evaluated), len(trained & evaluated))
+    assert not proof.in_both, proof.lines()[-1]
+    return MixedDataset(datasets), proof
