@@ -179,9 +179,8 @@ def main() -> None:
         ("read and index", "select, tokenise, pack", "both"), zip(*times, strict=True), strict=True
     ):
         lines.append(f"| {name} | {statistics.median(column):.2f} | {min(column):.2f}…{max(column):.2f} |")
-    lines += ["", f"An epoch without pictures, {args.workers} forked workers; MiB that each has for itself, which is what it "
-              "costs beside the others:", "", "| samples from | at first | at last | grown by |",
-              "|---|---|---|---|"]  # fmt: skip
+    lines += ["", f"An epoch without pictures, {args.workers} forked workers; MiB that each has for itself:"]
+    lines += ["", "| samples from | at first | at last | grown by |", "|---|---|---|---|"]
     for name, samples in (("ReferDataset", Looks(dataset)), ("REFER's records", Looks(dataset, refer))):
         first, last = growth(samples, args.workers)
         lines.append(f"| {name} | {first:.0f} | {last:.0f} | {last - first:.0f} |")

@@ -1,11 +1,12 @@
-"""The benchmarks of a training step and of evaluation, on sizes that take seconds."""
+"""The benchmarks of annotations, of a training step and of evaluation, on sizes that take seconds."""
 
 import sys
 
 import pytest
 import torch
 
-from benchmarks import evaluation, train_step
+from benchmarks import annotations, evaluation, train_step
+from refer.refer import REFER
 from utils import UserError
 
 
@@ -71,6 +72,25 @@ def test_the_scale_is_reported_by_tenths(tmp_path, monkeypatch, capsys):
     assert (len(counts), counts[-1]) == (10, round(10834 * 12 / 1500))
     with pytest.raises(UserError, match="must be at least 1"):
         report("--images", 0)
+
+
+def test_annotations_of_a_training_split(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["annotations", "--share", "0.005", "--workers", "2", "--repeats", "1"])
+    annotations.main()
+    out = capsys.readouterr().out
+    assert out.startswith("212 refs, 603 expressions, 836 annotations, ")
+    rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")][2:]
+    assert rows[:2] == ["select, tokenise, pack", "both"]
+    assert rows[-2:] == ["ReferDataset", "REFER's records"]
+    annotations.write_set(tmp_path, annotations.Size(50, 500, 120, 340))
+    refer = REFER(tmp_path)
+    sentences = [sentence["raw"] for ref in refer.data["refs"] for sentence in ref["sentences"]]
+    assert (len(refer.Refs), len(sentences), len(refer.Imgs), len(refer.Anns)) == (120, 340, 50, 500)
+    assert 0.6 < len(set(sentences)) / len(sentences) < 0.95  # as RefCOCO's: many are said more than once
+    assert min(refer.getMask(ref_id)["area"] for ref_id in refer.Refs) > 0
+    monkeypatch.setattr(sys, "argv", ["annotations", "--share", "0"])
+    with pytest.raises(UserError, match="leave each worker two batches"):
+        annotations.main()
 
 
 def test_the_generated_split_is_refcocos_size(tmp_path):

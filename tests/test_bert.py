@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from bert import files
+from bert import files, tokenization
 from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer, read_vocabulary, tokenize
 from utils import MissingFileError, UserError
 
@@ -47,6 +47,19 @@ def test_ids_by_hand(vocabulary):
     assert mask.sum(1).tolist() == [10, 2, 4, 10]
     assert np.array_equal(mask, np.arange(10) < mask.sum(1)[:, None])
     assert tokenize(tokenizer, [], 10)[0].shape == (0, 10)
+
+
+def test_ids_are_those_of_the_tokenizer_called_on_each_sentence(vocabulary, monkeypatch):
+    tokenizer = read_vocabulary(vocabulary)
+    monkeypatch.setattr(tokenization, "AT_ONCE", 3)
+    # said twice, cut, of nothing, of accents, control characters, CJK, the names of special tokens
+    sentences = ["the dog", "dog's", "the dog", "the " * 30, "", " ", "CAFÉ\u0000\t2nd", "左の dog", "[SEP] [MASK] the",
+                 "the\u200bdog", "dog", "the dog"]  # fmt: skip
+    ids, mask = tokenize(tokenizer, sentences, 8)
+    for row, sentence in enumerate(sentences):
+        wanted = tokenizer(sentence)["input_ids"][:8]
+        assert ids[row].tolist() == wanted + [0] * (8 - len(wanted))
+        assert mask[row].tolist() == [1] * len(wanted) + [0] * (8 - len(wanted))
 
 
 def test_vocabulary_is_found_by_file_and_folder(vocabulary):
