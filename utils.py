@@ -252,6 +252,8 @@ def writing(path: str | Path):  # noqa: ANN201  (a context manager)
     """What keeps ``path`` from being written, such as a full disk, as a UserError that names it."""
     try:
         yield
+    except UserError:  # some are OSErrors too
+        raise
     except OSError as error:
         raise UserError(f"can't write {path}: {error.strerror or error}") from error
 

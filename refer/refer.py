@@ -219,8 +219,8 @@ def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
     is_name = name not in {"", ".", ".."} and not set("/\\\0") & set(name)
     found = tuple(sorted(path.name[5:-3] for path in (root / name).glob("refs(*).p"))) if is_name else ()
     if not found:
-        own = sorted(path.parent.name for path in root.glob("*/instances.json") if path.parent.name not in DATASETS)
-        names = [*DATASETS, *own]
+        own = sorted(path.parent.name for path in root.glob("[!.]*/instances.json"))
+        names = list(dict.fromkeys([*DATASETS, *own]))
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UserError(

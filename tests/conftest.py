@@ -15,6 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests, such as golden_cases
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the hub
 
+from own_data import made_source, source  # noqa: E402, F401  (fixtures)
+
 # Of every process a test starts: sums are rounded alike only by the same number of threads.
 PROCESS_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -64,11 +66,11 @@ def small_inputs():
     """Pictures, ids, text mask and object masks for a small model: ``small_inputs(batch, height, width)``."""
 
     def make(batch=2, height=64, width=64, tokens=7, dtype=torch.float32):
-        source = torch.Generator().manual_seed(0)
-        images = torch.randn(batch, 3, height, width, generator=source).to(dtype)
-        attention_mask = (torch.arange(tokens) < torch.randint(3, tokens + 1, (batch, 1), generator=source)).long()
-        input_ids = torch.randint(1, SMALL["vocab_size"], (batch, tokens), generator=source) * attention_mask
-        masks = (torch.rand(batch, height, width, generator=source) < 0.3).long()
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(batch, 3, height, width, generator=generator).to(dtype)
+        attention_mask = (torch.arange(tokens) < torch.randint(3, tokens + 1, (batch, 1), generator=generator)).long()
+        input_ids = torch.randint(1, SMALL["vocab_size"], (batch, tokens), generator=generator) * attention_mask
+        masks = (torch.rand(batch, height, width, generator=generator) < 0.3).long()
         return images, input_ids, attention_mask, masks
 
     return make

@@ -1,0 +1,141 @@
+"""Pictures, objects and sentences of one's own, as the tests of data.convert begin with them."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data import convert as tool
+from data.convert import convert
+from utils import run_command
+
+WIDTH, HEIGHT = 40, 30
+IMAGES = 12  # the last two have no sentence
+BOXES = ((2, 3, 12, 20), (18, 4, 30, 14), (5, 22, 35, 28))  # left, top, right, bottom; of the third nobody speaks
+TEXTS = (("Bob's red box, left", "the first one"), ("the box at the right",))
+
+
+def file_name(image_id):
+    return f"COCO_train2014_{image_id:012d}.jpg"
+
+
+def annotation_id(image_id, box):
+    return 10 * image_id + box
+
+
+def true_mask(box):
+    left, top, right, bottom = BOXES[box]
+    mask = np.zeros((HEIGHT, WIDTH), bool)
+    mask[top:bottom, left:right] = True
+    return mask
+
+
+def rows_by_id(images=range(1, 11)):
+    return [
+        {"image": file_name(i), "annotation_id": annotation_id(i, box), "sentence": text}
+        for i in images
+        for box, texts in enumerate(TEXTS)
+        for text in texts
+    ]
+
+
+def rows_by_mask(images=range(1, 11)):
+    return [
+        {"image": file_name(i), "mask": f"{i}/{box}.png", "sentence": text}
+        for i in images
+        for box, texts in enumerate(TEXTS)
+        for text in texts
+    ]
+
+
+@pytest.fixture(scope="session")
+def made_source(tmp_path_factory):
+    source = tmp_path_factory.mktemp("own")
+    (source / "photos").mkdir()
+    noise = np.random.default_rng(0)
+    images, annotations = [], []
+    for i in range(1, IMAGES + 1):
+        pixels = noise.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(source / "photos" / file_name(i))
+        images.append({"id": i, "file_name": file_name(i), "width": WIDTH, "height": HEIGHT, "license": 3})
+        (source / "masks" / str(i)).mkdir(parents=True)
+        for box, (left, top, right, bottom) in enumerate(BOXES):
+            polygon = [left, top, right, top, right, bottom, left, bottom]
+            annotations.append({
+                "id": annotation_id(i, box), "image_id": i, "category_id": 7 + box, "segmentation": [polygon],
+                "bbox": [left, top, right - left, bottom - top], "area": 1.5, "iscrowd": 0,
+            })  # fmt: skip
+            Image.fromarray(true_mask(box)).save(source / "masks" / str(i) / f"{box}.png")
+    categories = [{"id": 7 + box, "name": f"box {box}", "supercategory": "boxes"} for box in range(len(BOXES))]
+    instances = {"images": images, "annotations": annotations, "categories": categories}
+    (source / "coco.json").write_text(json.dumps(instances))
+    return source
+
+
+@pytest.fixture
+def source(made_source, tmp_path, monkeypatch):
+    """The material in the current folder."""
+    folder = shutil.copytree(made_source, tmp_path / "own")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def table(rows, delimiter=","):
+    columns = list(rows[0])
+    lines = [columns, *([row[column] for column in columns] for row in rows)]
+
+    def cell(value):
+        text = str(value)
+        return '"' + text.replace('"', '""') + '"' if delimiter in text or '"' in text else text
+
+    return "".join(delimiter.join(map(cell, line)) + "\n" for line in lines)
+
+
+def write(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+SHARES = {"val_share": 0.2, "test_share": 0.2}
+ONLY_TRAIN = {"val_share": 0, "test_share": 0}
+
+
+def by_id(source, rows=None, name="mine", sentences="sentences.csv", **how):
+    if rows is not None:
+        write(source / sentences, table(rows))
+    return convert(name, sentences, "photos", instances="coco.json", data_root="data", **{**SHARES, **how})
+
+
+def by_mask(source, rows=None, name="drawn", sentences="sentences.csv", **how):
+    if rows is not None:
+        write(source / sentences, table(rows))
+    return convert(name, sentences, "photos", masks="masks", data_root="data", **{**SHARES, **how})
+
+
+def expressions(refer):
+    """Picture, mask and sentence of everything said, by the reader alone."""
+    return [
+        (refer.Imgs[ref["image_id"]]["file_name"], refer.getMask(ref)["mask"].tobytes(), sentence["raw"])
+        for ref in refer.data["refs"]
+        for sentence in ref["sentences"]
+    ]
+
+
+def contents(folder):
+    """Every file below a folder, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def run_main(monkeypatch, capsys, *flags):
+    """What `python -m data.convert` with these flags ends with and says."""
+    monkeypatch.setattr(sys, "argv", ["convert", *map(str, flags)])
+    status = 0
+    try:
+        run_command(tool.main)
+    except SystemExit as left:
+        status = left.code
+    told = capsys.readouterr()
+    return status, told.out, told.err
