@@ -112,8 +112,8 @@ def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
     swin = Path(pretrained.SWIN or Path("pretrained") / name)
     if not swin.is_file():
         raise MissingFileError(
-            f"no ImageNet Swin weights {swin}: download {SWIN_ADDRESS}{name} to there, name the file by "
-            "--pretrained_swin_weights, or train with --from_scratch"
+            f"no ImageNet Swin weights {swin}: `python -m refer.prepare --weights swin_{cfg.MODEL.SWIN_TYPE}` brings "
+            f"{SWIN_ADDRESS}{name}; or name the file by --pretrained_swin_weights, or train with --from_scratch"
         )
     try:
         return swin, find_bert_file(pretrained.BERT, config.BERT_FILES, flag="--ck_bert")

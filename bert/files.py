@@ -50,8 +50,9 @@ def find_bert_file(name: str, filenames: tuple[str, ...], *, flag: str) -> Path:
     if fetched is None:
         raise MissingFileError(
             f"{flag} {name}: not in ./{PRETRAINED} nor in the local cache, and the hub can't be reached or doesn't "
-            f"have it; put {' or '.join(filenames)} from https://huggingface.co/{name} into {folders[-1]}/, "
-            "or name a file or folder"
+            f"have it; put {' or '.join(filenames)} from https://huggingface.co/{name} into {folders[-1]}/"
+            + (" (`python -m refer.prepare --weights bert` does)" if name == PUBLISHED else "")
+            + ", or name a file or folder"
         )
     return fetched
 

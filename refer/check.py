@@ -1,0 +1,94 @@
+"""Looks at what there is of a dataset, annotations and pictures, and says what is wrong and how many there are of what.
+Nothing is written."""
+
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+
+from refer.annotations import DOWNLOADS, AnnotationSet, is_there, read_sets, wanted_files
+from refer.counts import Counts, differs
+from refer.hashes import Hashes
+from refer.pictures import picture_faults
+from refer.refer import COCO_DATASETS
+from refer.sources import COCO_ZIP
+from utils import UserError
+
+ROOT = Path("./refer/data")
+
+
+def annotation_problems(root: Path, dataset: str, hashes: Hashes) -> tuple[list[AnnotationSet], list[str]]:
+    """What a dataset's annotation files have, as far as they can be read, and what is wrong with them."""
+    folder = Path(root, dataset)
+    if not is_there(root, dataset):
+        missing = [name for name in wanted_files(root, dataset)[:2] if not (folder / name).is_file()]
+        return [], [f"{folder / name} is missing" for name in missing]
+    differing = {}
+    for name in wanted_files(root, dataset):
+        if (folder / name).is_file() and (difference := hashes.difference(f"{dataset}/{name}", folder / name)):
+            differing[str(folder / name)] = difference
+    try:
+        sets = read_sets(root, dataset)
+    except UserError as error:  # of a file that can't be read this says enough
+        return [], [str(error), *(f"{path} {told}" for path, told in differing.items() if path not in str(error))]
+    problems = [f"{path} {told}" for path, told in differing.items()]
+    problems += [f"{folder} is not the published {one.name}: {one.difference}" for one in sets if one.difference]
+    return sets, problems
+
+
+def check_datasets(root: Path, datasets: Sequence[str]) -> list[str]:
+    """Print the table of what is there; returns what is wrong, each with the command that repairs it."""
+    hashes, problems, sets, all_faults = Hashes(root), [], [], {}
+    for dataset in datasets:
+        found, wrong = annotation_problems(root, dataset, hashes)
+        at = f" --root {shlex.quote(str(root))}" if root != ROOT else ""
+        repair = f"python -m refer.prepare --dataset {dataset}{at}"
+        own = dataset not in COCO_DATASETS
+        problems += [f"{one}. To get it again: `{repair}`" if not own else one for one in wrong]
+        sets += found
+        if found:
+            folder, sizes = found[0].image_dir, {name: size for one in found for name, size in one.sizes.items()}
+            faults = picture_faults(folder, sizes)
+            all_faults[folder] = faults
+            if faults:
+                told = pictures_told(folder, faults)
+                problems.append(f"{told}. To get them: `{repair} --pictures needed`" if not own else told)
+    for name in (*(f"{one}.zip" for one in datasets), COCO_ZIP):
+        kept = Path(root, DOWNLOADS, name)
+        if kept.is_file() and (difference := hashes.difference(name, kept)):
+            problems.append(f"{kept} {difference}, else delete the file")
+    if sets:
+        print(format_counts(sets, all_faults))
+    return problems
+
+
+def pictures_told(folder: Path, faults: Mapping[str, str]) -> str:
+    """What is wrong with the pictures of a folder, in one line; faults: {file name: what is wrong}, not empty."""
+    missing = sum(fault == "is missing" for fault in faults.values())
+    name = next((name for name, fault in faults.items() if fault != "is missing"), next(iter(faults)))
+    kinds = [f"{missing} pictures are missing"] * (missing > 0)
+    kinds += [f"{len(faults) - missing} are not right"] * (missing < len(faults))
+    why = f", which {faults[name]}" if faults[name] != "is missing" else ""
+    return f"{folder}: {' and '.join(kinds)}, such as {name}{why}"
+
+
+def format_counts(sets: Sequence[AnnotationSet], faults: Mapping[Path, Collection[str]]) -> str:
+    """The table of counts per split, beside the published ones where they differ; faults: {folder: names of pictures
+    that are not there or not right}."""
+    rows = [("dataset", "split", "refs", "expressions", "images", "pictures there", "")]
+    for one in sets:
+        for split in dict.fromkeys([*one.counts, *one.published]):
+            counts, published = one.counts.get(split), one.published.get(split)
+            there = len(one.pictures.get(split, set()) - set(faults.get(one.image_dir, ())))
+            note = "as published" if published else "no published counts"
+            if differs(counts, published):
+                numbers = zip(Counts._fields, published, strict=True)
+                note = "published: " + ", ".join(f"{number} {name}" for name, number in numbers if number is not None)
+            rows.append((one.name, split, *(str(n) for n in counts or (0, 0, 0)), str(there), note))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False))
+        ]
+        lines.append("  ".join([*cells, row[6]]).rstrip())
+    return "\n".join(lines)
