@@ -4,8 +4,6 @@ The COCO sets divide the same photos differently: RefCOCO's testA is largely in 
 trains on their union as they are is tested on pictures that were trained on.
 """
 
-import os
-import re
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -14,9 +12,6 @@ from torch.utils.data import ConcatDataset
 
 from data.dataset_refer_bert import ReferDataset
 from refer.refer import REFER
-
-# COCO_train2014_000000000009.jpg, as the 2014 sets name it, or 000000000009.jpg, as those of 2017 do.
-COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.\w+")
 
 
 class Part(NamedTuple):
@@ -74,19 +69,6 @@ class MixedDataset(ConcatDataset):
         return {**super().__getitem__(index), "index": torch.tensor(index)}
 
 
-def picture_keys(refer: REFER) -> dict[int, str]:
-    """What tells each image of the annotations from any other picture, by image id.
-
-    Two images are the same picture if they are the same file, or if their names carry the same COCO number, wherever
-    they lie.
-    """
-    folder, keys = os.path.realpath(refer.image_dir), {}
-    for image_id, image in refer.Imgs.items():
-        number = COCO_NAME.fullmatch(image["file_name"].rpartition("/")[2])
-        keys[image_id] = number[1] if number else os.path.realpath(os.path.join(folder, image["file_name"]))
-    return keys
-
-
 def evaluation_images(refer: REFER) -> set[int]:
     """Ids of the images of every split but train."""
     return {ref["image_id"] for ref in refer.data["refs"] if ref["split"] != "train"}
@@ -99,7 +81,7 @@ def mix(refers: Sequence[REFER], make: Callable[[REFER, Collection[int]], ReferD
         refers: the datasets.
         make: the training split of one, without the images of these ids.
     """
-    keys = [picture_keys(refer) for refer in refers]
+    keys = [refer.picture_keys() for refer in refers]
     evaluated = {of[one] for refer, of in zip(refers, keys, strict=True) for one in evaluation_images(refer)}
     datasets, parts, trained = [], [], set()
     for refer, key_of in zip(refers, keys, strict=True):

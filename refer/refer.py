@@ -11,6 +11,8 @@ file and the record.
 """
 
 import difflib
+import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,8 @@ DATASETS: dict[str, tuple[str, ...]] = {  # known dataset: its splitBy values
 }
 COCO_DATASETS = ("refcoco", "refcoco+", "refcocog")
 SPLIT_ORDER = ("val", "testA", "testB", "testC", "test")
+# COCO_train2014_000000000009.jpg, as the 2014 sets name it, or 000000000009.jpg, as those of 2017 do.
+COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.\w+")
 COCO_IMAGES = Path("images", "mscoco", "images", "train2014")
 
 
@@ -185,6 +189,18 @@ class REFER:
     def get_image_path(self, image_id: int) -> Path:
         """Where this image's picture belongs, whether or not it is there. UserError: an unknown id."""
         return self.image_dir / self.loadImgs([image_id])[0]["file_name"]
+
+    def picture_keys(self) -> dict[int, str]:
+        """What tells each image's picture from any other, by image id.
+
+        Two images, of this set or of two, are the same picture if they are the same file, or if their names carry the
+        same COCO number, wherever they lie.
+        """
+        folder, keys = os.path.realpath(self.image_dir), {}
+        for image_id, image in self.Imgs.items():
+            number = COCO_NAME.fullmatch(image["file_name"].rpartition("/")[2])
+            keys[image_id] = number[1] if number else os.path.realpath(os.path.join(folder, image["file_name"]))
+        return keys
 
     def getMask(self, ref: Mapping[str, Any] | int, mode: str = "paper") -> dict[str, Any]:
         """The object's mask at the picture's size, for a ref or its id; `mode`: see :meth:`refer.masks.Shape.draw`.

@@ -10,7 +10,7 @@ import torch
 
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset
-from data.mixed import evaluation_images, mix, picture_keys
+from data.mixed import evaluation_images, mix
 from refer.refer import REFER
 from utils import UserError
 
@@ -100,7 +100,7 @@ def test_which_pictures_are_the_same(root, tmp_path):
         (folder / "instances.json").write_text(json.dumps(instances))
         refs = [{"ref_id": 0, "ann_id": 0, "image_id": 0, "split": "train", "sentences": [{"sent_id": 0, "raw": "x"}]}]
         (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-        return list(picture_keys(REFER(tmp_path, name)).values())
+        return list(REFER(tmp_path, name).picture_keys().values())
 
     coco = keys("refcoco", False, "COCO_train2014_000000000009.jpg", "COCO_train2014_000000000025.jpg")
     copied = keys("copied", True, "part/000000000009.png", "COCO_val2014_000000000034.jpg", "photo.jpg", "a/photo.jpg")
@@ -110,7 +110,7 @@ def test_which_pictures_are_the_same(root, tmp_path):
     assert not set(elsewhere) & set(copied)
     shared = keys("shared", False, "odd.jpg")
     assert shared == keys("also_shared", False, "odd.jpg")
-    assert picture_keys(REFER(root, "refshapes")) == picture_keys(REFER(root, "other", "own"))
+    assert REFER(root, "refshapes").picture_keys() == REFER(root, "other", "own").picture_keys()
 
 
 def test_every_split_but_train_is_an_evaluation_split(root):

@@ -99,7 +99,7 @@ def test_initialising_from_weights(trained, run_here, train_flags, tmp_path):
         (["--resume", "{last}", "--window12"], "MODEL.WINDOW_SIZE is 4, not 12"),
         (["--cfg", "{cfg}", "--warmup_steps", "10000"], "--warmup_steps 10000"),
         (["--cfg", "{cfg}", "--log_dir", "{tmp}/torn.pth"], "can't make the folder"),
-        (["--dataset", "refcoco"], "swin_base_patch4_window12_384_22k.pth: `python -m refer.prepare --weights swin_base` brings https://"),
+        (["--dataset", "refcoco"], "22k.pth: `python -m refer.prepare --weights swin_base` brings https://"),
         (["--dataset", "refcoco"], "or train with --from_scratch"),
         (["--dataset", "refcoc"], "did you mean refcoco"),
     ],
