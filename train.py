@@ -52,7 +52,8 @@ from lib.engine.trainer import Trainer
 from lib.engine.validation import Validation
 from lib.journal import Journal, write_environment
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
-from refer.refer import REFER, check_dataset
+from refer.datasets import check_dataset
+from refer.refer import REFER
 from refer.sources import SWIN_ADDRESS, SWIN_FILES
 from utils import (
     MissingFileError,

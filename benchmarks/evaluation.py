@@ -32,7 +32,8 @@ from lib.evaluation import evaluate
 from lib.protocols import PAPER
 from lib.report.results import ResultFile
 from lib.report.splits import judge_splits
-from refer.refer import COCO_IMAGES, REFER
+from refer.datasets import COCO_IMAGES
+from refer.refer import REFER
 from utils import UserError, run_command, set_up_processes, write_text
 
 WIDTH, HEIGHT = 640, 480

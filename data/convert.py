@@ -32,7 +32,8 @@ from data.convert_refs import Refs, group, splits_of
 from data.convert_sentences import Row, read_sentences
 from data.dataset_refer_bert import open_image
 from refer.counts import Counts, counts_of
-from refer.refer import COCO_IMAGES, REFER
+from refer.datasets import COCO_IMAGES
+from refer.refer import REFER
 from utils import MissingFileError, UserError, check_writable, run_command, write_text, writing, written_aside
 
 

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from refer.datasets import DATASETS
 from refer.files import read_instances
-from refer.refer import DATASETS
 from utils import UserError, writing
 
 INFO_FILE, SHEET_FILE = "convert.json", "samples.png"

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from yacs.config import CfgNode
 
-from refer.refer import default_split_system
+from refer.datasets import settle_split_systems
 from refer.sources import SWIN_FILES
 from utils import MissingFileError, UserError
 
@@ -17,7 +17,6 @@ SMALLEST = 32  # a picture of at most this side leaves the last stage one positi
 MOST_TOKENS = 512  # positions of BERT
 SWIN_TYPES = tuple(SWIN_FILES)
 BASE_KEY = "_BASE_"
-PAPER_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # what is meant in a mixture of datasets
 BERT_FILES = ("pytorch_model.bin", "model.safetensors")
 
 # In DATA, MODEL and PRETRAINED an empty value means: the published one, or what the checkpoint says.
@@ -303,26 +302,9 @@ def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> tup
             raise UserError("--epochs and --steps both say how long to train: give one of them")
         cfg.TRAIN.STEPS = 0  # else the flag would do nothing beside a file's or a resumed run's steps
     _check_ranges(cfg)
-    _settle_split_systems(cfg.DATA)
+    pairs = settle_split_systems(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    cfg.DATA.NAME, cfg.DATA.SPLIT_BY = (",".join(names) for names in zip(*pairs, strict=True))
     return cfg, set(from_file) | set(flags)
-
-
-def _settle_split_systems(data: CfgNode) -> None:
-    """Name the split system of each dataset of ``data``, the usual one where none is given."""
-    names = [name.strip() for name in data.NAME.split(",")]
-    systems = [system.strip() for system in data.SPLIT_BY.split(",")]
-    if data.SPLIT_BY and len(systems) != len(names):
-        raise UserError(
-            f"--splitBy {data.SPLIT_BY}: --dataset {data.NAME} names {len(names)} dataset(s); give a split system for "
-            "each, in the same order"
-        )
-    if not data.SPLIT_BY and len(names) > 1:
-        systems = [PAPER_SPLIT_BY.get(name) or default_split_system(data.ROOT, name) for name in names]
-    elif not data.SPLIT_BY:
-        systems = [default_split_system(data.ROOT, names[0])]
-    if len(set(zip(names, systems, strict=True))) < len(names):
-        raise UserError(f"--dataset {data.NAME}: names a dataset twice")
-    data.NAME, data.SPLIT_BY = ",".join(names), ",".join(systems)
 
 
 def datasets_of(cfg: CfgNode) -> list[tuple[str, str]]:

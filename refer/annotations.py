@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 from refer.archives import open_archive
 from refer.counts import PUBLISHED_COUNTS, Counts, counts_of, difference
+from refer.datasets import split_systems
 from refer.hashes import Hashes
 from refer.progress import check_room
-from refer.refer import REFER, split_systems
+from refer.refer import REFER
 from refer.responses import RefusedError
 from utils import LOGGER, UserError, writing
 

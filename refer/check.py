@@ -7,9 +7,9 @@ from pathlib import Path
 
 from refer.annotations import DOWNLOADS, AnnotationSet, is_there, read_sets, wanted_files
 from refer.counts import Counts, differs
+from refer.datasets import COCO_DATASETS
 from refer.hashes import Hashes
 from refer.pictures import picture_faults
-from refer.refer import COCO_DATASETS
 from refer.sources import COCO_ZIP
 from utils import UserError
 

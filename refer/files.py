@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from refer.masks import MAX_SIDE
+from refer.masks import MAX_PIXELS, MAX_SIDE
 from utils import MissingFileError, UserError
 
 Record = dict[str, Any]
@@ -19,14 +19,15 @@ FIELDS: dict[str, dict[str, type]] = {  # what each record must have, its id fir
     "annotations": {"id": int, "image_id": int, "category_id": int},
     "categories": {"id": int, "name": str},
 }
+MAX_SPLIT = 100  # characters of a split's name, which becomes part of a file's where pictures are drawn
+CONTROL = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029]")  # what would break a line, or steer a terminal
 
 
 def read_refs(path: Path) -> list[Record]:
     """The refs of a refs(splitBy).p, each checked by itself. UserError, MissingFileError: as REFER."""
     data = _read(path)
     try:
-        _check_opcodes(data)
-        refs = _PlainUnpickler(path, data).load()
+        refs = _PlainUnpickler(path, _plain_opcodes(data)).load()
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -38,6 +39,8 @@ def read_refs(path: Path) -> list[Record]:
     for row, ref in enumerate(refs):
         _check(ref, FIELDS["refs"], ref_ids, f"{path}: refs[{row}]")
         where = f"{path}: refs[{row}] (ref_id {ref['ref_id']})"
+        if len(ref["split"]) > MAX_SPLIT or set("/\\") & set(ref["split"]) or CONTROL.search(ref["split"]):
+            raise UserError(f"{where}: split {_shown(ref['split'])} is not a name")
         if not ref["sentences"]:
             raise UserError(f"{where}: sentences is empty")
         for sentence in ref["sentences"]:
@@ -63,10 +66,11 @@ def read_instances(path: Path) -> dict[str, list[Record]]:
             _check(record, FIELDS[part], known, f"{path}: {part}[{row}]")
     for image in instances["images"]:
         where, name = f"{path}: image {image['id']}", image["file_name"]
-        if not (1 <= image["width"] <= MAX_SIDE and 1 <= image["height"] <= MAX_SIDE):
-            raise UserError(f"{where}: {image['width']}x{image['height']} is not a picture's size")
-        if set("\\:\0") & set(name) or {"", ".", ".."} & set(name.split("/")):
-            raise UserError(f"{where}: file_name {name!r} is not a file below the image folder")
+        W, H = image["width"], image["height"]
+        if not (1 <= W <= MAX_SIDE and 1 <= H <= MAX_SIDE and W * H <= MAX_PIXELS):
+            raise UserError(f"{where}: {W}x{H} is not a picture's size")
+        if set("\\:") & set(name) or CONTROL.search(name) or {"", ".", ".."} & set(name.split("/")):
+            raise UserError(f"{where}: file_name {_shown(name)} is not a file below the image folder")
     return {part: instances[part] for part in parts}
 
 
@@ -79,6 +83,12 @@ def _read(path: Path) -> bytes:
         raise MissingFileError(f"{path} is missing: {remedy}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _shown(text: str) -> str:
+    """A text from the file as it may stand in a message: quoted, on one line, not longer than others."""
+    quoted = repr(text)
+    return quoted if len(quoted) <= 200 else f"{quoted[:200]}…"
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
@@ -117,9 +127,8 @@ class _PlainUnpickler(pickle.Unpickler):
         self.path = path
 
     def find_class(self, module: str, name: str) -> Any:
-        wanted = f"{module}.{name}"
         raise UserError(
-            f"{self.path} asks for {wanted!r}, but refs are only lists, dicts, text and numbers: "
+            f"{self.path} asks for {_shown(f'{module}.{name}')}, but refs are only lists, dicts, text and numbers: "
             "not loaded; get it again, see refer/README.md"
         )
 
@@ -132,29 +141,42 @@ class _PlainUnpickler(pickle.Unpickler):
 
 # Opcodes of plain data with their arguments; memo numbers below 2**24. Bounded, for re keeps a state per step.
 _PLAIN_RUN = re.compile(
-    rb"(?:[N\x88\x89(\]ael}dsu\x94]|[\x80Khq].|M..|[Jj]....|[G\x95].{8}|r...\x00|"
-    rb"[ILSVFg][^\n]*\n|p\d{1,7}\n){0,500}",
+    rb"(?:[N\x88\x89(\]ael}dsu\x94]|[\x80Khq].|M..|[Jj]....|G.{8}|r...\x00|"
+    rb"[SVF][^\n]*\n|[ILg][^\n]{0,22}\n|p\d{1,7}\n){0,500}",
     re.DOTALL,
 )
 # Text and long integers, by the bytes their length takes; the end and what the unpickler refuses by name.
 _COUNTED = {b"U": 1, b"\x8a": 1, b"\x8c": 1, b"T": 4, b"X": 4, b"\x8b": 4, b"\x8d": 8}
 _LAST = {b".", b"c", b"\x93", b"i", b"P", b"Q"}
+MAX_LONG = 1000  # integers beyond 64 bits; refs have none
 
 
-def _check_opcodes(data: bytes) -> None:
-    """ValueError unless only plain data comes before the end, or before what _PlainUnpickler refuses by name.
+def _plain_opcodes(data: bytes) -> bytes:
+    """The pickle without its frames, which are but hints for reading ahead: where one ends within an argument, Python's
+    unpickler goes on behind bytes that it never read, and would run others than those checked here.
+
+    ValueError unless only plain data comes before the end, or before what _PlainUnpickler refuses by name.
 
     A find_class that refuses everything is not enough: a memo number of four bytes makes the unpickler allocate up
-    to 64 GiB, and thousands of nested tuples crash the interpreter when hashed.
+    to 64 GiB, and thousands of nested tuples crash the interpreter when hashed. Nor may there be many large integers:
+    a dict that has them as keys compares each with all before, if they are chosen to have one hash.
     """
-    at = 0
+    at = kept = long = 0
+    parts = []
     while True:
         start, at = at, _PLAIN_RUN.match(data, at).end()
         opcode = data[at : at + 1]
         if opcode in _COUNTED:
             text = at + 1 + _COUNTED[opcode]
-            at = text + int.from_bytes(data[at + 1 : text], "little")
+            length = int.from_bytes(data[at + 1 : text], "little")
+            at = text + length
+            long += opcode in b"\x8a\x8b" and length > 8
+            if long > MAX_LONG:
+                raise ValueError("too many integers beyond 64 bits")
+        elif opcode == b"\x95":
+            parts.append(data[kept:at])
+            at = kept = at + 9
         elif opcode in _LAST:
-            return
+            return b"".join([*parts, data[kept:]])
         elif at == start:
             raise ValueError(f"cut short, or not plain data at byte {at}")

@@ -14,7 +14,9 @@ from utils import UserError
 
 MASK_MODES = ("paper", "union")
 MAX_SIDE = 2**14  # of a picture, in pixels; COCO's are 640 at most
-MAX_OUTLINE = 2_000_000  # pixels along one polygon: pycocotools allocates for each of them
+MAX_PIXELS = 100_000_000  # of a picture; PIL takes larger ones for decompression bombs
+MAX_OUTLINE = 2_000_000  # pixels along an object's polygons: pycocotools allocates for each of them
+MAX_DRAWN = 2**30  # pixels of a picture times parts of an object, each of which is drawn on all of it
 
 
 class Shape(NamedTuple):
@@ -50,8 +52,18 @@ def parts_of(segmentation: Any, H: int, W: int) -> Iterator[np.ndarray]:
     """Each polygon or RLE as uint8 [H, W] of 0 and 1. ValueError: what is wrong with it."""
     if not isinstance(segmentation, list | dict) or not segmentation:
         raise ValueError("segmentation is neither a list of polygons nor an RLE")
-    for part in [segmentation] if isinstance(segmentation, dict) else segmentation:
-        yield _decode_rle(part, H, W) if isinstance(part, dict) else _fill_polygon(part, H, W)
+    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+    if len(parts) * H * W > MAX_DRAWN:
+        raise ValueError(f"{len(parts)} polygons and RLEs are too many for a picture of {W}x{H}")
+    left = MAX_OUTLINE
+    for part in parts:
+        if isinstance(part, dict):
+            yield _decode_rle(part, H, W)
+        else:
+            left -= _check_polygon(part, H, W)
+            if left < 0:
+                raise ValueError(f"the polygons' outline is longer than {MAX_OUTLINE} pixels")
+            yield coco_mask.decode(coco_mask.frPyObjects([part], H, W))[:, :, 0]
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
@@ -82,17 +94,16 @@ def is_number(value: Any, low: float, high: float) -> bool:
     return type(value) in (int, float) and low <= value <= high  # false for NaN; a huge int does not overflow
 
 
-def _fill_polygon(polygon: Any, H: int, W: int) -> np.ndarray:
-    """pycocotools is C and trusts its input: far coordinates overflow there, long outlines eat the memory."""
+def _check_polygon(polygon: Any, H: int, W: int) -> float:
+    """How long its outline is in pixels. pycocotools is C and trusts its input: far coordinates overflow there, long
+    outlines eat the memory."""
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
         raise ValueError("a polygon is not a list of three or more x, y pairs")
     for low, high, values in ((-W, 2 * W, polygon[::2]), (-H, 2 * H, polygon[1::2])):
         if not all(is_number(value, low, high) for value in values):
             raise ValueError(f"a polygon's coordinate is not a number near the {W}x{H} picture")
     points = np.array(polygon, float).reshape(-1, 2)
-    if (abs(points - np.roll(points, 1, axis=0)).max(axis=1) + 1).sum() > MAX_OUTLINE:
-        raise ValueError(f"a polygon's outline is longer than {MAX_OUTLINE} pixels")
-    return coco_mask.decode(coco_mask.frPyObjects([polygon], H, W))[:, :, 0]
+    return float((abs(points - np.roll(points, 1, axis=0)).max(axis=1) + 1).sum())
 
 
 def _decode_rle(rle: dict[str, Any], H: int, W: int) -> np.ndarray:

@@ -16,9 +16,9 @@ from PIL import Image
 
 from refer.annotations import DOWNLOADS
 from refer.archives import open_archive
+from refer.datasets import COCO_IMAGES
 from refer.download import Patience, fetch
 from refer.progress import Progress, check_room
-from refer.refer import COCO_IMAGES
 from refer.responses import RefusedError
 from refer.sources import COCO_ZIP, picture_address
 from utils import LOGGER, UserError, writing

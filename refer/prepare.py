@@ -32,6 +32,7 @@ from refer.annotations import (
     wanted_files,
 )
 from refer.check import ROOT, annotation_problems, check_datasets, format_counts, pictures_told
+from refer.datasets import COCO_DATASETS, COCO_IMAGES, DATASETS, split_systems
 from refer.download import Patience, obtain, remove_if_empty
 from refer.hashes import HASHES_FILE, Hashes
 from refer.pictures import (
@@ -44,7 +45,6 @@ from refer.pictures import (
     take_picture_folder,
     take_picture_zip,
 )
-from refer.refer import COCO_DATASETS, COCO_IMAGES, DATASETS, split_systems
 from refer.responses import RefusedError
 from refer.sources import COCO_ADDRESS, COCO_ZIP, annotation_addresses
 from refer.weights import WEIGHTS, prepare_weights, weights_problems

@@ -10,7 +10,6 @@ The files come from the internet, so nothing in them is trusted: what is wrong e
 file and the record.
 """
 
-import difflib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -19,23 +18,16 @@ from typing import Any
 
 import numpy as np
 
+from refer.datasets import check_dataset, image_folder
 from refer.files import Record, read_instances, read_refs
 from refer.masks import Shape, is_number
 from utils import UserError, paused_collector
 
 Ids = int | Iterable[int]
 
-DATASETS: dict[str, tuple[str, ...]] = {  # known dataset: its splitBy values
-    "refcoco": ("unc", "google"),
-    "refcoco+": ("unc",),
-    "refcocog": ("umd", "google"),
-    "refshapes": ("unc",),
-}
-COCO_DATASETS = ("refcoco", "refcoco+", "refcocog")
 SPLIT_ORDER = ("val", "testA", "testB", "testC", "test")
 # COCO_train2014_000000000009.jpg, as the 2014 sets name it, or 000000000009.jpg, as those of 2017 do.
 COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.\w+")
-COCO_IMAGES = Path("images", "mscoco", "images", "train2014")
 
 
 class REFER:
@@ -220,55 +212,6 @@ class REFER:
         annotation, image = self.refToAnn[ref_id], self.Imgs[ref["image_id"]]
         where = f"{self.instances_path}: annotation {annotation['id']} of ref {ref_id}"
         return Shape(where, image["height"], image["width"], annotation.get("segmentation"))
-
-
-def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
-    """The splitBy values of a dataset: a known one's, else those of the refs files in its folder under `data_root`.
-
-    UserError: neither known nor found.
-    """
-    if dataset in DATASETS:
-        return DATASETS[dataset]
-    root, name = Path(data_root), str(dataset)
-    if "," in name:
-        raise UserError(f"{name!r} names several datasets: only train.py takes more than one")
-    is_name = name not in {"", ".", ".."} and not set("/\\\0") & set(name)
-    found = tuple(sorted(path.name[5:-3] for path in (root / name).glob("refs(*).p"))) if is_name else ()
-    if not found:
-        own = sorted(path.parent.name for path in root.glob("[!.]*/instances.json"))
-        names = list(dict.fromkeys([*DATASETS, *own]))
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(
-            f"unknown dataset {dataset!r}{hint}: choose one of {', '.join(names)}, or make your own in {root} "
-            "by `python -m data.convert`"
-        )
-    return found
-
-
-def default_split_system(data_root: str | Path, dataset: str) -> str:
-    """The split system that is meant where none is named. UserError: there are several, and none is the usual one."""
-    systems = split_systems(data_root, dataset)
-    usual = dataset in DATASETS and "unc" in systems
-    if len(systems) > 1 and not usual:
-        raise UserError(
-            f"--dataset {dataset} has several split systems: give --splitBy {' or --splitBy '.join(systems)}"
-        )
-    return "unc" if usual else systems[0]
-
-
-def check_dataset(data_root: str | Path, dataset: str, splitBy: str) -> None:
-    """UserError, naming the right ones, unless there is such a dataset with such a split system."""
-    systems = split_systems(data_root, dataset)
-    if splitBy not in systems:
-        raise UserError(f"unknown splitBy {splitBy!r}: {dataset} has {', '.join(systems)}")
-
-
-def image_folder(data_root: str | Path, dataset: str) -> Path:
-    """Where a dataset's pictures belong: the COCO sets share one folder, any other has its own `images`, and takes
-    COCO's where it has none."""
-    own = Path(data_root, dataset, "images")
-    return own if dataset == "refshapes" or (dataset not in DATASETS and own.is_dir()) else Path(data_root, COCO_IMAGES)
 
 
 def _ids(ids: Ids) -> list[int]:

@@ -37,8 +37,9 @@ from data import convert_folder
 from data.convert import convert
 from data.convert_objects import read_mask
 from data.convert_sentences import words
+from refer.datasets import COCO_IMAGES
 from refer.masks import decode_mask
-from refer.refer import COCO_IMAGES, REFER
+from refer.refer import REFER
 from utils import UserError
 
 EXPECTED = [

@@ -15,7 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
-from refer.refer import REFER, read_refs
+from refer.files import read_refs
+from refer.refer import REFER
 from utils import MissingFileError, UserError
 
 H, W = 20, 30
