@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import re
+import select
 import sys
 import tempfile
 import traceback
@@ -23,6 +24,7 @@ LEVEL_COLORS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved, start it again
 EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141  # as a shell shows a program that wrote into a closed pipe
 
 
 class UserError(ValueError):
@@ -314,7 +316,8 @@ def run_command(main: Callable[[], None]) -> None:
     """Run an entry point; what ends it becomes an exit status, and a user's mistake one line.
 
     Statuses: 0; 1 a bug, with its traceback, or another process that died; 2 (``EXIT_MISTAKE``) a user's mistake;
-    75 (``EXIT_STOPPED``) stopped by a signal with everything saved; 130 Ctrl-C where there was nothing to save.
+    75 (``EXIT_STOPPED``) stopped by a signal with everything saved; 130 Ctrl-C where there was nothing to save; 141
+    nobody reads what is printed any more.
     A mistake that every process finds before they have joined is told by one process of each node.
     """
     status = 0
@@ -336,10 +339,13 @@ def run_command(main: Callable[[], None]) -> None:
     except SystemExit as leaving:  # another process tells why, or --help was asked for
         status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except Exception as error:
-        if not dist.is_initialized():
+        unread = isinstance(error, BrokenPipeError) and _is_unread()
+        if not dist.is_initialized() and not unread:
             raise
-        status = 1
-        if is_lost_process(error):
+        status = EXIT_PIPE if unread else 1
+        if unread:
+            pass
+        elif is_lost_process(error):
             _tell(f"{where}ended, because another process ended first: its error is the one to read")
         else:
             _tell("".join(f"{where}{line}" for line in traceback.format_exc().splitlines(True)))
@@ -351,6 +357,16 @@ def run_command(main: Callable[[], None]) -> None:
     tear_down_processes()
     if status:
         sys.exit(status)
+
+
+def _is_unread() -> bool:
+    """Whether it is stdout that nobody reads any more, as after ``… | head``; then it is closed quietly."""
+    look = select.poll()
+    look.register(sys.stdout.fileno(), 0)  # errors are told unasked
+    if not any(event & select.POLLERR for _, event in look.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+    return True
 
 
 def _tell(text: str) -> None:

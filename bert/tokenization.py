@@ -1,6 +1,7 @@
 """Sentences to token ids with BERT's WordPiece tokenizer (transformers'), exactly as published."""
 
 import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,14 @@ def check_vocabulary(tokenizer: BertTokenizer, vocab_size: int, trained_with: st
         )
 
 
+def encode(tokenizer: BertTokenizer, sentences: list[str]) -> Iterator[list[int]]:
+    """The ids of each sentence, however many, with [CLS] and [SEP]."""
+    for first in range(0, len(sentences), AT_ONCE):
+        # What the tokenizer calls too, without its lists of lists, which take four times as long as the tokenizing.
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(sentences[first : first + AT_ONCE]):
+            yield encoding.ids
+
+
 def tokenize(tokenizer: BertTokenizer, sentences: list[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and mask of sentences, all at once.
 
@@ -83,15 +92,11 @@ def tokenize(tokenizer: BertTokenizer, sentences: list[str], max_tokens: int) ->
         input_ids [S, max_tokens] int32 and attention_mask [S, max_tokens] uint8.
     """
     row_of = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}  # many are said more than once
-    different = list(row_of)
-    input_ids = np.zeros((len(different), max_tokens), dtype=np.int32)
-    lengths = np.zeros(len(different), dtype=np.int64)
-    for first in range(0, len(different), AT_ONCE):
-        # What the tokenizer calls too, without its lists of lists, which take four times as long as the tokenizing.
-        encodings = tokenizer.backend_tokenizer.encode_batch_fast(different[first : first + AT_ONCE])
-        for row, encoding in enumerate(encodings, first):
-            kept = encoding.ids[:max_tokens]
-            input_ids[row, : len(kept)], lengths[row] = kept, len(kept)
+    input_ids = np.zeros((len(row_of), max_tokens), dtype=np.int32)
+    lengths = np.zeros(len(row_of), dtype=np.int64)
+    for row, ids in enumerate(encode(tokenizer, list(row_of))):
+        kept = ids[:max_tokens]
+        input_ids[row, : len(kept)], lengths[row] = kept, len(kept)
     attention_mask = (np.arange(max_tokens) < lengths[:, None]).astype(np.uint8)
     rows = [row_of[sentence] for sentence in sentences]
     return input_ids[rows], attention_mask[rows]

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from data.convert_sentences import Row
 from refer.files import Record, read_instances
-from refer.masks import MAX_SIDE, encode_mask
+from refer.masks import MAX_PIXELS, MAX_SIDE, encode_mask
 from utils import UserError
 
 ORIENTATION = 0x0112  # of EXIF; 1: as stored, 5 to 8: also with the sides exchanged
@@ -50,8 +50,9 @@ class Pictures:
                 raise UserError(f"{where}: no picture {path}") from error
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 raise UserError(f"{where}: the picture {path} can't be decoded: {error}") from error
-            if max(size) > MAX_SIDE:
-                raise UserError(f"{where}: the picture {path} is {size[0]}×{size[1]}; at most {MAX_SIDE} a side")
+            if max(size) > MAX_SIDE or size[0] * size[1] > MAX_PIXELS:
+                limits = f"at most {MAX_SIDE} a side and {MAX_PIXELS:,} pixels"
+                raise UserError(f"{where}: the picture {path} is {size[0]}×{size[1]}; {limits}")
             if turned in range(2, 9):
                 self.rotated[name] = turned
             self._sizes[name] = size

@@ -28,6 +28,8 @@ def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
         raise UserError(f"{name!r} names several datasets: only train.py takes more than one")
     is_name = name not in {"", ".", ".."} and not set("/\\\0") & set(name)
     found = tuple(sorted(path.name[5:-3] for path in (root / name).glob("refs(*).p"))) if is_name else ()
+    if not found and is_name and (root / name / "instances.json").is_file():
+        raise UserError(f"{root / name} has no refs(<splitBy>).p: see docs/custom_data.md")
     if not found:
         own = sorted(path.parent.name for path in root.glob("[!.]*/instances.json"))
         names = list(dict.fromkeys([*DATASETS, *own]))

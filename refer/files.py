@@ -5,9 +5,11 @@ import io
 import json
 import pickle
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+from refer.datasets import COCO_DATASETS, DATASETS
 from refer.masks import MAX_PIXELS, MAX_SIDE
 from utils import MissingFileError, UserError
 
@@ -78,8 +80,12 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        generated = path.parent.name == "refshapes"
-        remedy = "make it with `python -m data.refshapes`" if generated else "see refer/README.md"
+        dataset, root = path.parent.name, path.parent.parent
+        remedy = "see docs/custom_data.md"
+        if dataset in COCO_DATASETS:
+            remedy = f"`python -m refer.prepare --dataset {dataset} --root {shlex.quote(str(root))}` brings it"
+        elif dataset in DATASETS:
+            remedy = f"`python -m data.{dataset} --root {shlex.quote(str(root))}` makes it"
         raise MissingFileError(f"{path} is missing: {remedy}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error

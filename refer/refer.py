@@ -104,7 +104,7 @@ class REFER:
             return known
         names = [name.strip() for name in asked.split(",") if name.strip()]
         if not names:
-            raise UserError(f"--split {asked!r} names no split; {self.refs_path} has {', '.join(self._splits)}")
+            raise UserError(f"--split {asked!r} names no split; {self.refs_path} has {_listed(self._splits)}")
         for name in names:
             self.getRefIds(split=name)
         return list(dict.fromkeys(names))
@@ -119,7 +119,7 @@ class REFER:
         part = {"testA": "A", "testB": "B", "testC": "C", "test": "test", "": ""}.get(split)
         splits = {value for value in self._splits if (value == split if part is None else part in value)}
         if not splits:
-            raise UserError(f"no split {split!r} in {self.refs_path}: it has {', '.join(self._splits)}")
+            raise UserError(f"no split {split!r} in {self.refs_path}: it has {_listed(self._splits)}")
         refs = _candidates(wanted, self.Refs, images, self.imgToRefs, self.data["refs"])
         found = [
             ref["ref_id"]
@@ -212,6 +212,10 @@ class REFER:
         annotation, image = self.refToAnn[ref_id], self.Imgs[ref["image_id"]]
         where = f"{self.instances_path}: annotation {annotation['id']} of ref {ref_id}"
         return Shape(where, image["height"], image["width"], annotation.get("segmentation"))
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _ids(ids: Ids) -> list[int]:

@@ -427,17 +427,24 @@ def test_unknown_names(tmp_path, dataset, splitBy, told):
         ("refcocog", "umd"),
         ("refcocog", "google"),
         ("refshapes", "unc"),
+        ("mine", "unc"),
     ],
 )
 def test_missing_files(tmp_path, dataset, splitBy):
-    remedy = "make it with `python -m data.refshapes`" if dataset == "refshapes" else "see refer/README.md"
+    command = {"refshapes": "data.refshapes", "mine": ""}.get(dataset, f"refer.prepare --dataset {dataset}")
+    verb = "makes" if dataset == "refshapes" else "brings"
+    remedy = f"`python -m {command} --root {tmp_path}` {verb} it" if command else "see docs/custom_data.md"
     for path in write(tmp_path, dataset=dataset, splitBy=splitBy):
         assert REFER(tmp_path, dataset, splitBy).getRefIds(split="val") == [10]
         content = path.read_bytes()
         path.unlink()
-        with pytest.raises(MissingFileError) as caught:
+        with pytest.raises(UserError) as caught:
             REFER(tmp_path, dataset, splitBy)
-        assert str(caught.value) == f"{path} is missing: {remedy}"
+        if dataset == "mine" and path.name.startswith("refs"):
+            assert str(caught.value).startswith(f"{path.parent} has no refs(<splitBy>).p")
+        else:
+            assert str(caught.value) == f"{path} is missing: {remedy}"
+            assert isinstance(caught.value, MissingFileError)
         path.write_bytes(content)
 
 

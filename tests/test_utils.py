@@ -80,6 +80,25 @@ def test_bugs_keep_their_traceback():
         run_command(main)
 
 
+def test_what_nobody_reads_any_more_ends_quietly():
+    """As `… | head` does; a broken pipe of something else is a bug like others."""
+    script = "from utils import run_command\n"
+    script += "run_command(lambda: [print('line', flush=True) for _ in range(100_000)])"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "line\n"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 141
+
+    def other():
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        utils.run_command(other)
+
+
 def test_before_joining_one_process_of_each_node_tells(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
