@@ -54,7 +54,7 @@ from lib.journal import Journal, write_environment
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
 from refer.datasets import check_dataset
 from refer.refer import REFER
-from refer.sources import SWIN_ADDRESS, SWIN_FILES
+from refer.sources import BERT_WEIGHTS, SWIN_ADDRESS, SWIN_FILES
 from utils import (
     MissingFileError,
     Processes,
@@ -117,7 +117,7 @@ def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
             f"{SWIN_ADDRESS}{name}; or name the file by --pretrained_swin_weights, or train with --from_scratch"
         )
     try:
-        return swin, find_bert_file(pretrained.BERT, config.BERT_FILES, flag="--ck_bert")
+        return swin, find_bert_file(pretrained.BERT, BERT_WEIGHTS, flag="--ck_bert")
     except MissingFileError as error:
         raise MissingFileError(f"{error}; or train with --from_scratch") from error
 

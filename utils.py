@@ -275,9 +275,9 @@ def written_aside(path: str | Path):  # noqa: ANN201  (a context manager over a 
             for stale in path.parent.glob(f".{path.name}.*.part"):  # left by a process that was killed while writing
                 stale.unlink(missing_ok=True)
             yield aside
-            _sync(aside)
+            sync(aside)
             os.replace(aside, path)
-            _sync(path.parent)  # else a power failure could still take the name back
+            sync(path.parent)  # else a power failure could still take the name back
     finally:
         if aside.exists():
             aside.unlink()
@@ -289,7 +289,8 @@ def write_text(path: str | Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or a folder's names."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -324,6 +325,7 @@ def run_command(main: Callable[[], None]) -> None:
     where = f"[rank {launched_rank()}] " if launched_rank() else ""
     try:
         main()
+        sys.stdout.flush()  # else what can't be printed is found when nobody is there to tell
     except UserError as error:
         status = EXIT_MISTAKE
         # Before they have joined, all processes of a node find the same.

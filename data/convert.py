@@ -213,6 +213,8 @@ def main() -> None:
     if not 0 <= args.samples <= MOST_ON_SHEET:
         raise UserError(f"--samples {args.samples}: from 0 to {MOST_ON_SHEET}")
     if args.sheet:
+        if Path(args.sheet).resolve().is_relative_to(Path(args.refer_data_root, args.name).resolve()):
+            raise UserError(f"--sheet {args.sheet}: not into the set's own folder, where it is {SHEET_FILE} by default")
         check_writable(args.sheet)
     converted = convert(
         args.name,

@@ -16,13 +16,14 @@ from utils import UserError, writing
 
 INFO_FILE, SHEET_FILE = "convert.json", "samples.png"
 MADE_BY = "python -m data.convert"
+RESERVED = {"images": "COCO's pictures", "downloads": "what `python -m refer.prepare` is fetching"}
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_+.-]{0,99}")  # a folder's everywhere, and no flag of a shell
 
 
 def check_names(name: str, split_by: str) -> None:
     """UserError unless a set and its split system can be called so."""
-    if name in DATASETS or name == "images":
-        whose = "COCO's pictures" if name == "images" else "a published dataset"
+    if name in DATASETS or name in RESERVED:
+        whose = RESERVED.get(name, "a published dataset")
         raise UserError(f"--name {name}: that folder is for {whose}; choose another")
     for flag, value in (("--name", name), ("--splitBy", split_by)):
         if not NAME.fullmatch(value):

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from data.convert_sentences import Row
-from refer.files import Record, read_instances
+from refer.files import Record, is_file_below, read_instances
 from refer.masks import MAX_PIXELS, MAX_SIDE, encode_mask
 from utils import UserError
 
@@ -191,7 +191,7 @@ def read_mask(path: Path, where: str) -> np.ndarray:
 
 def check_name(name: str, what: str, folder: Path) -> None:
     """UserError unless this names a file below a folder, by the rules of an instances.json."""
-    if set("\\:\0") & set(name) or {"", ".", ".."} & set(name.split("/")):
+    if not is_file_below(name):
         hint = "; write / between folders" if "\\" in name else ""
         raise UserError(f"{what} {name!r} is not a file below {folder}{hint}")
 

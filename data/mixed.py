@@ -4,7 +4,9 @@ The COCO sets divide the same photos differently: RefCOCO's testA is largely in 
 trains on their union as they are is tested on pictures that were trained on.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from torch.utils.data import ConcatDataset
 
 from data.dataset_refer_bert import ReferDataset
 from refer.refer import REFER
+from utils import UserError, file_sha256
 
 
 class Part(NamedTuple):
@@ -45,7 +48,7 @@ class Proof(NamedTuple):
         return [
             *lines,
             f"{self.trained} pictures are trained on, {self.evaluated} are in an evaluation split, "
-            f"{self.in_both} are in both",
+            f"{self.in_both} are in both (the same by file, by content or by COCO's number)",
         ]
 
 
@@ -80,8 +83,11 @@ def mix(refers: Sequence[REFER], make: Callable[[REFER, Collection[int]], ReferD
     Args:
         refers: the datasets.
         make: the training split of one, without the images of these ids.
+
+    Raises:
+        UserError: nothing is left to train on.
     """
-    keys = [refer.picture_keys() for refer in refers]
+    keys = _keys_by_content(refers)
     evaluated = {of[one] for refer, of in zip(refers, keys, strict=True) for one in evaluation_images(refer)}
     datasets, parts, trained = [], [], set()
     for refer, key_of in zip(refers, keys, strict=True):
@@ -97,6 +103,43 @@ def mix(refers: Sequence[REFER], make: Callable[[REFER, Collection[int]], ReferD
         removed = (a - b for a, b in zip(before, kept, strict=True))
         parts.append(Part(f"{refer.dataset} ({refer.splitBy})", *kept, *removed))
         datasets.append(dataset)
+    if not trained:
+        raise UserError(
+            "nothing is left to train on: every training picture of "
+            f"{' and '.join(part.title for part in parts)} is in an evaluation split of one of them"
+        )
     proof = Proof(parts, len(trained), len(evaluated), len(trained & evaluated))
     assert not proof.in_both, proof.lines()[-1]
     return MixedDataset(datasets), proof
+
+
+def _keys_by_content(refers: Sequence[REFER]) -> list[dict[int, str]]:
+    """REFER.picture_keys of each, where copies of one file under two names have one key, too.
+
+    Two sets made of the same photos may each have copies of their own. COCO's pictures are told apart by their numbers,
+    so only files of the size of another picture are read, and only where one of these isn't COCO's.
+    """
+    keys = [refer.picture_keys() for refer in refers]
+    if all(key.isdigit() for key_of in keys for key in key_of.values()):
+        return keys
+    paths: dict[str, Path] = {}
+    for refer, key_of in zip(refers, keys, strict=True):
+        paths |= {key_of[image_id]: refer.get_image_path(image_id) for image_id in refer.imgToRefs}
+    by_size = _grouped(paths, lambda key: paths[key].stat().st_size)
+    same: dict[str, str] = {}
+    for group in by_size:
+        if any(not key.isdigit() for key in group):
+            for copies in _grouped(group, lambda key: file_sha256(paths[key])):
+                same |= dict.fromkeys(copies, min(copies))
+    return [{image_id: same.get(key, key) for image_id, key in key_of.items()} for key_of in keys]
+
+
+def _grouped(keys: Iterable[str], trait: Callable[[str], object]) -> list[list[str]]:
+    """Those that share a trait, two or more; a file that isn't there has none (check_pictures tells)."""
+    groups: dict[object, list[str]] = defaultdict(list)
+    for key in keys:
+        try:
+            groups[trait(key)].append(key)
+        except OSError:
+            continue
+    return [group for group in groups.values() if len(group) > 1]

@@ -17,7 +17,6 @@ SMALLEST = 32  # a picture of at most this side leaves the last stage one positi
 MOST_TOKENS = 512  # positions of BERT
 SWIN_TYPES = tuple(SWIN_FILES)
 BASE_KEY = "_BASE_"
-BERT_FILES = ("pytorch_model.bin", "model.safetensors")
 
 # In DATA, MODEL and PRETRAINED an empty value means: the published one, or what the checkpoint says.
 # fmt: off

@@ -71,9 +71,14 @@ def read_instances(path: Path) -> dict[str, list[Record]]:
         W, H = image["width"], image["height"]
         if not (1 <= W <= MAX_SIDE and 1 <= H <= MAX_SIDE and W * H <= MAX_PIXELS):
             raise UserError(f"{where}: {W}x{H} is not a picture's size")
-        if set("\\:") & set(name) or CONTROL.search(name) or {"", ".", ".."} & set(name.split("/")):
+        if not is_file_below(name):
             raise UserError(f"{where}: file_name {_shown(name)} is not a file below the image folder")
     return {part: instances[part] for part in parts}
+
+
+def is_file_below(name: str) -> bool:
+    """Whether a name from a file is that of a file in a folder or its subfolders, and fit to be shown."""
+    return not (set("\\:") & set(name) or CONTROL.search(name) or {"", ".", ".."} & set(name.split("/")))
 
 
 def _read(path: Path) -> bytes:

@@ -67,7 +67,7 @@ def test_no_evaluation_picture_is_trained_on(root, make):
         assert (part.refs + part.removed_refs, part.expressions + part.removed_expressions) == (
             len(whole), len(whole.expressions)
         )  # fmt: skip
-    assert proof.lines()[-1] == "20 pictures are trained on, 17 are in an evaluation split, 0 are in both"
+    assert proof.lines()[-1].startswith("20 pictures are trained on, 17 are in an evaluation split, 0 are in both (")
     assert "other (own)" in proof.lines()[2]
 
 
@@ -170,3 +170,35 @@ def test_mistakes(root, small_config, tmp_path, run_here, flags, told):
     assert done.status == 2
     assert done.err.count("\n") == 1
     assert re.search(told, done.err), done.err
+
+
+def test_copies_under_other_names_are_the_same_pictures(root, make, tmp_path):
+    """Two sets that were made of the same photos, each with copies of its own."""
+    (tmp_path / "refshapes").symlink_to(root / "refshapes")
+    folder = tmp_path / "copied"
+    (folder / "images").mkdir(parents=True)
+    shutil.copy(root / "other" / "refs(own).p", folder)
+    instances = json.loads((root / "other" / "instances.json").read_text())
+    for number, image in enumerate(instances["images"]):
+        shutil.copy(root / "refshapes" / "images" / image["file_name"], folder / "images" / f"{number}.png")
+        image["file_name"] = f"{number}.png"
+    (folder / "instances.json").write_text(json.dumps(instances))
+    _, proof = mix([REFER(tmp_path, "refshapes"), REFER(tmp_path, "copied", "own")], make)
+    assert (proof.trained, proof.evaluated, proof.in_both) == (20, 17, 0)
+    assert [(part.images, part.removed_images) for part in proof.parts] == [(20, 4), (20, 10)]
+
+
+def test_nothing_left_to_train_on(root, make, tmp_path):
+    (tmp_path / "refshapes").symlink_to(root / "refshapes")
+    refs = REFER(root, "refshapes").data["refs"]
+    for name, train in (("refshapes", True), ("swapped", False)):
+        folder = tmp_path / name
+        if train:
+            folder.unlink()
+        shutil.copytree(root / "other", folder, symlinks=True)
+        (folder / "refs(own).p").unlink()
+        (folder / "refs(unc).p").write_bytes(
+            pickle.dumps([{**ref, "split": "train" if (ref["split"] == "train") is train else "val"} for ref in refs])
+        )
+    with pytest.raises(UserError, match=r"nothing is left to train on: .* refshapes \(unc\) and swapped \(unc\) is in"):
+        mix([REFER(tmp_path, "refshapes"), REFER(tmp_path, "swapped")], make)

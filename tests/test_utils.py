@@ -81,16 +81,17 @@ def test_bugs_keep_their_traceback():
 
 
 def test_what_nobody_reads_any_more_ends_quietly():
-    """As `… | head` does; a broken pipe of something else is a bug like others."""
-    script = "from utils import run_command\n"
-    script += "run_command(lambda: [print('line', flush=True) for _ in range(100_000)])"
-    with subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout.readline() == "line\n"
-        process.stdout.close()
-        assert process.stderr.read() == ""
-        assert process.wait() == 141
+    """As `… | head` does, with much to print and with little; a broken pipe of something else is a bug like others."""
+    environment = {name: value for name, value in PROCESS_ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
+    for what in ("print('line'), input()", "[print('line', flush=True) for _ in range(100_000)]"):
+        command = [sys.executable, "-c", f"from utils import run_command\nrun_command(lambda: ({what}))"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes) as process:
+            process.stdout.close()
+            process.stdin.write("\n")
+            process.stdin.close()
+            assert process.stderr.read() == ""
+            assert process.wait() == 141
 
     def other():
         raise BrokenPipeError("of a worker")
