@@ -26,11 +26,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.convert_folder import INFO_FILE, MADE_BY, SHEET_FILE, check_names, check_replaceable, made_aside
+from data.convert_folder import INFO_FILE, MADE_BY, SHEET_FILE, check_names, check_replaceable
 from data.convert_objects import Objects, Pictures, coco_objects, mask_objects
 from data.convert_refs import Refs, group, splits_of
 from data.convert_sentences import Row, read_sentences
 from data.dataset_refer_bert import open_image
+from data.folders import made_aside
 from refer.counts import Counts, counts_of
 from refer.datasets import COCO_IMAGES
 from refer.refer import REFER

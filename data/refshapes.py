@@ -37,6 +37,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from data.folders import put_in_place
 from data.refshapes_language import Description, candidates
 from data.refshapes_objects import (
     COLORS,
@@ -311,21 +312,6 @@ def _check_replaceable(folder: Path) -> None:
         raise UserError(f"{folder} also holds {min(strangers)}, which is not RefShapes': move it first")
 
 
-def _put_in_place(new: Path, folder: Path) -> None:
-    old = new.with_name(f"{new.name}-old")
-    try:
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    except BaseException:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        raise
-    finally:
-        if folder.exists():  # else the old set, which could not be put back, is all there is
-            shutil.rmtree(old, ignore_errors=True)
-
-
 def write_refshapes(
     root: str | Path,
     *,
@@ -350,7 +336,7 @@ def write_refshapes(
         new = folder.with_name(f".{NAME}-{uuid.uuid4().hex[:12]}")
         try:
             _fill(new, settings)
-            _put_in_place(new, folder)
+            put_in_place(new, folder, new.with_name(f"{new.name}-old"))
         finally:
             shutil.rmtree(new, ignore_errors=True)
     except OSError as error:

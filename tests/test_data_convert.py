@@ -33,7 +33,7 @@ from own_data import (
 from PIL import Image
 
 from data import convert as tool
-from data import convert_folder
+from data import folders
 from data.convert import convert
 from data.convert_objects import read_mask
 from data.convert_sentences import words
@@ -399,7 +399,7 @@ def test_killed_anywhere_the_old_set_is_whole_and_the_next_call_works(source):
 
 
 def test_two_processes_do_not_write_the_same_set(source):
-    with convert_folder.made_aside(source / "data/mine") as new:
+    with folders.made_aside(source / "data/mine") as new:
         with pytest.raises(UserError, match="another process is writing"):
             by_id(source, rows_by_id())
         assert new.is_dir()
