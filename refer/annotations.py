@@ -9,10 +9,10 @@ from typing import NamedTuple
 from refer.archives import open_archive
 from refer.counts import PUBLISHED_COUNTS, Counts, counts_of, difference
 from refer.datasets import split_systems
-from refer.hashes import Hashes
+from refer.hashes import Hashes, keep_replaced
 from refer.progress import check_room
 from refer.refer import REFER
-from refer.responses import RefusedError
+from refer.responses import OtherFileError, RefusedError
 from utils import LOGGER, UserError, writing
 
 DOWNLOADS = "downloads"  # folder below the root: what is being fetched and unpacked
@@ -84,7 +84,7 @@ def take_zip(path: Path, root: Path, dataset: str, hashes: Hashes, *, record_zip
         UserError: the disk is full, …
     """
     if record_zip and (told := hashes.difference(path.name, path)):
-        raise RefusedError(told)
+        raise OtherFileError(told)
     with open_archive(path) as archive, _aside(root, dataset) as folder:
         members = archive.find(dataset, set(wanted_files(root, dataset)).__contains__)
         check_room(folder, sum(one.file_size for one in members.values()), f"unpacking {path.name}")
@@ -130,7 +130,7 @@ def _accept(folder: Path, root: Path, dataset: str, hashes: Hashes) -> None:
     files = {f"{dataset}/{path.name}": path for path in sorted(folder.iterdir())}
     for name, path in files.items():
         if told := hashes.difference(name, path):
-            raise RefusedError(f"{name} {told}")
+            raise OtherFileError(f"{name} {told}")
     hashes.record(files)
     place = Path(root, dataset)
     with writing(place):
@@ -138,8 +138,7 @@ def _accept(folder: Path, root: Path, dataset: str, hashes: Hashes) -> None:
         for path in files.values():
             target = place / path.name
             if target.is_file() and target.read_bytes() != path.read_bytes():
-                LOGGER.warning(f"{target} was another file: it is kept as {target.name}.replaced")
-                target.replace(target.with_name(f"{target.name}.replaced"))
+                LOGGER.warning(f"{target} was another file: it is kept as {keep_replaced(target).name}")
             path.replace(target)
 
 

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from refer.annotations import DOWNLOADS, AnnotationSet, is_there, read_sets, wanted_files
 from refer.counts import Counts, differs
-from refer.datasets import COCO_DATASETS
+from refer.datasets import COCO_DATASETS, ROOT
+from refer.files import remedy
 from refer.hashes import Hashes
 from refer.pictures import picture_faults
 from refer.sources import COCO_ZIP
 from utils import UserError
-
-ROOT = Path("./refer/data")
 
 
 def annotation_problems(root: Path, dataset: str, hashes: Hashes) -> tuple[list[AnnotationSet], list[str]]:
@@ -21,7 +20,8 @@ def annotation_problems(root: Path, dataset: str, hashes: Hashes) -> tuple[list[
     folder = Path(root, dataset)
     if not is_there(root, dataset):
         missing = [name for name in wanted_files(root, dataset)[:2] if not (folder / name).is_file()]
-        return [], [f"{folder / name} is missing" for name in missing]
+        own = dataset not in COCO_DATASETS
+        return [], [f"{folder / name} is missing" + f": {remedy(folder / name)}" * own for name in missing]
     differing = {}
     for name in wanted_files(root, dataset):
         if (folder / name).is_file() and (difference := hashes.difference(f"{dataset}/{name}", folder / name)):
@@ -35,23 +35,31 @@ def annotation_problems(root: Path, dataset: str, hashes: Hashes) -> tuple[list[
     return sets, problems
 
 
-def check_datasets(root: Path, datasets: Sequence[str]) -> list[str]:
-    """Print the table of what is there; returns what is wrong, each with the command that repairs it."""
-    hashes, problems, sets, all_faults = Hashes(root), [], [], {}
+def check_datasets(root: Path, datasets: Sequence[str], *, pictures: bool = True) -> list[str]:
+    """Print the table of what is there; returns what is wrong, each with the command that repairs it if there is one.
+
+    pictures: look at them, too.
+    """
+    hashes, problems, sets = Hashes(root), [], []
+    at = f" --root {shlex.quote(str(root))}" if root != ROOT else ""
     for dataset in datasets:
-        found, wrong = annotation_problems(root, dataset, hashes)
-        at = f" --root {shlex.quote(str(root))}" if root != ROOT else ""
-        repair = f"python -m refer.prepare --dataset {dataset}{at}"
-        own = dataset not in COCO_DATASETS
-        problems += [f"{one}. To get it again: `{repair}`" if not own else one for one in wrong]
+        try:
+            found, wrong = annotation_problems(root, dataset, hashes)
+        except UserError as error:  # a folder that is no dataset
+            found, wrong = [], [str(error)]
+        repair = f". To get it again: `python -m refer.prepare --dataset {dataset}{at}`"
+        problems += [f"{one}{repair if dataset in COCO_DATASETS else ''}" for one in wrong]
         sets += found
-        if found:
-            folder, sizes = found[0].image_dir, {name: size for one in found for name, size in one.sizes.items()}
-            faults = picture_faults(folder, sizes)
-            all_faults[folder] = faults
-            if faults:
-                told = pictures_told(folder, faults)
-                problems.append(f"{told}. To get them: `{repair} --pictures needed`" if not own else told)
+    all_faults: dict[Path, dict[str, str]] = {}
+    for folder in dict.fromkeys(one.image_dir for one in sets) if pictures else ():
+        there = [one for one in sets if one.image_dir == folder]  # the COCO sets share one
+        faults = picture_faults(folder, {name: size for one in there for name, size in one.sizes.items()})
+        all_faults[folder] = faults
+        if faults:
+            concerned = dict.fromkeys(one.dataset for one in there if faults.keys() & one.sizes.keys())
+            repair = f"python -m refer.prepare --dataset {' '.join(concerned)}{at} --pictures needed"
+            told = pictures_told(folder, faults)
+            problems.append(f"{told}. To get them: `{repair}`" if set(concerned) <= set(COCO_DATASETS) else told)
     for name in (*(f"{one}.zip" for one in datasets), COCO_ZIP):
         kept = Path(root, DOWNLOADS, name)
         if kept.is_file() and (difference := hashes.difference(name, kept)):
@@ -78,12 +86,13 @@ def format_counts(sets: Sequence[AnnotationSet], faults: Mapping[Path, Collectio
     for one in sets:
         for split in dict.fromkeys([*one.counts, *one.published]):
             counts, published = one.counts.get(split), one.published.get(split)
-            there = len(one.pictures.get(split, set()) - set(faults.get(one.image_dir, ())))
+            wrong, names = faults.get(one.image_dir), one.pictures.get(split, set())
+            there = "not looked at" if wrong is None else str(len(names - set(wrong)))
             note = "as published" if published else "no published counts"
             if differs(counts, published):
                 numbers = zip(Counts._fields, published, strict=True)
                 note = "published: " + ", ".join(f"{number} {name}" for name, number in numbers if number is not None)
-            rows.append((one.name, split, *(str(n) for n in counts or (0, 0, 0)), str(there), note))
+            rows.append((one.name, split, *(str(n) for n in counts or (0, 0, 0)), there, note))
     widths = [max(len(row[i]) for row in rows) for i in range(6)]
     lines = []
     for row in rows:

@@ -13,7 +13,13 @@ DATASETS: dict[str, tuple[str, ...]] = {  # known dataset: its splitBy values
 }
 COCO_DATASETS = ("refcoco", "refcoco+", "refcocog")
 PAPER_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # what is meant in a mixture of datasets
+ROOT = Path("./refer/data")  # where datasets are looked for, unless told otherwise
 COCO_IMAGES = Path("images", "mscoco", "images", "train2014")
+
+
+def datasets_there(data_root: str | Path) -> list[str]:
+    """The datasets that have a folder here; hidden ones are still being written."""
+    return sorted(path.parent.name for path in Path(data_root).glob("[!.]*/instances.json"))
 
 
 def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
@@ -31,8 +37,7 @@ def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
     if not found and is_name and (root / name / "instances.json").is_file():
         raise UserError(f"{root / name} has no refs(<splitBy>).p: see docs/custom_data.md")
     if not found:
-        own = sorted(path.parent.name for path in root.glob("[!.]*/instances.json"))
-        names = list(dict.fromkeys([*DATASETS, *own]))
+        names = list(dict.fromkeys([*DATASETS, *datasets_there(root)]))
         close = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {close[0]}?)" if close else ""
         raise UserError(

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from refer.progress import Progress, check_room, human
-from refer.responses import AGENT, BrokenOffError, RefusedError, answer, chunks, number, validator
-from utils import LOGGER, UserError, write_text, writing
+from refer.responses import AGENT, BrokenOffError, OtherFileError, RefusedError, answer, chunks, number, validator
+from utils import LOGGER, UserError, sync, write_text, writing
 
 PROGRESS = 1 << 20  # an attempt that brings as many bytes more than any before makes up for the failed ones
 
@@ -68,7 +68,8 @@ def obtain(
         except RefusedError as refused:
             LOGGER.warning(f"{target}: {refused}")
     reasons = []
-    for address in addresses:
+    begun = _state_of(target.with_name(f"{target.name}.part")).get("address")
+    for address in sorted(addresses, key=lambda one: one != begun):  # first the one that has sent a part already
         try:
             fetch(address, target, starts=starts, room=room, patience=patience)
         except RefusedError as refused:
@@ -78,6 +79,10 @@ def obtain(
                 return accept(target)
             except RefusedError as refused:
                 reasons.append(f"{address}: {refused}")
+                if isinstance(refused, OtherFileError):  # it may be the right one after all, and took long
+                    kept = target.with_name(f"{target.stem}.refused{target.suffix}")
+                    target.replace(kept)
+                    reasons[-1] += f" (it is kept as {kept}, to be given by --from)"
                 target.unlink(missing_ok=True)
         LOGGER.warning(reasons[-1])
     raise UserError(
@@ -114,10 +119,10 @@ def fetch(
         raise
     with writing(target):
         if not quiet:
-            _sync(part)
+            sync(part)
         os.replace(part, target)
         if not quiet:
-            _sync(target.parent)
+            sync(target.parent)
             _state_file(part).unlink(missing_ok=True)
 
 
@@ -232,12 +237,16 @@ def _check_same(response: http.client.HTTPResponse, state: dict[str, Any], have:
 
 
 def _read_state(part: Path, address: str) -> dict[str, Any]:
+    state = _state_of(part)
+    return state if state.get("address") == address and isinstance(state.get("size"), int) else {}
+
+
+def _state_of(part: Path) -> dict[str, Any]:
     try:
         state = json.loads(_state_file(part).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    fits = isinstance(state, dict) and state.get("address") == address and isinstance(state.get("size"), int)
-    return state if fits else {}
+    return state if isinstance(state, dict) else {}
 
 
 def _state_file(part: Path) -> Path:
@@ -261,11 +270,3 @@ def _size(path: Path) -> int:
 def _what(head: bytes) -> str:
     page = head.lstrip().lower().startswith((b"<!doc", b"<html", b"<head", b"<?xml"))
     return "a web page" if page else "nothing" if not head else f"something that begins with {head[:8]!r}"
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -76,6 +76,16 @@ def read_instances(path: Path) -> dict[str, list[Record]]:
     return {part: instances[part] for part in parts}
 
 
+def remedy(path: Path) -> str:
+    """Where an annotation file is to be had that isn't there."""
+    dataset, root = path.parent.name, shlex.quote(str(path.parent.parent))
+    if dataset in COCO_DATASETS:
+        needed = ("instances.json", f"refs({DATASETS[dataset][0]}).p")
+        again = "" if path.name in needed else " --again"
+        return f"`python -m refer.prepare --dataset {dataset} --root {root}{again}` brings it"
+    return f"`python -m data.{dataset} --root {root}` makes it" if dataset in DATASETS else "see docs/custom_data.md"
+
+
 def is_file_below(name: str) -> bool:
     """Whether a name from a file is that of a file in a folder or its subfolders, and fit to be shown."""
     return not (set("\\:") & set(name) or CONTROL.search(name) or {"", ".", ".."} & set(name.split("/")))
@@ -85,13 +95,7 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        dataset, root = path.parent.name, path.parent.parent
-        remedy = "see docs/custom_data.md"
-        if dataset in COCO_DATASETS:
-            remedy = f"`python -m refer.prepare --dataset {dataset} --root {shlex.quote(str(root))}` brings it"
-        elif dataset in DATASETS:
-            remedy = f"`python -m data.{dataset} --root {shlex.quote(str(root))}` makes it"
-        raise MissingFileError(f"{path} is missing: {remedy}") from error
+        raise MissingFileError(f"{path} is missing: {remedy(path)}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
 

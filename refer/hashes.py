@@ -4,7 +4,9 @@ Nobody publishes sums of these files. So the first ones that pass every check ar
 or what is on the disk later, is compared with them.
 """
 
+import itertools
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,14 @@ from typing import Any
 from utils import UserError, file_sha256, write_text
 
 HASHES_FILE = "hashes.json"
+
+
+def keep_replaced(path: Path) -> Path:
+    """Rename a file that another will replace to a name that none has yet, and give that back."""
+    names = (path.with_name(f"{path.name}.replaced{number or ''}") for number in itertools.count())
+    kept = next(name for name in names if not os.path.lexists(name))
+    path.replace(kept)
+    return kept
 
 
 class Hashes:

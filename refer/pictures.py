@@ -5,6 +5,7 @@ Sizes are (width, height) in pixels.
 
 import os
 import queue
+import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -74,11 +75,11 @@ def picture_faults(folder: Path, sizes: Sizes) -> dict[str, str]:
 def take_picture_zip(
     path: Path, root: Path, needed: Sizes, faulty: Collection[str], *, everything: bool, insist: bool
 ) -> None:
-    """Unpack pictures from an archive like train2014.zip, those that are not there with their size in bytes.
+    """Unpack pictures from an archive like train2014.zip.
 
     Args:
-        faulty: file names to unpack in any case.
-        everything: take all that the archive has, not only the needed ones.
+        faulty: names of needed pictures that are not there or not right: of those, only these.
+        everything: also take COCO's other pictures, those that are not there with their size in bytes.
         insist: an archive that lacks a needed picture is refused.
 
     Raises:
@@ -87,13 +88,17 @@ def take_picture_zip(
     """
     folder = Path(root, COCO_IMAGES)
     with open_archive(path) as archive:
-        members = archive.find(FOLDER, lambda name: is_picture_name(name) and (everything or name in needed))
+        members = archive.find(FOLDER, lambda name: name in needed or (everything and is_coco_name(name)))
         if insist and (lacking := sorted(needed.keys() - members.keys())):
             raise RefusedError(f"lacks {len(lacking)} of the pictures that the annotations need, such as {lacking[0]}")
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             there = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-        missing = {name: one for name, one in members.items() if there.get(name) != one.file_size or name in faulty}
+        missing = {
+            name: one
+            for name, one in members.items()
+            if (name in faulty if name in needed else there.get(name) != one.file_size)
+        }
         check_room(folder, sum(one.file_size for one in missing.values()), f"unpacking {path.name}")
         if not members:
             return
@@ -122,7 +127,7 @@ def take_picture_folder(source: Path, root: Path, needed: Sizes, *, everything: 
     if folder.samefile(source):
         return
     names = [one.name for one in os.scandir(source) if is_picture_name(one.name) and one.is_file()]
-    names = [one for one in names if everything or one in needed]
+    names = [one for one in names if one in needed or (everything and is_coco_name(one))]
     with Progress(f"taking pictures from {source}", len(names), unit="pictures") as progress:
         for name in names:
             progress.add(1)
@@ -244,6 +249,11 @@ def _in_threads(work: Callable[[str], str], names: Iterable[str]) -> Iterable[tu
 def is_picture_name(name: str) -> bool:
     """Whether it is a plain file name of a JPEG, and no hidden file's."""
     return name.endswith(".jpg") and name[0] != "." and not set("/\\:\0") & set(name)
+
+
+def is_coco_name(name: str) -> bool:
+    """Whether COCO train2014 may have a picture of this name; a folder of downloads also has others."""
+    return re.fullmatch(r"COCO_train2014_\d{12}\.jpg", name, re.ASCII) is not None
 
 
 def picture_folders(place: Path) -> list[Path]:

@@ -10,7 +10,6 @@ The same command goes on wherever an earlier one was interrupted, and leaves alo
 finds right it remembers by its SHA-256 in <root>/hashes.json, and compares with that later. refer/README.md says more.
 """
 
-import argparse
 import difflib
 import fcntl
 import os
@@ -31,8 +30,8 @@ from refer.annotations import (
     take_zip,
     wanted_files,
 )
-from refer.check import ROOT, annotation_problems, check_datasets, format_counts, pictures_told
-from refer.datasets import COCO_DATASETS, COCO_IMAGES, DATASETS, split_systems
+from refer.check import annotation_problems, check_datasets, format_counts, pictures_told
+from refer.datasets import COCO_DATASETS, COCO_IMAGES, DATASETS, ROOT, datasets_there, split_systems
 from refer.download import Patience, obtain, remove_if_empty
 from refer.hashes import HASHES_FILE, Hashes
 from refer.pictures import (
@@ -45,7 +44,7 @@ from refer.pictures import (
     take_picture_folder,
     take_picture_zip,
 )
-from refer.responses import RefusedError
+from refer.responses import OtherFileError, RefusedError
 from refer.sources import COCO_ADDRESS, COCO_ZIP, annotation_addresses
 from refer.weights import WEIGHTS, prepare_weights, weights_problems
 from utils import LOGGER, MissingFileError, UserError, check_writable, run_command, set_up_logging, writing
@@ -63,6 +62,7 @@ class Wishes(NamedTuple):
     mirrors: tuple[str, ...] = ()  # addresses without a / at the end
     pictures: str = "zip"
     keep_zips: bool = False
+    again: bool = False  # annotations also where right ones are there
     patience: Patience = Patience()
 
 
@@ -70,10 +70,12 @@ def prepare_annotations(root: Path, dataset: str, hashes: Hashes, wishes: Wishes
     """Bring a COCO set's annotation files; right ones that are there stay. UserError: they can't be had."""
     sets, problems = annotation_problems(root, dataset, hashes)
     folder = Path(root, dataset)
-    if not problems:
+    if not problems and not wishes.again:
         hashes.record({f"{dataset}/{name}": folder / name for name in wanted_files(root, dataset)
                        if (folder / name).is_file()})  # fmt: skip
-        LOGGER.info(f"{folder}: the annotations are there already")
+        lacking = [name for name in wanted_files(root, dataset) if not (folder / name).is_file()]
+        but = f", without {', '.join(lacking)}: --again gets them anew" if lacking else ""
+        LOGGER.info(f"{folder}: the annotations are there already{but}")
         return sets
     for problem in problems:
         LOGGER.log(20 if problem.endswith("is missing") else 30, f"{problem}: getting it")
@@ -152,7 +154,7 @@ def prepare_pictures(root: Path, needed: Sizes, hashes: Hashes, wishes: Wishes) 
 
     def accept(path: Path) -> None:
         if difference := hashes.difference(COCO_ZIP, path):
-            raise RefusedError(difference)
+            raise OtherFileError(difference)
         take_picture_zip(path, root, needed, faults, everything=True, insist=True)
         hashes.record({COCO_ZIP: path})
 
@@ -210,7 +212,7 @@ def names_of(values: Sequence[str], known: Sequence[str], flag: str) -> list[str
     return names
 
 
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> "Parser":  # noqa: F821
     """The flags of `python -m refer.prepare`."""
     from lib.config import Parser
 
@@ -248,6 +250,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="take files from here (again for more): annotation archives or folders, train2014.zip, a folder of "
         "pictures (hard links where possible), weights; nothing is downloaded then, unless by --download",
     )
+    add("--again", action="store_true", help="get annotations anew, even where right ones are there")
     add("--download", action="store_true", help="download what --from lacks")
     add(
         "--mirror",
@@ -275,15 +278,19 @@ def main() -> None:
     set_up_logging()
     weights = names_of(args.weights, WEIGHTS, "--weights")
     if args.check:
-        there = sorted(path.parent.name for path in args.root.glob("*/instances.json"))
-        datasets = [name for value in args.dataset for name in value.split(",") if name]
-        if not datasets and not weights:
-            datasets = there
-            if not there:
-                raise MissingFileError(f"no dataset in {args.root}: choose one by --dataset, or another --root")
+        unused = ("given", "mirror", "download", "again", "keep_zips", "stall", "tries")
+        unused = [name for name in unused if getattr(args, name) != get_parser().get_default(name)]
+        if unused or args.pictures == "needed":
+            flag = {"given": "from"}.get(unused[0], unused[0]) if unused else "pictures needed"
+            raise UserError(f"--{flag} does nothing with --check, which only looks: leave one of them out")
+        datasets = list(dict.fromkeys(name for value in args.dataset for name in value.split(",") if name))
         for name in datasets:
             split_systems(args.root, name)  # tells a name that is none
-        problems = check_datasets(args.root, list(dict.fromkeys(datasets))) if datasets else []
+        if not datasets and not weights:
+            datasets = datasets_there(args.root)
+            if not datasets:
+                raise MissingFileError(f"no dataset in {args.root}: choose one by --dataset, or another --root")
+        problems = check_datasets(args.root, datasets, pictures=args.pictures != "none") if datasets else []
         problems += weights_problems(weights, args.pretrained)
         for problem in problems[:-1] if len(problems) > 1 else ():
             LOGGER.warning(problem)
@@ -306,7 +313,7 @@ def main() -> None:
             raise MissingFileError(f"--from {place}: no such file or folder")
     wishes = Wishes(
         given, args.download or not given, tuple(one.rstrip("/") for one in args.mirror), args.pictures,
-        args.keep_zips, Patience(args.stall, args.tries),
+        args.keep_zips, args.again, Patience(args.stall, args.tries),
     )  # fmt: skip
     if weights:
         check_writable(args.pretrained / HASHES_FILE)

@@ -19,6 +19,10 @@ class RefusedError(Exception):
     """A source that does not give the right file, and will not if asked again: the next one is to be tried."""
 
 
+class OtherFileError(RefusedError):
+    """A source that gives a file of the right kind, but not the one that was recorded. Which is right, who knows."""
+
+
 class BrokenOffError(Exception):
     """An attempt that failed where the next one may go on."""
 
@@ -72,11 +76,13 @@ def chunks(response: http.client.HTTPResponse, stall: float) -> Iterator[bytes]:
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # not in Python 3.10, nor below
+
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: ANN001, ANN202
         before, after = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
         if after != "https" and (before, after) != ("http", "http"):
             raise RefusedError(f"leads to {newurl}, which is not followed")
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+        return super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
 
 
 @functools.cache
@@ -104,7 +110,7 @@ def validator(response: http.client.HTTPResponse) -> str | None:
 
 def number(text: str | None) -> int | None:
     """What a header says, if it is a whole number."""
-    return int(text) if text and text.isascii() and text.isdigit() else None
+    return int(text) if text and len(text) < 20 and text.isascii() and text.isdigit() else None
 
 
 def _told(error: Exception, stall: float) -> str:

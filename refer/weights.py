@@ -1,5 +1,6 @@
 """Brings the weights that training begins with, and BERT's vocabulary, into pretrained/."""
 
+import shlex
 import shutil
 import zipfile
 from collections.abc import Sequence
@@ -7,8 +8,8 @@ from pathlib import Path
 
 from refer.annotations import DOWNLOADS
 from refer.download import Patience, obtain, remove_if_empty
-from refer.hashes import Hashes
-from refer.responses import RefusedError
+from refer.hashes import Hashes, keep_replaced
+from refer.responses import OtherFileError, RefusedError
 from refer.sources import BERT_VOCABULARY, BERT_WEIGHTS, SWIN_FILES, weight_addresses
 from utils import LOGGER, UserError, writing
 
@@ -86,9 +87,11 @@ def prepare_weights(
 def weights_problems(names: Sequence[str], folder: Path) -> list[str]:
     """What is wrong with the files of these WEIGHTS in a folder; nothing is written."""
     hashes, found = Hashes(folder), []
-    for name in dict.fromkeys(file for one in names for file in files_of(one, folder)):
-        if fault := _fault(Path(folder, name), name, hashes):
-            found.append(f"{Path(folder, name)} {fault}")
+    for one in names:
+        for name in files_of(one, folder):
+            if fault := _fault(Path(folder, name), name, hashes):
+                command = f"python -m refer.prepare --weights {one} --pretrained {shlex.quote(str(folder))}"
+                found.append(f"{Path(folder, name)} {fault}. To get it again: `{command}`")
     return found
 
 
@@ -99,11 +102,13 @@ def _bring(
     aside = path.parent / DOWNLOADS / path.name
 
     def accept(file: Path) -> None:
-        if fault := _fault(file, path.name, hashes):
+        if fault := weights_fault(file):
             raise RefusedError(fault)
+        if told := hashes.difference(path.name, file):
+            raise OtherFileError(told)
         with writing(path):
             if path.exists():
-                path.replace(path.with_name(f"{path.name}.replaced"))
+                keep_replaced(path)
             file.replace(path)
 
     reasons = []

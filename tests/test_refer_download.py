@@ -3,6 +3,7 @@
 A server on this machine does what servers do: break off, fall silent, change the file, send another one.
 """
 
+import dataclasses
 import errno
 import io
 import json
@@ -224,7 +225,7 @@ def test_another_address_does_not_continue_a_file(server, get, tmp_path):
 
 def test_a_complete_part_is_not_asked_for_again(server, get, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(refer.download, "_sync", lambda path: 1 / 0)  # ended just before it gets its name
+        patch.setattr(refer.download, "sync", lambda path: 1 / 0)  # ended just before it gets its name
         with pytest.raises(ZeroDivisionError):
             get()
     assert (tmp_path / "file.part").is_file()
@@ -285,10 +286,31 @@ def test_files_and_ftp_are_no_addresses(tmp_path):
             fetch(address, tmp_path / "file", patience=QUICK)
 
 
-def test_a_redirect_is_followed(server, get):
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_followed(server, get, status):
     server.files["/elsewhere"] = DATA
-    server.does["/file"] = [{"status": 302, "headers": {"Location": "/elsewhere"}}]
+    server.does["/file"] = [{"status": status, "headers": {"Location": "/elsewhere"}}]
     assert get() == DATA
+
+
+def test_numbers_in_headers():
+    assert [refer.responses.number(text) for text in ("12", "", None, "-1", "1e3", "٣", "9" * 5000)] == [12] + [
+        None
+    ] * 6
+
+
+def test_the_address_that_has_sent_a_part_goes_first(server, tmp_path):
+    server.files.update({"/first": DATA, "/second": DATA})
+    server.does["/first"] = [{"status": 404}]
+    server.does["/second"] = [{"bytes": 100_000}] * 2 + [{}]
+    addresses = [f"{server.url}/{name}" for name in ("first", "second")]
+    once = dataclasses.replace(QUICK, tries=1)
+    with pytest.raises(UserError, match="broke off"):
+        obtain(addresses, tmp_path / "file", lambda path: None, patience=once)
+    server.asked.clear()
+    obtain(addresses, tmp_path / "file", lambda path: None, patience=QUICK)
+    assert server.asked[0][:2] == ("/second", "bytes=100000-")
+    assert (tmp_path / "file").read_bytes() == DATA
 
 
 def test_from_https_nothing_leads_to_http():

@@ -15,9 +15,12 @@ from test_refer_download import Server, link, pack
 import refer.pictures
 import refer.prepare
 import refer.weights
+from CrossVLT import SWIN_VARIANTS
 from refer.counts import PUBLISHED_COUNTS, Counts, counts_of
+from refer.hashes import keep_replaced
 from refer.refer import REFER
-from utils import LOGGER, run_command
+from refer.weights import EMBED_DIMS
+from utils import LOGGER, UserError, run_command
 
 W, H = 30, 20
 IMAGES = (1, 2, 3)
@@ -352,6 +355,111 @@ def test_check_tells_what_is_wrong_and_writes_nothing(world, prepare, tmp_path, 
         assert world.asked == []
         (root / name).write_bytes(good[name])
     prepare("--check")
+
+
+def test_check_of_two_sets_with_the_same_pictures(world, prepare, tmp_path, annotations):
+    prepare()
+    root = tmp_path / "data"
+    (root / "own").mkdir()
+    refs = pickle.loads(annotations["refs(unc).p"])
+    only_train = [ref for ref in refs if ref["split"] == "train"]
+    (root / "own" / "instances.json").write_bytes(annotations["instances.json"])
+    (root / "own" / "refs(unc).p").write_bytes(pickle.dumps(only_train))
+    (root / FOLDER / picture_name(2)).unlink()  # only the first set has it, in its test splits
+    done = prepare("--check", dataset="refcoco,own", status=2)
+    rows = {tuple(line.split()[i] for i in (0, 2)): line.split()[5:7] for line in done.out.splitlines()[1:]}
+    assert rows["refcoco", "testA"] == ["1", "0"]
+    assert rows["refcoco", "train"] == rows["own", "train"] == ["2", "2"]
+    assert f"`python -m refer.prepare --dataset refcoco --root {root} --pictures needed`" in done.err
+    done = prepare("--check", "--pictures", "none", dataset="refcoco,own")
+    assert done.out.count("not looked at") == len(rows)
+
+
+def test_check_goes_on_after_a_folder_that_is_no_dataset(world, prepare, tmp_path, annotations):
+    prepare()
+    root = tmp_path / "data"
+    for name in ("half", ".half.part"):
+        (root / name).mkdir()
+        (root / name / "instances.json").write_bytes(annotations["instances.json"])
+    (root / "refshapes").mkdir()
+    (root / "refshapes" / "instances.json").write_bytes(annotations["instances.json"])
+    done = prepare("--check", dataset=None, status=2)
+    assert "refcoco (unc)" in done.out
+    assert "2 things are wrong" in done.err
+    assert f"refs(unc).p is missing: `python -m data.refshapes --root {root}` makes it" in done.err
+    (root / "refshapes" / "instances.json").unlink()
+    assert "half has no refs(<splitBy>).p" in prepare("--check", dataset=None, status=2).err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--from", "."], ["--mirror", "http://x"], ["--download"], ["--again"], ["--keep_zips"], ["--stall", "9"],
+     ["--tries", "9"], ["--pictures", "needed"]],
+)  # fmt: skip
+def test_check_refuses_flags_that_it_would_not_use(prepare, flags):
+    assert f"error: {' '.join(flags[:1])}" in prepare("--check", *flags, status=2).err
+
+
+def test_another_split_system_is_got_again(world, prepare, tmp_path, annotations):
+    """The archive of the first time lacked it: the reader then names a command that really brings it."""
+    prepare("--pictures", "none")
+    root = tmp_path / "data"
+    with pytest.raises(UserError, match=r"refs\(google\)\.p is missing: .*--dataset refcoco --root .* --again` brings"):
+        REFER(root, "refcoco", "google")
+    members = [(f"refcoco/{name}", data) for name, data in annotations.items()]
+    members.append(("refcoco/refs(google).p", annotations["refs(unc).p"]))
+    world.files["/archive/refcoco.zip"] = pack(tmp_path / "more.zip", members).read_bytes()
+    assert "without refs(google).p: --again gets them anew" in prepare("--pictures", "none").err
+    (root / "hashes.json").unlink()
+    prepare("--pictures", "none", "--again")
+    assert REFER(root, "refcoco", "google").getRefIds()
+
+
+def test_a_picture_that_is_right_stays_whatever_the_archive_has(world, prepare, tmp_path, pictures):
+    prepare()
+    folder = tmp_path / "data" / FOLDER
+    mine = folder / picture_name(1)
+    mine.write_bytes(pictures[picture_name(1)] + b"\0\0")  # another size in bytes, and right
+    before = mine.read_bytes()
+    (folder / picture_name(2)).unlink()
+    prepare()
+    assert mine.read_bytes() == before
+    assert (folder / picture_name(2)).read_bytes() == pictures[picture_name(2)]
+
+
+def test_only_cocos_pictures_are_taken_from_a_folder(world, prepare, tmp_path, pictures):
+    downloads = tmp_path / "Downloads"
+    downloads.mkdir()
+    more = "COCO_train2014_000000999999.jpg"
+    for name, data in {**pictures, "holiday.jpg": pictures[picture_name(1)], more: pictures[picture_name(1)]}.items():
+        (downloads / name).write_bytes(data)
+    prepare("--from", downloads, "--download")
+    there = {path.name for path in (tmp_path / "data" / FOLDER).iterdir()}
+    assert there == {*pictures, more}
+
+
+def test_what_may_be_right_after_all_is_kept(world, prepare, tmp_path, pictures):
+    """13 GB that differ from the recorded ones are not thrown away, and every replaced file is kept."""
+    prepare()
+    root = tmp_path / "data"
+    hashes = json.loads((root / "hashes.json").read_text())
+    hashes["train2014.zip"]["size"] += 1
+    (root / "hashes.json").write_text(json.dumps(hashes))
+    (root / FOLDER / picture_name(1)).unlink()
+    done = prepare(status=2)
+    kept = root / "downloads" / "train2014.refused.zip"
+    assert str(kept) in done.err
+    assert kept.read_bytes() == world.files["/zips/train2014.zip"]
+    prepare("--from", kept)
+    assert (root / FOLDER / picture_name(1)).exists()
+    for number, name in enumerate(("x.replaced", "x.replaced1", "x.replaced2")):
+        (root / "x").write_text(str(number))
+        assert keep_replaced(root / "x") == root / name
+        assert (root / name).read_text() == str(number)
+
+
+def test_swin_weights_are_known_by_their_width():
+    assert {name: one["embed_dim"] for name, one in SWIN_VARIANTS.items()} == EMBED_DIMS
 
 
 def test_a_jpeg_with_something_after_its_end_is_whole(world, prepare, tmp_path, pictures):
