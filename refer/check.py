@@ -12,7 +12,7 @@ from refer.files import remedy
 from refer.hashes import Hashes
 from refer.pictures import picture_faults
 from refer.sources import COCO_ZIP
-from utils import UserError
+from utils import LOGGER, UserError
 
 
 def annotation_problems(root: Path, dataset: str, hashes: Hashes) -> tuple[list[AnnotationSet], list[str]]:
@@ -35,6 +35,14 @@ def annotation_problems(root: Path, dataset: str, hashes: Hashes) -> tuple[list[
     return sets, problems
 
 
+def lacking_told(root: Path, dataset: str) -> str:
+    """Which split systems a COCO set's folder lacks, in a few words; empty: none. That is no fault: only the first is
+    needed, and not every archive has the second."""
+    names = wanted_files(root, dataset) if dataset in COCO_DATASETS else ()
+    lacking = [name for name in names if not Path(root, dataset, name).is_file()]
+    return f"without {', '.join(lacking)}: --again gets them anew" if lacking else ""
+
+
 def check_datasets(root: Path, datasets: Sequence[str], *, pictures: bool = True) -> list[str]:
     """Print the table of what is there; returns what is wrong, each with the command that repairs it if there is one.
 
@@ -50,16 +58,20 @@ def check_datasets(root: Path, datasets: Sequence[str], *, pictures: bool = True
         repair = f". To get it again: `python -m refer.prepare --dataset {dataset}{at}`"
         problems += [f"{one}{repair if dataset in COCO_DATASETS else ''}" for one in wrong]
         sets += found
+        if found and (without := lacking_told(root, dataset)):
+            LOGGER.info(f"{Path(root, dataset)}: {without}")
     all_faults: dict[Path, dict[str, str]] = {}
     for folder in dict.fromkeys(one.image_dir for one in sets) if pictures else ():
         there = [one for one in sets if one.image_dir == folder]  # the COCO sets share one
         faults = picture_faults(folder, {name: size for one in there for name, size in one.sizes.items()})
         all_faults[folder] = faults
         if faults:
-            concerned = dict.fromkeys(one.dataset for one in there if faults.keys() & one.sizes.keys())
-            repair = f"python -m refer.prepare --dataset {' '.join(concerned)}{at} --pictures needed"
-            told = pictures_told(folder, faults)
-            problems.append(f"{told}. To get them: `{repair}`" if set(concerned) <= set(COCO_DATASETS) else told)
+            # Own sets may share COCO's folder: the command brings what the published ones have.
+            had = [one for one in there if one.dataset in COCO_DATASETS and faults.keys() & one.sizes.keys()]
+            names = " ".join(dict.fromkeys(one.dataset for one in had))
+            which = "them" if faults.keys() <= set().union(*(one.sizes for one in had)) else f"those of {names}"
+            command = f"python -m refer.prepare --dataset {names}{at} --pictures needed"
+            problems.append(pictures_told(folder, faults) + (f". To get {which}: `{command}`" if had else ""))
     for name in (*(f"{one}.zip" for one in datasets), COCO_ZIP):
         kept = Path(root, DOWNLOADS, name)
         if kept.is_file() and (difference := hashes.difference(name, kept)):

@@ -66,7 +66,7 @@ def obtain(
         try:
             return accept(target)
         except RefusedError as refused:
-            LOGGER.warning(f"{target}: {refused}")
+            LOGGER.warning(f"{target}: {refused}{_keep_other(target, refused)}")
     reasons = []
     begun = _state_of(target.with_name(f"{target.name}.part")).get("address")
     for address in sorted(addresses, key=lambda one: one != begun):  # first the one that has sent a part already
@@ -78,17 +78,27 @@ def obtain(
             try:
                 return accept(target)
             except RefusedError as refused:
-                reasons.append(f"{address}: {refused}")
-                if isinstance(refused, OtherFileError):  # it may be the right one after all, and took long
-                    kept = target.with_name(f"{target.stem}.refused{target.suffix}")
-                    target.replace(kept)
-                    reasons[-1] += f" (it is kept as {kept}, to be given by --from)"
+                reasons.append(f"{address}: {refused}{_keep_other(target, refused)}")
                 target.unlink(missing_ok=True)
         LOGGER.warning(reasons[-1])
     raise UserError(
         f"can't get {target.name}: {'; '.join(reasons)}. Download it by hand and give it by --from FILE_OR_FOLDER, "
         "or name another place by --mirror URL"
     )
+
+
+def refused_name(target: Path) -> Path:
+    """Where a complete download is kept that differs only from the recorded hash."""
+    return target.with_name(f"{target.stem}.refused{target.suffix}")
+
+
+def _keep_other(target: Path, refused: RefusedError) -> str:
+    """Keep a file that may be the right one after all, and took long; returns what to tell of it."""
+    if not isinstance(refused, OtherFileError):
+        return ""
+    with writing(refused_name(target)):
+        target.replace(refused_name(target))
+    return f" (it is kept as {refused_name(target)}, to be given by --from)"
 
 
 def fetch(

@@ -30,7 +30,7 @@ from refer.annotations import (
     take_zip,
     wanted_files,
 )
-from refer.check import annotation_problems, check_datasets, format_counts, pictures_told
+from refer.check import annotation_problems, check_datasets, format_counts, lacking_told, pictures_told
 from refer.datasets import COCO_DATASETS, COCO_IMAGES, DATASETS, ROOT, datasets_there, split_systems
 from refer.download import Patience, obtain, remove_if_empty
 from refer.hashes import HASHES_FILE, Hashes
@@ -73,9 +73,8 @@ def prepare_annotations(root: Path, dataset: str, hashes: Hashes, wishes: Wishes
     if not problems and not wishes.again:
         hashes.record({f"{dataset}/{name}": folder / name for name in wanted_files(root, dataset)
                        if (folder / name).is_file()})  # fmt: skip
-        lacking = [name for name in wanted_files(root, dataset) if not (folder / name).is_file()]
-        but = f", without {', '.join(lacking)}: --again gets them anew" if lacking else ""
-        LOGGER.info(f"{folder}: the annotations are there already{but}")
+        without = lacking_told(root, dataset)
+        LOGGER.info(f"{folder}: the annotations are there already{', ' * bool(without)}{without}")
         return sets
     for problem in problems:
         LOGGER.log(20 if problem.endswith("is missing") else 30, f"{problem}: getting it")
@@ -285,7 +284,8 @@ def main() -> None:
             raise UserError(f"--{flag} does nothing with --check, which only looks: leave one of them out")
         datasets = list(dict.fromkeys(name for value in args.dataset for name in value.split(",") if name))
         for name in datasets:
-            split_systems(args.root, name)  # tells a name that is none
+            if not Path(args.root, name, "instances.json").is_file():
+                split_systems(args.root, name)  # tells a name that is none
         if not datasets and not weights:
             datasets = datasets_there(args.root)
             if not datasets:

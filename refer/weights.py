@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refer.annotations import DOWNLOADS
-from refer.download import Patience, obtain, remove_if_empty
+from refer.download import Patience, obtain, refused_name, remove_if_empty
 from refer.hashes import Hashes, keep_replaced
 from refer.responses import OtherFileError, RefusedError
 from refer.sources import BERT_VOCABULARY, BERT_WEIGHTS, SWIN_FILES, weight_addresses
@@ -115,7 +115,8 @@ def _bring(
     try:
         for place in given:
             source = place / path.name if place.is_dir() else place
-            if source.name != path.name or not source.is_file():
+            # What an earlier download gave and was kept is meant for this file, too.
+            if source.name not in (path.name, refused_name(path).name) or not source.is_file():
                 continue
             with writing(aside):
                 aside.parent.mkdir(parents=True, exist_ok=True)

@@ -293,6 +293,10 @@ def test_a_redirect_is_followed(server, get, status):
     assert get() == DATA
 
 
+def test_redirects_do_not_lean_on_pythons_version():
+    assert "http_error_308" in vars(refer.responses._Redirects)  # Python 3.10's own handler has none
+
+
 def test_numbers_in_headers():
     assert [refer.responses.number(text) for text in ("12", "", None, "-1", "1e3", "٣", "9" * 5000)] == [12] + [
         None

@@ -458,6 +458,65 @@ def test_what_may_be_right_after_all_is_kept(world, prepare, tmp_path, pictures)
         assert (root / name).read_text() == str(number)
 
 
+def test_a_kept_archive_that_differs_is_not_overwritten(world, prepare, tmp_path):
+    prepare("--keep_zips")
+    root = tmp_path / "data"
+    mine = root / "downloads/train2014.zip"
+    other = pack(tmp_path / "x.zip", [("train2014/other", b"x")]).read_bytes()
+    mine.write_bytes(other)
+    (root / FOLDER / picture_name(1)).unlink()
+    prepare("--keep_zips")
+    assert mine.read_bytes() == world.files["/zips/train2014.zip"]
+    assert mine.with_name("train2014.refused.zip").read_bytes() == other
+
+
+def test_refused_weights_can_be_given_as_the_message_says(world, weights, prepare, tmp_path):
+    flags = ("--weights", "swin_base", "--pretrained", tmp_path / "pre")
+    prepare(*flags, dataset=None)
+    name, recorded = "swin_base_patch4_window12_384_22k.pth", tmp_path / "pre/hashes.json"
+    hashes = json.loads(recorded.read_text())
+    hashes[name]["size"] += 1
+    recorded.write_text(json.dumps(hashes))
+    (tmp_path / "pre" / name).unlink()
+    kept = tmp_path / "pre/downloads" / name.replace(".pth", ".refused.pth")
+    assert f"it is kept as {kept}, to be given by --from" in prepare(*flags, dataset=None, status=2).err
+    del hashes[name]
+    recorded.write_text(json.dumps(hashes))
+    world.asked.clear()
+    prepare(*flags, "--from", kept, dataset=None)
+    assert (tmp_path / "pre" / name).read_bytes() == weights[name]
+    assert world.asked == []
+
+
+def test_check_names_what_brings_pictures_that_an_own_set_shares(world, prepare, tmp_path, annotations):
+    prepare()
+    root = tmp_path / "data"
+    shutil.copytree(root / "refcoco", root / "own")
+    (root / FOLDER / picture_name(2)).unlink()
+    command = f"`python -m refer.prepare --dataset refcoco --root {root} --pictures needed`"
+    assert f"To get them: {command}" in prepare("--check", dataset=None, status=2).err
+    instances = json.loads(annotations["instances.json"])
+    instances["images"][0]["file_name"] = "mine.jpg"
+    (root / "own/instances.json").write_text(json.dumps(instances))
+    told = prepare("--check", dataset=None, status=2).err
+    assert "2 pictures are missing" in told
+    assert f"To get those of refcoco: {command}" in told
+
+
+def test_check_of_a_named_folder_that_is_no_dataset_goes_on(world, prepare, tmp_path, annotations):
+    prepare()
+    (tmp_path / "data/half").mkdir()
+    (tmp_path / "data/half/instances.json").write_bytes(annotations["instances.json"])
+    done = prepare("--check", dataset="half,refcoco", status=2)
+    assert "refcoco (unc)" in done.out
+    assert "half has no refs(<splitBy>).p" in done.err
+
+
+def test_check_mentions_a_split_system_that_is_not_there(world, prepare):
+    prepare()
+    assert "data/refcoco: without refs(google).p: --again gets them anew" in prepare("--check").err
+
+
 def test_swin_weights_are_known_by_their_width():
     assert {name: one["embed_dim"] for name, one in SWIN_VARIANTS.items()} == EMBED_DIMS
 
