@@ -37,7 +37,7 @@ demo: models/demo/report.txt
 	@cat $<
 
 test: | $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 stress: | $(VENV)/.installed
 	$(BIN)/python -m benchmarks.stress --kills 20 --out benchmarks/results/stress.md

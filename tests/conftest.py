@@ -20,6 +20,10 @@ from own_data import made_source, source  # noqa: E402, F401  (fixtures)
 # Of every process a test starts: sums are rounded alike only by the same number of threads.
 PROCESS_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
+# The files that take longest go first: each is run by one of `make test`'s two processes, and begun at the end it would
+# leave the other one idle.
+LONGEST = ("test_training_runs", "test_crossvlt", "test_evaluating", "test_train_and_test", "test_lib_engine_step")
+
 SMALL = {
     "embed_dim": 32,
     "depths": (1, 2, 1, 1),
@@ -33,12 +37,26 @@ SMALL = {
 }
 
 
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     """For small tensors more threads only wait for each other; with torchrun too each process has one."""
     every = torch.get_num_threads()
     torch.set_num_threads(1)
     return every
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A command that a test runs in this process sets up logging for the whole process: not for the next test."""
+    from utils import LOGGER
+
+    before = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
+    yield
+    LOGGER.handlers[:], LOGGER.level, LOGGER.propagate = before
 
 
 @pytest.fixture
