@@ -109,7 +109,8 @@ class Experiment:
     def _wait_for(self, kill: Kill, name: str, processes: list[subprocess.Popen]) -> None:
         started, launched = self.folder / "models" / name / "environment.json", time.time()
         deadline = time.monotonic() + SECONDS_TO_END
-        begun, written, writing = None, 0, False
+        begun, written = None, 0
+        writing = True  # what an earlier kill left half written is not counted
         while time.monotonic() < deadline and all(process.poll() is None for process in processes):
             if begun is None and started.exists() and started.stat().st_mtime > launched:
                 begun = time.monotonic()

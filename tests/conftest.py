@@ -148,9 +148,7 @@ class Finished(NamedTuple):
 @pytest.fixture
 def run_here(monkeypatch, capsys):
     """Run train.py or test.py in this process, to be quick: what ``python train.py …`` runs is run_command(main)."""
-    from utils import LOGGER, run_command
-
-    logging_as_it_was = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
+    from utils import run_command
 
     def run(script, *flags, check=False):
         spec = importlib.util.spec_from_file_location(f"{script[:-3]}_script", ROOT / script)
@@ -162,8 +160,6 @@ def run_here(monkeypatch, capsys):
             run_command(module.main)
         except SystemExit as left:
             status = left.code
-        finally:
-            LOGGER.handlers[:], LOGGER.level, LOGGER.propagate = logging_as_it_was
         text = capsys.readouterr()
         assert not check or status == 0, text.err
         return Finished(status, text.out, text.err)

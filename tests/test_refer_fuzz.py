@@ -193,10 +193,8 @@ def told(root, refs=None, instances=None, ref_id=1):
     right = small_set()
     (folder / REFS).write_bytes(refs if isinstance(refs, bytes) else pickle.dumps(refs or right[0]))
     (folder / INSTANCES).write_text(json.dumps(instances or right[1]))
-    started = time.perf_counter()
     with pytest.raises(UserError) as caught:
         REFER(root).getMask(ref_id)
-    assert time.perf_counter() - started < 3
     message = str(caught.value)
     assert not fuzz.fault_of(message, root)
     return message
