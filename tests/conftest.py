@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +14,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests, such as golden_cases
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the hub
 
+from commands import run_in_process  # noqa: E402
 from own_data import made_source, source  # noqa: E402, F401  (fixtures)
+from published_set import annotations, pictures, prepare, weights, world  # noqa: E402, F401  (fixtures)
 
 # Of every process a test starts: sums are rounded alike only by the same number of threads.
 PROCESS_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -137,32 +138,17 @@ def trained(tmp_path_factory, small_config):
     return folder, done
 
 
-class Finished(NamedTuple):
-    """What became of a script that was run in this process."""
-
-    status: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Run train.py or test.py in this process, to be quick: what ``python train.py …`` runs is run_command(main)."""
-    from utils import run_command
+    """Run train.py or test.py in this process."""
 
     def run(script, *flags, check=False):
         spec = importlib.util.spec_from_file_location(f"{script[:-3]}_script", ROOT / script)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
-        status = 0
-        try:
-            run_command(module.main)
-        except SystemExit as left:
-            status = left.code
-        text = capsys.readouterr()
-        assert not check or status == 0, text.err
-        return Finished(status, text.out, text.err)
+        finished = run_in_process(module.main, [script, *flags], monkeypatch, capsys)
+        assert not check or finished.status == 0, finished.err
+        return finished
 
     return run
 

@@ -2,15 +2,14 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
+from commands import run_in_process
 from PIL import Image
 
 from data import convert as tool
 from data.convert import convert
-from utils import run_command
 
 WIDTH, HEIGHT = 40, 30
 IMAGES = 12  # the last two have no sentence
@@ -131,11 +130,4 @@ def contents(folder):
 
 def run_main(monkeypatch, capsys, *flags):
     """What `python -m data.convert` with these flags ends with and says."""
-    monkeypatch.setattr(sys, "argv", ["convert", *map(str, flags)])
-    status = 0
-    try:
-        run_command(tool.main)
-    except SystemExit as left:
-        status = left.code
-    told = capsys.readouterr()
-    return status, told.out, told.err
+    return run_in_process(tool.main, ["convert", *flags], monkeypatch, capsys)

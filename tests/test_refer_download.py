@@ -1,25 +1,19 @@
-"""refer.download and refer.archives: what broke off goes on, what is wrong is refused, and nothing lands outside.
-
-A server on this machine does what servers do: break off, fall silent, change the file, send another one.
-"""
+"""refer.download and refer.archives: what broke off goes on, what is wrong is refused, and nothing lands outside."""
 
 import dataclasses
 import errno
 import io
 import json
 import os
-import re
 import signal
-import stat
 import subprocess
 import sys
 import threading
-import zipfile
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import ROOT
+from download_server import Server, link, pack
 
 import refer.download
 import refer.responses
@@ -30,73 +24,6 @@ from utils import UserError
 
 QUICK = Patience(stall=0.3, tries=3, pause=0.0)
 DATA = os.urandom(300_000)
-
-
-class Server:
-    """`files`: {path: bytes}. `does`: {path: [what to do at the next requests]}, afterwards it serves as it should.
-    `asked`: (path, Range, If-Range) of every request."""
-
-    def __init__(self):
-        self.files, self.does, self.asked, self.etags = {}, {}, [], {}
-        self.closing = threading.Event()
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self):
-                owner.answer(self)
-
-            def log_message(self, *_):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.http.server_port}"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-
-    def close(self):
-        self.closing.set()
-        self.http.shutdown()
-        self.http.server_close()
-
-    def answer(self, to):
-        path = to.path
-        wanted, condition = to.headers.get("Range"), to.headers.get("If-Range")
-        self.asked.append((path, wanted, condition))
-        todo = self.does.get(path) or [{}]
-        do = todo.pop(0) if len(todo) > 1 or todo[0] != {} else {}
-        if "change" in do:
-            self.files[path], self.etags[path] = do["change"], '"changed"'
-        if "status" in do or path not in self.files:
-            to.send_response(do.get("status", 404))
-            for name, value in do.get("headers", {}).items():
-                to.send_header(name, value)
-            to.send_header("Content-Length", "0")
-            to.end_headers()
-            return
-        data, etag = self.files[path], self.etags.get(path, '"first"')
-        start = 0
-        if wanted and do.get("range", True) and (condition == etag or do.get("careless")):
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
-        to.send_response(206 if start else 200)
-        if start:
-            to.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        if not do.get("chunked"):
-            to.send_header("Content-Length", str(len(data) - start))
-        if do.get("etag", True):
-            to.send_header("ETag", etag)
-        for name, value in do.get("headers", {}).items():
-            to.send_header(name, value)
-        to.end_headers()
-        to.wfile.write(data[start : start + do.get("bytes", len(data))])
-        to.wfile.flush()
-        if do.get("stall"):
-            self.closing.wait(20)
-        if do.get("drip"):
-            for _ in range(200):
-                if self.closing.wait(0.02):
-                    break
-                to.wfile.write(b"x")
-                to.wfile.flush()
 
 
 @pytest.fixture
@@ -389,20 +316,6 @@ def test_the_state_beside_a_part_may_be_rubbish(server, get, tmp_path):
 
 
 # ---- archives ----
-
-
-def pack(path, members, **how):
-    """A zip of {name or ZipInfo: bytes}."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, **how) as file:
-        for name, data in members:
-            file.writestr(name, data)
-    return path
-
-
-def link(name, to):
-    info = zipfile.ZipInfo(name)
-    info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
-    return info, to
 
 
 def test_an_archive_is_unpacked(tmp_path):

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from commands import run_in_process
 from matplotlib.colors import to_hex
 from PIL import Image
 
@@ -18,7 +19,7 @@ from refer.refer import REFER
 from refer.split_statistics import shared_images, statistics_of
 from refer.stats_figure import COLORS, draw
 from refer.stats_tables import sharing, tables
-from utils import MissingFileError, UserError, run_command
+from utils import MissingFileError, UserError
 
 H, W = 20, 30
 SQUARE = [2, 2, 12, 2, 12, 12, 2, 12]  # 10 x 10 pixels
@@ -84,14 +85,7 @@ def run(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags):
-        monkeypatch.setattr(sys, "argv", ["stats", *map(str, flags)])
-        status = 0
-        try:
-            run_command(stats.main)
-        except SystemExit as left:
-            status = left.code
-        text = capsys.readouterr()
-        return status, text.out, text.err
+        return run_in_process(stats.main, ["stats", *flags], monkeypatch, capsys)
 
     return call
 
