@@ -199,8 +199,9 @@ def open_splits(cfg: CfgNode) -> Splits:
         train, proof = mix(refers, make_train)
         return Splits(train, val, tokenizer, [(logging.INFO, line) for line in proof.lines()])
     train = make_train(refers[0])
-    judged = {expression.image_id for expression in val.expressions}
-    seen = len(judged & {expression.image_id for expression in train.expressions})
+    keys = refers[0].picture_keys()
+    judged, trained = ({keys[expression.image_id] for expression in split.expressions} for split in (val, train))
+    seen = len(judged & trained)
     leak = (logging.WARNING, f"{seen} of the {len(judged)} pictures of split {val.split} are in train too")
     return Splits(train, val, tokenizer, [leak] if seen else [])
 

@@ -118,18 +118,18 @@ def _doubts(refs: list[Record], images: dict[int, Record]) -> list[str]:
     """What is allowed but makes numbers mean less."""
     splits, objects, told = defaultdict(dict), Counter(), []
     for ref in refs:
-        splits[ref["image_id"]][ref["split"]] = None
+        splits[images[ref["image_id"]]["file_name"]][ref["split"]] = None  # a file may have several ids
         # Compared as the model reads them, but for punctuation.
         objects.update({(ref["image_id"], sentence["sent"]) for sentence in ref["sentences"]})
-    shared = [image_id for image_id, names in splits.items() if len(names) > 1]
-    leaks = [image_id for image_id in shared if "train" in splits[image_id]]
+    shared = [name for name, several in splits.items() if len(several) > 1]
+    leaks = [name for name in shared if "train" in splits[name]]
     for those, opening, means in (
         (leaks, "LEAK: ", ": a model is judged on pictures that it was trained on"),
-        ([image_id for image_id in shared if image_id not in leaks], "", ", none of them in train"),
+        ([name for name in shared if name not in leaks], "", ", none of them in train"),
     ):
         if those:
             told.append(
-                f"{opening}{len(those)} pictures are in several splits, {images[those[0]]['file_name']} in "
+                f"{opening}{len(those)} pictures are in several splits, {those[0]} in "
                 f"{' and '.join(splits[those[0]])} for one{means}"
             )
     unclear = [key for key, count in objects.items() if count > 1]

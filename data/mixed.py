@@ -16,6 +16,8 @@ from data.dataset_refer_bert import ReferDataset
 from refer.refer import REFER
 from utils import UserError, file_sha256
 
+File = tuple[str, Path]  # a picture's key and one of its files
+
 
 class Part(NamedTuple):
     """What a dataset contributes, and what was taken from it because of the others and of itself; counts."""
@@ -36,6 +38,7 @@ class Proof(NamedTuple):
     trained: int  # different pictures in training
     evaluated: int  # different pictures in the evaluation splits of all datasets
     in_both: int
+    by_name_only: int  # of those evaluated: their files aren't there, so that copies of them can't be recognised
 
     def lines(self) -> list[str]:
         """A table and the sum, for people."""
@@ -45,11 +48,16 @@ class Proof(NamedTuple):
         for part in self.parts:
             pairs = zip(part[1:4], part[4:7], strict=True)
             lines.append(f"{part.title:{width}}" + "".join(f"  {kept:>11}  {removed:>8}" for kept, removed in pairs))
-        return [
-            *lines,
+        lines.append(
             f"{self.trained} pictures are trained on, {self.evaluated} are in an evaluation split, "
-            f"{self.in_both} are in both (the same by file, by content or by COCO's number)",
-        ]
+            f"{self.in_both} are in both (the same by file, by content or by COCO's number)"
+        )
+        if self.by_name_only:
+            lines.append(
+                f"but {self.by_name_only} of those evaluated aren't there: copies of them under other names are not "
+                "recognised"
+            )
+        return lines
 
 
 class MixedDataset(ConcatDataset):
@@ -87,7 +95,7 @@ def mix(refers: Sequence[REFER], make: Callable[[REFER, Collection[int]], ReferD
     Raises:
         UserError: nothing is left to train on.
     """
-    keys = _keys_by_content(refers)
+    keys, absent = _keys_by_content(refers)
     evaluated = {of[one] for refer, of in zip(refers, keys, strict=True) for one in evaluation_images(refer)}
     datasets, parts, trained = [], [], set()
     for refer, key_of in zip(refers, keys, strict=True):
@@ -108,38 +116,49 @@ def mix(refers: Sequence[REFER], make: Callable[[REFER, Collection[int]], ReferD
             "nothing is left to train on: every training picture of "
             f"{' and '.join(part.title for part in parts)} is in an evaluation split of one of them"
         )
-    proof = Proof(parts, len(trained), len(evaluated), len(trained & evaluated))
+    proof = Proof(parts, len(trained), len(evaluated), len(trained & evaluated), len(absent & evaluated))
     assert not proof.in_both, proof.lines()[-1]
     return MixedDataset(datasets), proof
 
 
-def _keys_by_content(refers: Sequence[REFER]) -> list[dict[int, str]]:
-    """REFER.picture_keys of each, where copies of one file under two names have one key, too.
+def _keys_by_content(refers: Sequence[REFER]) -> tuple[list[dict[int, str]], set[str]]:
+    """REFER.picture_keys of each, where copies of one file under two names have one key, too; and the keys of files
+    that would have been compared but aren't there.
 
     Two sets made of the same photos may each have copies of their own. COCO's pictures are told apart by their numbers,
-    so only files of the size of another picture are read, and only where one of these isn't COCO's.
+    so only files of the size of another picture are read, and only where one of these may not be COCO's.
     """
     keys = [refer.picture_keys() for refer in refers]
-    if all(key.isdigit() for key_of in keys for key in key_of.values()):
-        return keys
-    paths: dict[str, Path] = {}
+    if all(refer.is_coco(image_id) for refer in refers for image_id in refer.imgToRefs):
+        return keys, set()
+    files: dict[File, bool] = {}  # whether it is COCO's for certain
     for refer, key_of in zip(refers, keys, strict=True):
-        paths |= {key_of[image_id]: refer.get_image_path(image_id) for image_id in refer.imgToRefs}
-    by_size = _grouped(paths, lambda key: paths[key].stat().st_size)
+        for image_id in refer.imgToRefs:
+            files[key_of[image_id], refer.get_image_path(image_id)] = refer.is_coco(image_id)
     same: dict[str, str] = {}
+
+    def first_of(key: str) -> str:
+        while key in same:
+            key = same[key]
+        return key
+
+    by_size, absent = _grouped(files, lambda file: file[1].stat().st_size)
     for group in by_size:
-        if any(not key.isdigit() for key in group):
-            for copies in _grouped(group, lambda key: file_sha256(paths[key])):
-                same |= dict.fromkeys(copies, min(copies))
-    return [{image_id: same.get(key, key) for image_id, key in key_of.items()} for key_of in keys]
+        if not all(files[file] for file in group):
+            for copies in _grouped(group, lambda file: file_sha256(file[1]))[0]:
+                first, *others = sorted({first_of(key) for key, _ in copies})
+                same |= dict.fromkeys(others, first)
+    merged = [{image_id: first_of(key) for image_id, key in key_of.items()} for key_of in keys]
+    return merged, {first_of(key) for key, _ in absent}
 
 
-def _grouped(keys: Iterable[str], trait: Callable[[str], object]) -> list[list[str]]:
-    """Those that share a trait, two or more; a file that isn't there has none (check_pictures tells)."""
-    groups: dict[object, list[str]] = defaultdict(list)
-    for key in keys:
+def _grouped(files: Iterable[File], trait: Callable[[File], object]) -> tuple[list[list[File]], list[File]]:
+    """Those that share a trait, two or more; and those that can't be read."""
+    groups: dict[object, list[File]] = defaultdict(list)
+    absent = []
+    for file in files:
         try:
-            groups[trait(key)].append(key)
+            groups[trait(file)].append(file)
         except OSError:
-            continue
-    return [group for group in groups.values() if len(group) > 1]
+            absent.append(file)
+    return [group for group in groups.values() if len(group) > 1], absent

@@ -17,6 +17,10 @@ ROOT = Path("./refer/data")  # where datasets are looked for, unless told otherw
 COCO_IMAGES = Path("images", "mscoco", "images", "train2014")
 
 
+class AmbiguousError(UserError):
+    """A dataset has several split systems, and none is the usual one."""
+
+
 def datasets_there(data_root: str | Path) -> list[str]:
     """The datasets that have a folder here; hidden ones are still being written."""
     return sorted(path.parent.name for path in Path(data_root).glob("[!.]*/instances.json"))
@@ -31,7 +35,7 @@ def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
         return DATASETS[dataset]
     root, name = Path(data_root), str(dataset)
     if "," in name:
-        raise UserError(f"{name!r} names several datasets: only train.py takes more than one")
+        raise UserError(f"{name!r} names several datasets: give one here")
     is_name = name not in {"", ".", ".."} and not set("/\\\0") & set(name)
     found = tuple(sorted(path.name[5:-3] for path in (root / name).glob("refs(*).p"))) if is_name else ()
     if not found and is_name and (root / name / "instances.json").is_file():
@@ -52,7 +56,7 @@ def default_split_system(data_root: str | Path, dataset: str) -> str:
     systems = split_systems(data_root, dataset)
     usual = dataset in DATASETS and "unc" in systems
     if len(systems) > 1 and not usual:
-        raise UserError(
+        raise AmbiguousError(
             f"--dataset {dataset} has several split systems: give --splitBy {' or --splitBy '.join(systems)}"
         )
     return "unc" if usual else systems[0]
@@ -71,7 +75,11 @@ def settle_split_systems(data_root: str | Path, datasets: str, split_by: str) ->
             "in the same order"
         )
     if not split_by and len(names) > 1:
-        systems = [PAPER_SPLIT_BY.get(name) or default_split_system(data_root, name) for name in names]
+        try:
+            systems = [PAPER_SPLIT_BY.get(name) or default_split_system(data_root, name) for name in names]
+        except AmbiguousError as error:
+            example = ",".join(PAPER_SPLIT_BY.get(name) or split_systems(data_root, name)[0] for name in names)
+            raise UserError(f"{error}; of all in the same order, such as --splitBy {example}") from error
     elif not split_by:
         systems = [default_split_system(data_root, names[0])]
     pairs = list(zip(names, systems, strict=True))

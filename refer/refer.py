@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from refer.datasets import check_dataset, image_folder
+from refer.datasets import COCO_DATASETS, check_dataset, image_folder
 from refer.files import Record, read_instances, read_refs
 from refer.masks import Shape, is_number
 from utils import UserError, paused_collector
@@ -27,7 +27,7 @@ Ids = int | Iterable[int]
 
 SPLIT_ORDER = ("val", "testA", "testB", "testC", "test")
 # COCO_train2014_000000000009.jpg, as the 2014 sets name it, or 000000000009.jpg, as those of 2017 do.
-COCO_NAME = re.compile(r"(?:COCO_(?:train|val|test)\d{4}_)?(\d{12})\.\w+")
+COCO_NAME = re.compile(r"(COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg", re.ASCII)
 
 
 class REFER:
@@ -186,13 +186,18 @@ class REFER:
         """What tells each image's picture from any other, by image id.
 
         Two images, of this set or of two, are the same picture if they are the same file, or if their names carry the
-        same COCO number, wherever they lie.
+        same COCO number (COCO_train2014_000000000009.jpg, 000000000009.jpg), wherever they lie.
         """
         folder, keys = os.path.realpath(self.image_dir), {}
         for image_id, image in self.Imgs.items():
             number = COCO_NAME.fullmatch(image["file_name"].rpartition("/")[2])
-            keys[image_id] = number[1] if number else os.path.realpath(os.path.join(folder, image["file_name"]))
+            keys[image_id] = number[2] if number else os.path.realpath(os.path.join(folder, image["file_name"]))
         return keys
+
+    def is_coco(self, image_id: int) -> bool:
+        """Whether this image is COCO's for certain: its set is one of COCO's, or its name is not only a number."""
+        name = COCO_NAME.fullmatch(self.Imgs[image_id]["file_name"].rpartition("/")[2])
+        return name is not None and (self.dataset in COCO_DATASETS or name[1] is not None)
 
     def getMask(self, ref: Mapping[str, Any] | int, mode: str = "paper") -> dict[str, Any]:
         """The object's mask at the picture's size, for a ref or its id; `mode`: see :meth:`refer.masks.Shape.draw`.

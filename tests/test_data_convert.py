@@ -178,6 +178,19 @@ def test_warnings(source):
     )
     assert len(warnings) == 5
     assert len(REFER("data", "b", "unc").Sents) == 32
+    whole = (source / "coco.json").read_bytes()
+    instances = json.loads(whole)
+    instances["images"].append({**instances["images"][0], "id": 77})
+    instances["annotations"][1]["image_id"] = 77  # one picture by two ids
+    (source / "coco.json").write_text(json.dumps(instances))
+    two = [{**row, "split": "train"} for row in rows]
+    second = next(row for row in two if row["annotation_id"] == instances["annotations"][1]["id"])
+    for row in two[:3]:
+        row["image"] = 1
+    second |= {"split": "val", "image": 77}
+    warnings = by_id(source, two, name="d").warnings
+    (source / "coco.json").write_bytes(whole)
+    assert warnings[0].startswith(f"LEAK: 1 pictures are in several splits, {file_name(1)} in train and val for one")
     rows = [{**row, "split": "testA" if row["annotation_id"] % 10 else "testB"} for row in rows]
     warnings = by_id(source, rows, name="c").warnings
     assert [w[:12] for w in warnings] == ["10 pictures ", "no split tra", "no split val"]

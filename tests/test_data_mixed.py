@@ -29,6 +29,8 @@ def root(refshapes_root, tmp_path_factory):
     for ref in refs:
         ref["split"] = "val" if ref["image_id"] in trained[:4] else moved.get(ref["split"], ref["split"])
     (root / "other" / "refs(own).p").write_bytes(pickle.dumps(refs, protocol=2))
+    shutil.copytree(root / "other", root / "two", symlinks=True)
+    shutil.copy(root / "two" / "refs(own).p", root / "two" / "refs(first).p")
     return root
 
 
@@ -103,7 +105,7 @@ def test_which_pictures_are_the_same(root, tmp_path):
         return list(REFER(tmp_path, name).picture_keys().values())
 
     coco = keys("refcoco", False, "COCO_train2014_000000000009.jpg", "COCO_train2014_000000000025.jpg")
-    copied = keys("copied", True, "part/000000000009.png", "COCO_val2014_000000000034.jpg", "photo.jpg", "a/photo.jpg")
+    copied = keys("copied", True, "part/000000000009.jpg", "COCO_val2014_000000000034.jpg", "photo.jpg", "a/photo.jpg")
     assert copied[0] == coco[0]
     assert len(set(coco + copied)) == 5
     elsewhere = keys("elsewhere", True, "photo.jpg", "12.jpg")
@@ -137,7 +139,7 @@ def test_train_py_trains_on_the_union_and_logs_the_proof(root, small_config, tmp
     assert "0 are in both" in more.err
     told = run_here("test.py", "--resume", run, "--dataset", "refshapes,other", "--refer_data_root", root)
     assert (told.status, told.err.count("\n")) == (2, 1)
-    assert "'refshapes,other' names several datasets: only train.py takes more than one" in told.err
+    assert "'refshapes,other' names several datasets: give one here" in told.err
 
 
 def test_a_split_system_that_leaks_is_told(root, small_config, tmp_path, run_here):
@@ -163,6 +165,10 @@ def test_a_split_system_that_leaks_is_told(root, small_config, tmp_path, run_her
         (["--dataset", "refshapes,other", "--splitBy", "own,unc"], "unknown splitBy 'own': refshapes has unc"),
         (["--dataset", "refshapes,othr"], "unknown dataset 'othr' \\(did you mean other\\?\\)"),
         (["--dataset", "refshapes,"], "unknown dataset ''"),
+        (
+            ["--dataset", "refshapes,two"],
+            "--splitBy first or --splitBy own; .* in the same order, such as .* unc,first",
+        ),
     ],
 )
 def test_mistakes(root, small_config, tmp_path, run_here, flags, told):
@@ -172,20 +178,46 @@ def test_mistakes(root, small_config, tmp_path, run_here, flags, told):
     assert re.search(told, done.err), done.err
 
 
-def test_copies_under_other_names_are_the_same_pictures(root, make, tmp_path):
-    """Two sets that were made of the same photos, each with copies of its own."""
+@pytest.mark.parametrize("form", ["{}.png", "{:012d}.jpg"])
+def test_copies_under_other_names_are_the_same_pictures(root, make, tmp_path, form):
+    """Two sets that were made of the same photos, each with copies of its own; some are called as COCO calls its."""
     (tmp_path / "refshapes").symlink_to(root / "refshapes")
     folder = tmp_path / "copied"
     (folder / "images").mkdir(parents=True)
     shutil.copy(root / "other" / "refs(own).p", folder)
     instances = json.loads((root / "other" / "instances.json").read_text())
     for number, image in enumerate(instances["images"]):
-        shutil.copy(root / "refshapes" / "images" / image["file_name"], folder / "images" / f"{number}.png")
-        image["file_name"] = f"{number}.png"
+        name = form.format(number)
+        shutil.copy(root / "refshapes" / "images" / image["file_name"], folder / "images" / name)
+        image["file_name"] = name
     (folder / "instances.json").write_text(json.dumps(instances))
     _, proof = mix([REFER(tmp_path, "refshapes"), REFER(tmp_path, "copied", "own")], make)
     assert (proof.trained, proof.evaluated, proof.in_both) == (20, 17, 0)
     assert [(part.images, part.removed_images) for part in proof.parts] == [(20, 4), (20, 10)]
+
+
+def test_only_numbers_in_both_sets(root, make, tmp_path):
+    """Two ways to number the same photos; and evaluated pictures that aren't there are told, as nobody can compare."""
+    for name, first in (("refshapes", 0), ("copied", 500)):
+        folder = tmp_path / name
+        (folder / "images").mkdir(parents=True)
+        whose = "refshapes" if first == 0 else "other"
+        instances = json.loads((root / whose / "instances.json").read_text())
+        for number, image in enumerate(instances["images"], first):
+            shutil.copy(root / "refshapes/images" / image["file_name"], folder / f"images/{number:012d}.jpg")
+            image["file_name"] = f"{number:012d}.jpg"
+        (folder / "instances.json").write_text(json.dumps(instances))
+        for refs in (root / whose).glob("refs(*).p"):
+            shutil.copy(refs, folder)
+    refers = [REFER(tmp_path, "refshapes"), REFER(tmp_path, "copied", "own")]
+    _, proof = mix(refers, make)
+    assert (proof.trained, proof.evaluated, proof.in_both, proof.by_name_only) == (20, 17, 0, 0)
+    assert "aren't there" not in "".join(proof.lines())
+    for image_id in list(evaluation_images(refers[0]))[:3]:
+        refers[0].get_image_path(image_id).unlink()
+    _, proof = mix(refers, make)
+    assert proof.by_name_only == 3
+    assert proof.lines()[-1].startswith("but 3 of those evaluated aren't there: copies of them")
 
 
 def test_nothing_left_to_train_on(root, make, tmp_path):
