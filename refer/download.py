@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from refer.hashes import free_name
 from refer.progress import Progress, check_room, human
 from refer.responses import AGENT, BrokenOffError, OtherFileError, RefusedError, answer, chunks, number, validator
 from utils import LOGGER, UserError, sync, write_text, writing
@@ -50,11 +52,14 @@ def obtain(
     starts: Sequence[bytes] = (),
     room: float = 0.0,
     patience: Patience | None = None,
+    keep: bool = True,
 ) -> None:
     """Download ``target`` from the first address that gives what ``accept`` takes; go on where it broke off.
 
     Args:
         accept: looks at the complete file, and raises RefusedError if it is not the right one.
+        keep: leave it when it is accepted. A file that was there, and no earlier call has downloaded it to be deleted
+            afterwards, is left in any case.
         starts: the first bytes of a file of this kind, any of these; a response with others is not even begun.
         room: bytes on the disk that a byte of the file needs once it is unpacked.
 
@@ -64,9 +69,11 @@ def obtain(
     patience = patience or Patience()
     if target.is_file():
         try:
-            return accept(target)
+            accept(target)
         except RefusedError as refused:
             LOGGER.warning(f"{target}: {refused}{_keep_other(target, refused)}")
+        else:
+            return _tidy(target, keep)
     reasons = []
     begun = _state_of(target.with_name(f"{target.name}.part")).get("address")
     for address in sorted(addresses, key=lambda one: one != begun):  # first the one that has sent a part already
@@ -76,10 +83,15 @@ def obtain(
             reasons.append(f"{address}: {refused}")
         else:
             try:
-                return accept(target)
+                with writing(target):
+                    _own(target).touch()
+                accept(target)
             except RefusedError as refused:
                 reasons.append(f"{address}: {refused}{_keep_other(target, refused)}")
                 target.unlink(missing_ok=True)
+                _own(target).unlink(missing_ok=True)
+            else:
+                return _tidy(target, keep)
         LOGGER.warning(reasons[-1])
     raise UserError(
         f"can't get {target.name}: {'; '.join(reasons)}. Download it by hand and give it by --from FILE_OR_FOLDER, "
@@ -87,18 +99,33 @@ def obtain(
     )
 
 
-def refused_name(target: Path) -> Path:
-    """Where a complete download is kept that differs only from the recorded hash."""
-    return target.with_name(f"{target.stem}.refused{target.suffix}")
+def is_refused_name(name: str, target: Path) -> bool:
+    """Whether a complete download of ``target`` that differs only from the recorded hash is kept by such a name."""
+    return re.fullmatch(rf"{re.escape(target.stem)}\.refused\d*{re.escape(target.suffix)}", name) is not None
 
 
 def _keep_other(target: Path, refused: RefusedError) -> str:
     """Keep a file that may be the right one after all, and took long; returns what to tell of it."""
     if not isinstance(refused, OtherFileError):
         return ""
-    with writing(refused_name(target)):
-        target.replace(refused_name(target))
-    return f" (it is kept as {refused_name(target)}, to be given by --from)"
+    kept = free_name(str(target.with_name(f"{target.stem}.refused")), target.suffix)
+    with writing(kept):
+        target.replace(kept)
+        _own(target).unlink(missing_ok=True)
+    return f" (it is kept as {kept}, to be given by --from)"
+
+
+def _own(target: Path) -> Path:
+    """There is such a file where ``target`` was downloaded: what a user has put there is never deleted."""
+    return target.with_name(f"{target.name}.downloaded")
+
+
+def _tidy(target: Path, keep: bool) -> None:
+    with writing(target):
+        if _own(target).exists():
+            if not keep:
+                target.unlink(missing_ok=True)
+            _own(target).unlink()
 
 
 def fetch(
@@ -155,7 +182,7 @@ def _receive_patiently(
             unreachable = isinstance(broken.__cause__, socket.gaierror) and not answered
             if failed >= patience.tries or unreachable:
                 raise RefusedError(str(broken)) from broken
-            pause = min(max(patience.pause * 2 ** (failed - 1), broken.wait), LONGEST_PAUSE)
+            pause = min(max(patience.pause * 2 ** min(failed - 1, 10), broken.wait), LONGEST_PAUSE)
             if not quiet:
                 LOGGER.info(f"{address}: {broken}; again in {pause:g} s")
             time.sleep(pause)

@@ -18,10 +18,15 @@ HASHES_FILE = "hashes.json"
 
 def keep_replaced(path: Path) -> Path:
     """Rename a file that another will replace to a name that none has yet, and give that back."""
-    names = (path.with_name(f"{path.name}.replaced{number or ''}") for number in itertools.count())
-    kept = next(name for name in names if not os.path.lexists(name))
+    kept = free_name(f"{path}.replaced")
     path.replace(kept)
     return kept
+
+
+def free_name(start: str, end: str = "") -> Path:
+    """The path ``<start><end>``, or the first ``<start><number><end>``, that nothing has yet."""
+    names = (f"{start}{number or ''}{end}" for number in itertools.count())
+    return Path(next(name for name in names if not os.path.lexists(name)))
 
 
 class Hashes:

@@ -19,6 +19,7 @@ from refer.annotations import DOWNLOADS
 from refer.archives import open_archive
 from refer.datasets import COCO_IMAGES
 from refer.download import Patience, fetch
+from refer.hashes import keep_replaced
 from refer.progress import Progress, check_room
 from refer.responses import RefusedError
 from refer.sources import COCO_ZIP, picture_address
@@ -34,14 +35,14 @@ FRUITLESS = 5  # pictures a place may fail to give before it is asked no more, i
 HOPELESS = 20  # pictures in a row that no place gives, after which the rest isn't tried
 
 
-def picture_fault(path: Path, size: tuple[int, int]) -> str:
-    """What is wrong with a picture, empty if nothing is: missing, no picture, cut short, of another size.
+def picture_fault(path: Path, size: tuple[int, int] | None = None) -> str:
+    """What is wrong with a picture, empty if nothing is: missing, no picture, cut short, of another size (if given).
 
     A JPEG that ends as JPEGs end is taken to be whole; any other is decoded in full.
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:
-            if image.size != size:
+            if size is not None and image.size != size:
                 (W, H), (right_W, right_H) = image.size, size
                 return f"is {W}x{H}, the annotations say {right_W}x{right_H}"
             file.seek(-2, os.SEEK_END)
@@ -79,7 +80,7 @@ def take_picture_zip(
 
     Args:
         faulty: names of needed pictures that are not there or not right: of those, only these.
-        everything: also take COCO's other pictures, those that are not there with their size in bytes.
+        everything: also take COCO's other pictures, those that are not there, or damaged.
         insist: an archive that lacks a needed picture is refused.
 
     Raises:
@@ -94,11 +95,10 @@ def take_picture_zip(
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
             there = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-        missing = {
-            name: one
-            for name, one in members.items()
-            if (name in faulty if name in needed else there.get(name) != one.file_size)
-        }
+        missing = {name: one for name, one in members.items() if name in faulty}
+        for name, one in members.items():  # of the same size in bytes as in the archive: taken to be whole
+            if name not in needed and there.get(name) != one.file_size and picture_fault(folder / name):
+                missing[name] = one
         check_room(folder, sum(one.file_size for one in missing.values()), f"unpacking {path.name}")
         if not members:
             return
@@ -108,8 +108,7 @@ def take_picture_zip(
                 aside = folder / f".{name}.part"
                 try:
                     archive.write(member, aside)
-                    with writing(folder / name):
-                        aside.replace(folder / name)
+                    _put(aside, folder / name)
                 finally:
                     aside.unlink(missing_ok=True)
                 progress.add(1)
@@ -149,6 +148,14 @@ def _link(source: Path, target: Path) -> None:
             os.link(source.resolve(), aside)
         except OSError:  # another disk, or one without links
             shutil.copyfile(source, aside)
+    _put(aside, target)
+
+
+def _put(aside: Path, target: Path) -> None:
+    """Give a picture its name; a whole one that has it, a user's own perhaps, is kept under another."""
+    with writing(target):
+        if target.exists() and not picture_fault(target):
+            LOGGER.warning(f"{target} is replaced; what was there is kept as {keep_replaced(target).name}")
         aside.replace(target)
 
 
@@ -177,8 +184,7 @@ def fetch_pictures(missing: Sizes, root: Path, mirrors: Sequence[str], patience:
                 fetch(place.address(name), aside / name, starts=(b"\xff\xd8",), patience=patience, quiet=True)
                 if fault := picture_fault(aside / name, missing[name]):
                     raise RefusedError(fault)
-                with writing(folder / name):
-                    os.replace(aside / name, folder / name)
+                _put(aside / name, folder / name)
                 place.given += 1
                 return ""
             except RefusedError as refused:

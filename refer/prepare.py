@@ -51,6 +51,7 @@ from utils import LOGGER, MissingFileError, UserError, check_writable, run_comma
 
 PRETRAINED = Path("./pretrained")
 PICTURES = ("zip", "needed", "none")
+LONGEST_STALL = 86400  # seconds, a day
 ANNOTATION_ROOM, PICTURE_ROOM = 8.0, 1.02  # bytes unpacked of a byte in the archive, about
 
 
@@ -106,9 +107,8 @@ def prepare_annotations(root: Path, dataset: str, hashes: Hashes, wishes: Wishes
         starts=ZIP_STARTS,
         room=ANNOTATION_ROOM,
         patience=wishes.patience,
+        keep=wishes.keep_zips,
     )
-    if not wishes.keep_zips:
-        target.unlink(missing_ok=True)
     return read_sets(root, dataset)
 
 
@@ -146,6 +146,8 @@ def prepare_pictures(root: Path, needed: Sizes, hashes: Hashes, wishes: Wishes) 
     # An archive that is here and not recorded may have been half unpacked.
     is_halfway = everything and target.is_file() and COCO_ZIP not in hashes.known
     if not wishes.download or wishes.pictures == "none" or not (faults or is_halfway):
+        if wishes.pictures != "none" and not faults:
+            LOGGER.info(f"{folder}: the {len(needed)} pictures that are needed are there")
         return faults
     if not everything:
         fetch_pictures({name: needed[name] for name in faults}, root, wishes.mirrors, wishes.patience)
@@ -158,9 +160,9 @@ def prepare_pictures(root: Path, needed: Sizes, hashes: Hashes, wishes: Wishes) 
         hashes.record({COCO_ZIP: path})
 
     addresses = [f"{mirror}/{COCO_ZIP}" for mirror in wishes.mirrors] + [f"{COCO_ADDRESS}zips/{COCO_ZIP}"]
-    obtain(addresses, target, accept, starts=ZIP_STARTS, room=PICTURE_ROOM, patience=wishes.patience)
-    if not wishes.keep_zips:
-        target.unlink(missing_ok=True)
+    obtain(
+        addresses, target, accept, starts=ZIP_STARTS, room=PICTURE_ROOM, patience=wishes.patience, keep=wishes.keep_zips
+    )
     return picture_faults(folder, needed)
 
 
@@ -229,8 +231,8 @@ def get_parser() -> "Parser":  # noqa: F821
         "--pictures",
         choices=PICTURES,
         default="zip",
-        help="zip: all of train2014.zip, 13 GB and as much again to unpack it; needed: one by one, only those that "
-        "the datasets have; none (%(default)s)",
+        help="zip: if any that the datasets need is missing, all of train2014.zip, 13 GB and as much again to unpack "
+        "it; needed: one by one, only those that are needed and missing; none (%(default)s)",
     )
     add("--weights", nargs="+", metavar="NAME", default=[], help=f"{', '.join(WEIGHTS)}")
     add("--pretrained", type=Path, default=PRETRAINED, metavar="DIR", help="of the weights (%(default)s)")
@@ -302,8 +304,12 @@ def main() -> None:
     datasets = names_of(args.dataset, COCO_DATASETS, "--dataset")
     if not datasets and not weights:
         raise UserError("say what is wanted: --dataset refcoco refcoco+ refcocog, --weights swin_base bert; see --help")
-    if not args.stall > 0 or args.tries < 1:
-        raise UserError("--stall has to be above 0, --tries at least 1")
+    if not 0 < args.stall <= LONGEST_STALL or args.tries < 1:
+        raise UserError(f"--stall has to be above 0 and at most {LONGEST_STALL}, --tries at least 1")
+    without = [flag for flag, value in (("again", args.again), ("keep_zips", args.keep_zips)) if value]
+    without += ["pictures"] * (args.pictures != get_parser().get_default("pictures"))
+    if without and not datasets:
+        raise UserError(f"--{without[0]} does nothing without --dataset: name one, or leave it out")
     for mirror in args.mirror:
         if not mirror.startswith(("http://", "https://")):
             raise UserError(f"--mirror {mirror}: should begin with http:// or https://; files on this disk: --from")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from refer.annotations import DOWNLOADS
-from refer.download import Patience, obtain, refused_name, remove_if_empty
+from refer.download import Patience, is_refused_name, obtain, remove_if_empty
 from refer.hashes import Hashes, keep_replaced
 from refer.responses import OtherFileError, RefusedError
 from refer.sources import BERT_VOCABULARY, BERT_WEIGHTS, SWIN_FILES, weight_addresses
@@ -24,11 +24,13 @@ STARTS = {  # first bytes, by the end of the name; torch.save writes a zip or, l
 }
 
 
-def files_of(weights: str, folder: Path) -> list[str]:
-    """The files that one of WEIGHTS means; of those that will do, one that is there, else the one to download."""
+def files_of(weights: str, folder: Path, given: Sequence[Path] = ()) -> list[str]:
+    """The files that one of WEIGHTS means; of those that will do, one that is in the folder or in a place that the user
+    has named, else the one to download."""
     if weights != "bert":
         return [SWIN_FILES[weights.removeprefix("swin_")]]
     there = [name for name in BERT_WEIGHTS if Path(folder, name).is_file()]
+    there += [name for name in BERT_WEIGHTS if any(_source(place, name).is_file() for place in given)]
     return [BERT_VOCABULARY, (there or BERT_WEIGHTS)[0]]
 
 
@@ -70,7 +72,7 @@ def prepare_weights(
     Raises: UserError: a file can't be had, or is not the one recorded earlier.
     """
     hashes, paths = Hashes(folder), []
-    for name in dict.fromkeys(file for one in names for file in files_of(one, folder)):
+    for name in dict.fromkeys(file for one in names for file in files_of(one, folder, given)):
         path = Path(folder, name)
         fault = _fault(path, name, hashes)
         if fault:
@@ -114,9 +116,8 @@ def _bring(
     reasons = []
     try:
         for place in given:
-            source = place / path.name if place.is_dir() else place
-            # What an earlier download gave and was kept is meant for this file, too.
-            if source.name not in (path.name, refused_name(path).name) or not source.is_file():
+            source = _source(place, path.name)
+            if not source.is_file():
                 continue
             with writing(aside):
                 aside.parent.mkdir(parents=True, exist_ok=True)
@@ -134,12 +135,19 @@ def _bring(
         remove_if_empty(aside.parent)
 
 
+def _source(place: Path, name: str) -> Path:
+    """Where a file of this name would be in a place that the user has named, a folder or a file."""
+    # What an earlier download gave and was kept is meant for this file, too.
+    is_meant = place.name == name or is_refused_name(place.name, Path(name))
+    return place if is_meant and place.is_file() else place / name
+
+
 def _fault(path: Path, name: str, hashes: Hashes) -> str:
     return weights_fault(path) or hashes.difference(name, path)
 
 
 def _vocabulary_fault(path: Path) -> str:
-    tokens = path.read_text(encoding="utf-8").splitlines()
+    tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # as bert.tokenization reads it
     if len(tokens) != VOCABULARY_SIZE:
         return f"has {len(tokens)} lines, the vocabulary of bert-base-uncased {VOCABULARY_SIZE}"
     return "" if tokens[0] == "[PAD]" else "is no BERT vocabulary: [PAD] isn't first"

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 from download_server import link, pack
-from published_set import COUNTS, FOLDER, IMAGES, asked, picture_name, tree
+from PIL import Image
+from published_set import COUNTS, FOLDER, IMAGES, H, W, asked, picture_name, tree
 
 import refer.pictures
 import refer.prepare
@@ -126,6 +127,38 @@ def test_archives_are_kept_when_told(world, prepare, tmp_path):
     assert "downloads/refcoco.zip has 4 bytes" in prepare("--check", status=2).err
 
 
+@pytest.mark.parametrize("put", ["kept earlier", "by hand"])
+def test_archives_that_were_there_are_not_deleted(world, prepare, tmp_path, put):
+    downloads = tmp_path / "data/downloads"
+    if put == "kept earlier":
+        prepare("--keep_zips")
+        (tmp_path / "data" / FOLDER / picture_name(1)).unlink()
+        (tmp_path / "data/refcoco/instances.json").unlink()
+        (tmp_path / "data/hashes.json").unlink()
+    else:
+        downloads.mkdir(parents=True)
+        for name, address in (("refcoco.zip", "/archive/refcoco.zip"), ("train2014.zip", "/zips/train2014.zip")):
+            (downloads / name).write_bytes(world.files[address])
+    world.asked.clear()
+    prepare()
+    assert world.asked == []
+    assert {path.name for path in downloads.iterdir()} == {"refcoco.zip", "train2014.zip"}
+    prepare("--check")
+
+
+def test_an_archive_of_a_killed_run_is_deleted_when_it_is_unpacked(world, prepare, tmp_path, monkeypatch):
+    def killed(*_, **__):
+        raise SystemExit(137)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(refer.prepare, "take_picture_zip", killed)
+        prepare(status=137)
+    assert (tmp_path / "data/downloads/train2014.zip").is_file()
+    prepare()
+    assert not (tmp_path / "data/downloads").exists()
+    assert asked(world) == ["/archive/refcoco.zip", "/zips/train2014.zip"]
+
+
 # ---- what is refused ----
 
 
@@ -168,10 +201,13 @@ def test_a_file_that_differs_from_the_recorded_one(world, prepare, tmp_path, ann
     shutil.rmtree(tmp_path / "data/refcoco")
     good = world.files["/archive/refcoco.zip"]
     same = [(f"refcoco/{name}", data) for name, data in annotations.items()]
-    world.files["/archive/refcoco.zip"] = world.files["/original/refcoco.zip"] = pack(
-        tmp_path / "x.zip", same
-    ).read_bytes()
+    for number, place in enumerate(("/archive", "/original")):
+        world.files[f"{place}/refcoco.zip"] = pack(tmp_path / "x.zip", [*same, ("readme", b"x" * number)]).read_bytes()
     told = prepare("--pictures", "none", status=2).err
+    for place, name in (("/archive", "refcoco.refused.zip"), ("/original", "refcoco.refused1.zip")):
+        kept = tmp_path / "data/downloads" / name
+        assert kept.read_bytes() == world.files[f"{place}/refcoco.zip"]
+        assert f"it is kept as {kept}, to be given by --from" in told
     assert "are recorded" in told
     assert f"delete the entry 'refcoco.zip' in {tmp_path}/data/hashes.json" in told
     world.files["/archive/refcoco.zip"] = good
@@ -288,6 +324,24 @@ def test_a_kept_archive_that_differs_is_not_overwritten(world, prepare, tmp_path
     assert mine.with_name("train2014.refused.zip").read_bytes() == other
 
 
+def test_whole_pictures_of_the_users_are_never_lost(world, prepare, tmp_path):
+    """One that isn't needed stays, one of another size than the annotations say is kept by another name; what is
+    damaged is replaced."""
+    folder = tmp_path / "data" / FOLDER
+    folder.mkdir(parents=True)
+    Image.new("RGB", (W, H)).save(folder / picture_name(4))
+    Image.new("RGB", (W + 1, H)).save(folder / picture_name(1))
+    (folder / picture_name(2)).write_bytes(b"torn")
+    unneeded, other = ((folder / picture_name(one)).read_bytes() for one in (4, 1))
+    done = prepare()
+    assert (folder / picture_name(4)).read_bytes() == unneeded
+    kept = folder / f"{picture_name(1)}.replaced"
+    assert kept.read_bytes() == other
+    assert f"what was there is kept as {kept.name}" in done.err
+    assert {path.name for path in folder.iterdir()} == {*map(picture_name, (1, 2, 3, 4)), kept.name}
+    prepare("--check")
+
+
 # ---- flags ----
 
 
@@ -304,6 +358,9 @@ def test_a_kept_archive_that_differs_is_not_overwritten(world, prepare, tmp_path
         (("--dataset", "refcoco", "--mirror", "file:///tmp"), "should begin with http"),
         (("--dataset", "refcoco", "--stall", "0"), "--stall has to be above 0"),
         (("--dataset", "refcoco", "--tries", "0"), "--tries at least 1"),
+        (("--dataset", "refcoco", "--stall", "1e10"), "at most 86400"),
+        (("--weights", "bert", "--again"), "--again does nothing without --dataset"),
+        (("--weights", "bert", "--pictures", "needed"), "--pictures does nothing without --dataset"),
     ],
 )
 def test_mistakes_are_told_in_one_line(prepare, flags, told, tmp_path):

@@ -30,6 +30,15 @@ def test_refused_weights_can_be_given_as_the_message_says(world, weights, prepar
     assert world.asked == []
 
 
+def test_either_file_of_bert_is_taken_from_a_folder(world, weights, prepare, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "vocab.txt").write_bytes(weights["vocab.txt"])
+    torch.save({"bert.embeddings.word_embeddings.weight": torch.zeros(30522, 1)}, mine / "pytorch_model.bin")
+    prepare("--weights", "bert", "--pretrained", tmp_path / "pre", "--from", mine, dataset=None)
+    assert {path.name for path in (tmp_path / "pre").iterdir()} == {"vocab.txt", "pytorch_model.bin", "hashes.json"}
+
+
 def test_swin_weights_are_known_by_their_width():
     assert {name: one["embed_dim"] for name, one in SWIN_VARIANTS.items()} == EMBED_DIMS
 
