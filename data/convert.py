@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data.convert_folder import INFO_FILE, MADE_BY, SHEET_FILE, check_names, check_replaceable
 from data.convert_objects import Objects, Pictures, coco_objects, mask_objects
 from data.convert_refs import Refs, group, splits_of
-from data.convert_sentences import Row, read_sentences
+from data.convert_sentences import read_sentences
 from data.dataset_refer_bert import open_image
 from data.folders import made_aside
 from refer.counts import Counts, counts_of
@@ -94,7 +94,7 @@ def convert(
         rows, warnings = read_sentences(sentences, "mask" if instances is None else "annotation_id")
         pictures = Pictures(images)
         objects = (mask_objects if instances is None else coco_objects)(rows, objects_in, pictures)
-        names = _picture_names(rows, objects)
+        names = _picture_names(objects)
         splits = splits_of(rows, names, val_share=val_share, test_share=test_share, seed=seed)
         refs = group(rows, objects.keys, splits, objects.instances)
         description = {"description": f"{name}, made by {MADE_BY}"}
@@ -113,7 +113,7 @@ def convert(
     return Converted(refer, folder, counts_of(refer), [*warnings, *objects.warnings, *refs.warnings])
 
 
-def _picture_names(rows: Sequence[Row], objects: Objects) -> list[str]:
+def _picture_names(objects: Objects) -> list[str]:
     """The file name of each row's picture."""
     names = {image["id"]: image["file_name"] for image in objects.instances["images"]}
     return [names[image_id] for image_id, _ in objects.keys]

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from data.convert_sentences import Row
+from data.dataset_refer_bert import DECODING_ERRORS, check_depth
 from refer.files import Record, is_file_below, read_instances
 from refer.masks import MAX_PIXELS, MAX_SIDE, encode_mask
 from utils import UserError
@@ -43,12 +44,15 @@ class Pictures:
             path = self.folder / name
             try:
                 with Image.open(path) as image:
+                    check_depth(image, path)
                     size, turned = image.size, image.getexif().get(ORIENTATION, 1)
                     image.draft(None, (1, 1))  # a JPEG is still read to its end, but in an eighth of its size
                     image.load()
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
             except FileNotFoundError as error:
                 raise UserError(f"{where}: no picture {path}") from error
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except DECODING_ERRORS as error:
                 raise UserError(f"{where}: the picture {path} can't be decoded: {error}") from error
             if max(size) > MAX_SIDE or size[0] * size[1] > MAX_PIXELS:
                 limits = f"at most {MAX_SIDE} a side and {MAX_PIXELS:,} pixels"
@@ -182,7 +186,7 @@ def read_mask(path: Path, where: str) -> np.ndarray:
         raise UserError(f"{where}: no mask {path}") from error
     except UnidentifiedImageError as error:
         raise UserError(f"{where}: the mask {path} isn't a PNG; other formats may change pixels") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODING_ERRORS as error:
         raise UserError(f"{where}: the mask {path} can't be decoded: {error}") from error
     if values.ndim == 3:
         values = (values[..., :-1] if transparent else values).any(axis=2)

@@ -129,6 +129,10 @@ def _check_delimiter(where: str, names: list[str]) -> None:
         raise UserError(f"{where}: columns are divided by {min(found)!r} here; a .csv has ',', a .tsv tabs")
 
 
+class _Pairs(list):
+    """Keys and values of a JSON object, as they are there: a dict would keep the last of two alike."""
+
+
 def _records(path: Path, check: Check) -> Iterator[tuple[str, dict[str, Any]]]:
     """Place and fields of each line of a JSONL that isn't blank."""
     for number, line in enumerate(_lines(path), 1):
@@ -136,12 +140,15 @@ def _records(path: Path, check: Check) -> Iterator[tuple[str, dict[str, Any]]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line, object_pairs_hook=_Pairs)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({' '.join(str(error).split())[:100]})") from error
-        if type(record) is not dict:
+        if not isinstance(record, _Pairs):
             raise UserError(f"{where}: should be an object with keys, is {type(record).__name__}")
-        record = {key.strip().lower(): value for key, value in record.items()}
+        names = [key.strip().lower() for key, _ in record]
+        if twice := next((name for name in names if names.count(name) > 1), ""):
+            raise UserError(f"{where}: key {_listed([twice])} is there twice")
+        record = dict(zip(names, (value for _, value in record), strict=True))
         check(where, record)
         yield where, record
 
@@ -176,7 +183,9 @@ def _row(where: str, record: dict[str, Any], object_column: str) -> Row:
         if column in NUMBERS and type(value) is int:
             value = str(value)
         if value is not None and type(value) is not str:
-            raise UserError(f"{where}: {column} should be text, is {type(value).__name__}")
+            raise UserError(
+                f"{where}: {column} should be text, is {'dict' if isinstance(value, _Pairs) else type(value).__name__}"
+            )
         texts[column] = (value or "").strip()
         if re.search("[\0-\x1f\x7f\ud800-\udfff]", texts[column]):
             raise UserError(f"{where}: {column} holds a line break, tab or other control character")

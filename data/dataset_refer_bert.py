@@ -22,6 +22,7 @@ from refer.masks import Shape
 from refer.refer import REFER
 from utils import UserError, derive_seed, paused_collector
 
+DECODING_ERRORS = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)  # of Pillow
 MAX_TOKENS = 21  # the published length of a tokenised sentence
 
 
@@ -51,15 +52,22 @@ def open_image(path: Path) -> Image.Image:
     """Decode a picture to RGB.
 
     Raises:
-        UserError: the file is missing or can't be decoded; it names the file.
+        UserError: the file is missing, can't be decoded or has more than 8 bits per channel; it names the file.
     """
     try:
         with Image.open(path) as image:
+            check_depth(image, path)
             return image.convert("RGB")
     except FileNotFoundError as error:
         raise UserError(f"no picture {path}: see refer/README.md for what belongs where") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODING_ERRORS as error:
         raise UserError(f"the picture {path} can't be decoded: {error}") from error
+
+
+def check_depth(image: Image.Image, path: Path) -> None:
+    """UserError for 16 bits or real numbers per channel: as RGB they would be cut off at 255, not scaled."""
+    if image.mode.startswith(("I", "F")):
+        raise UserError(f"the picture {path} has more than 8 bits per channel ({image.mode}): store it with 8")
 
 
 class ReferDataset(Dataset):
@@ -74,7 +82,6 @@ class ReferDataset(Dataset):
         tokenizer: BERT's.
         img_size: S; pictures and masks are brought to S×S.
         max_tokens: N; see :func:`bert.tokenization.tokenize`.
-        mask_mode: ``paper`` (a pixel belongs to the object where exactly one polygon covers it) or ``union``.
         draw_sentences: True for training: a sample per ref, with one of its sentences, drawn by
             (seed, epoch, index); False: a sample per sentence (for evaluation see data.picture_batches).
         seed: of the drawing and the shuffling.
@@ -94,7 +101,6 @@ class ReferDataset(Dataset):
         *,
         img_size: int,
         max_tokens: int = MAX_TOKENS,
-        mask_mode: str = "paper",
         draw_sentences: bool = False,
         seed: int = 0,
         shuffle_sentences: bool = False,
@@ -102,7 +108,7 @@ class ReferDataset(Dataset):
     ) -> None:
         self.name, self.split_by, self.split = refer.dataset, refer.splitBy, split
         self.annotation_files = (refer.refs_path, refer.instances_path)
-        self.image_dir, self.img_size, self.mask_mode = refer.image_dir, img_size, mask_mode
+        self.image_dir, self.img_size = refer.image_dir, img_size
         self.draw_sentences, self.seed = draw_sentences, seed
         with paused_collector():
             self._pack(refer, tokenizer, max_tokens, shuffle_sentences, set(excluded_images))
@@ -171,9 +177,9 @@ class ReferDataset(Dataset):
                 "see refer/README.md for what belongs where"
             )
 
-    def full_size_mask(self, index: int, mode: str | None = None) -> np.ndarray:
-        """The true mask of a sample at the picture's own size: uint8 [H, W] of 0 and 1; by default of ``mask_mode``."""
-        return self._target(index).shape.draw(mode or self.mask_mode)
+    def full_size_mask(self, index: int, mode: str = "paper") -> np.ndarray:
+        """The true mask of a sample at the picture's own size: uint8 [H, W] of 0 and 1; mode: one of MASK_MODES."""
+        return self._target(index).shape.draw(mode)
 
     def check_size(self, index: int, image: Image.Image, mask: np.ndarray) -> None:
         """UserError where the picture of a sample isn't as large as its annotation says."""

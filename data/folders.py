@@ -35,7 +35,7 @@ def made_aside(folder: Path) -> Iterator[Path]:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             yield new
             with writing(folder):
-                put_in_place(new, folder, old)
+                _put_in_place(new, folder, old)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)
             raise
@@ -57,7 +57,7 @@ def _lock(handle: int, new: Path) -> None:
         raise UserError(f"another process is writing {new}: wait for it")
 
 
-def put_in_place(new: Path, folder: Path, old: Path) -> None:
+def _put_in_place(new: Path, folder: Path, old: Path) -> None:
     """Rename ``new`` to ``folder``; what was there is ``old`` in the meantime, and comes back where that fails."""
     try:
         if folder.exists():

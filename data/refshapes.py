@@ -18,15 +18,12 @@ same bytes.
 Legend: H, W height and width of a picture in pixels.
 """
 
-import argparse
 import json
 import os
 import pickle
-import shutil
 import signal
 import string
 import sys
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +34,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from data.folders import put_in_place
+from data.folders import made_aside
 from data.refshapes_language import Description, candidates
 from data.refshapes_objects import (
     COLORS,
@@ -55,7 +52,7 @@ from data.refshapes_objects import (
     whole_mask,
 )
 from data.refshapes_scenes import generate_scene
-from utils import UserError
+from utils import UserError, run_command, writing
 
 __all__ = ["Expression", "Scene", "describe", "generate_scene", "get_parser", "main", "render", "write_refshapes"]
 
@@ -254,8 +251,8 @@ def _counts(refs: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def _fill(folder: Path, settings: dict[str, Any]) -> None:
-    """Write the whole set into this folder, which does not exist yet."""
-    (folder / "images").mkdir(parents=True)
+    """Write the whole set into this empty folder."""
+    (folder / "images").mkdir()
     instances, refs = _write_pictures(folder, settings)
     counts = _counts(refs)
     assert settings["images"]["val"] < DEFAULT_IMAGES["val"] or counts["expressions"]["val"] >= 1000
@@ -328,27 +325,20 @@ def write_refshapes(
     images = {"train": train_images, "val": val_images, "testA": testA_images, "testB": testB_images}
     settings = _settings(level, seed, images)
     folder = Path(root) / NAME
-    try:
-        if not force and _is_finished(folder, settings):
-            return folder
-        _check_replaceable(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = folder.with_name(f".{NAME}-{uuid.uuid4().hex[:12]}")
-        try:
-            _fill(new, settings)
-            put_in_place(new, folder, new.with_name(f"{new.name}-old"))
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
+    if not force and _is_finished(folder, settings):
+        return folder
+    _check_replaceable(folder)
+    with writing(folder), made_aside(folder) as new:
+        _check_replaceable(folder)  # one that a killed process had put away is back now
+        _fill(new, settings)
     return folder
 
 
-def get_parser() -> argparse.ArgumentParser:
+def get_parser() -> "Parser":  # noqa: F821
     """The flags of `python -m data.refshapes`."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.refshapes", description="Make the RefShapes dataset.", allow_abbrev=False
-    )
+    from lib.config import Parser
+
+    parser = Parser(prog="python -m data.refshapes", description=__doc__)
     parser.add_argument("--root", type=Path, default="./refer/data", help="folder of the datasets (%(default)s)")
     parser.add_argument("--level", default="basic", metavar="{basic,full}", help="of the language (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, another set (%(default)s)")
@@ -358,20 +348,12 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    flags = vars(get_parser().parse_args(argv))
+def main() -> None:
+    flags = vars(get_parser().parse_args())
     images = {split: flags[f"{split}_images"] for split in SPLITS}
-    try:
-        settings = _settings(flags["level"], flags["seed"], images)
-        there = not flags["force"] and _is_finished(flags["root"] / NAME, settings)
-        folder = write_refshapes(**flags)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("error: interrupted, the half-made set is removed", file=sys.stderr)
-        return 130
+    settings = _settings(flags["level"], flags["seed"], images)
+    there = not flags["force"] and _is_finished(flags["root"] / NAME, settings)
+    folder = write_refshapes(**flags)
     info = read_info(folder) or {}
     if there:
         print(f"{folder} already holds the set of level {info['level']}, seed {info['seed']}: nothing to do")
@@ -379,9 +361,8 @@ def main(argv: list[str] | None = None) -> int:
         f"{s} {info['images'][s]} images, {info['refs'][s]} refs, {info['expressions'][s]} expressions" for s in SPLITS
     )
     print(f"{counts}; in {folder}")
-    return 0
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up then, too
-    raise SystemExit(main())
+    run_command(main)

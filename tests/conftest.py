@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,12 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests, such as golden_cases
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the hub
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the hub, or for what a user has got from it
+os.environ["HF_HOME"] = str(Path(tempfile.gettempdir(), "no_hub_cache"))
+for cache in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
+    os.environ.pop(cache, None)
+for name in ("no_proxy", "NO_PROXY"):  # servers of the tests are on this machine
+    os.environ[name] = "127.0.0.1,localhost"
 
 from commands import run_in_process  # noqa: E402
 from own_data import made_source, source  # noqa: E402, F401  (fixtures)

@@ -62,6 +62,8 @@ def test_a_mistake_is_named_with_its_line(source, mistake):
         ("{", "s.jsonl:2: not JSON ("),
         ("[1]", "s.jsonl:2: should be an object with keys, is list"),
         ("[" * 15000, "s.jsonl:2: not JSON ("),
+        ('{"image": 1, "annotation_id": 10, "sentence": "a", "Image": 2}', "s.jsonl:2: key image is there twice"),
+        ('{"image": 1, "annotation_id": 10, "sentence": {"a": 1}}', "s.jsonl:2: sentence should be text, is dict"),
         ('{"image": 1, "annotation_id": 10}', "s.jsonl:2: no column sentence; found image, annotation_id"),
         ('{"image": 1, "annotation_id": 10, "sentence": ["a"]}', "s.jsonl:2: sentence should be text, is list"),
         ('{"image": 1, "annotation_id": 10.0, "sentence": "a"}', "s.jsonl:2: annotation_id should be text, is float"),
@@ -95,6 +97,13 @@ def spoil_mask(mask, name="1/0.png"):
     [
         (lambda source: (source / "photos" / file_name(1)).unlink(), {}, f"no picture photos/{file_name(1)}"),
         (spoil_picture, {}, f"the picture photos/{file_name(1)} can't be decoded: image file is truncated"),
+        (
+            lambda source: Image.fromarray(np.full((HEIGHT, WIDTH), 999, np.uint16)).save(
+                source / "photos" / file_name(1), "PNG"
+            ),
+            {},
+            f"the picture photos/{file_name(1)} has more than 8 bits per channel (I;16): store it with 8",
+        ),
         (spoil_mask(np.zeros((HEIGHT, WIDTH), bool)), {}, "the mask masks/1/0.png is empty"),
         (spoil_mask(np.ones((HEIGHT, WIDTH + 1), bool)), {}, "the mask masks/1/0.png is 41×30, the picture"),
         (lambda source: (source / "masks/1/0.png").write_bytes(b"P5"), {}, "the mask masks/1/0.png isn't a PNG"),
