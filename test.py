@@ -354,10 +354,11 @@ def measure(
 def segment_own_picture(args: Any) -> None:
     """Write the overlay and the mask of what a sentence means in one picture, at the picture's own size."""
     out = Path(args.out)
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out}: must end in .png")
+    mask_path = out.with_name(f"{out.stem}_mask.png")
     if not Path(args.image).is_file():
         raise MissingFileError(f"--image {args.image}: no such file")
+    for path in (out, mask_path):
+        check_writable(path, suffix=".png", inputs=[args.image])
     loaded = load(args, args.resume)
     cfg = loaded.cfg
     image = ImageOps.exif_transpose(open_image(Path(args.image)))  # as its viewer sees it: left must be left
@@ -370,7 +371,6 @@ def segment_own_picture(args: Any) -> None:
     on_device = (x.to(processes.device) for x in inputs)
     mask = predict(model, *on_device, size=image.size[::-1], protocol=loaded.protocols[0])[0].cpu().numpy()
     if processes.is_main:
-        mask_path = out.with_name(f"{out.stem}_mask.png")
         save_picture(overlay(image, mask), out)
         save_picture(Image.fromarray(mask.astype(np.uint8) * 255), mask_path)
         print(f"{mask.mean():.1%} of the picture is “{args.sentence}”: {out}, {mask_path}")

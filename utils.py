@@ -9,7 +9,7 @@ import select
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -298,15 +298,23 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def check_writable(path: str | Path) -> None:
+def check_writable(path: str | Path, *, suffix: str = "", inputs: Iterable[str | Path] = ()) -> None:
     """Find out before the work whether its result can be written.
 
+    Args:
+        suffix: what its name must end in.
+        inputs: files and folders that are read: nothing in them is overwritten.
+
     Raises:
-        UserError: ``path`` is a folder, or no file can be made beside it.
+        UserError: ``path`` is a folder or an input, ends otherwise, or no file can be made beside it.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"can't write {path}: it is a folder")
+    if path.suffix.lower() != suffix and suffix:
+        raise UserError(f"can't write {path}: must end in {suffix}")
+    if path.exists() and any(path.resolve().is_relative_to(Path(one).resolve()) for one in inputs):
+        raise UserError(f"can't write {path}: it is one of the files that are read")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -30,6 +30,7 @@ from data.convert_folder import INFO_FILE, MADE_BY, SHEET_FILE, check_names, che
 from data.convert_objects import Objects, Pictures, coco_objects, mask_objects
 from data.convert_refs import Refs, group, splits_of
 from data.convert_sentences import read_sentences
+from data.copies import first_names
 from data.dataset_refer_bert import open_image
 from data.folders import made_aside
 from refer.counts import Counts, counts_of
@@ -96,7 +97,7 @@ def convert(
         objects = (mask_objects if instances is None else coco_objects)(rows, objects_in, pictures)
         names = _picture_names(objects)
         splits = splits_of(rows, names, val_share=val_share, test_share=test_share, seed=seed)
-        refs = group(rows, objects.keys, splits, objects.instances)
+        refs = group(rows, objects.keys, splits, objects.instances, first_names(images, names))
         description = {"description": f"{name}, made by {MADE_BY}"}
         write_text(new / "instances.json", json.dumps({"info": description, **objects.instances}))
         with written_aside(new / f"refs({split_by}).p") as aside:
@@ -216,7 +217,10 @@ def main() -> None:
     if args.sheet:
         if Path(args.sheet).resolve().is_relative_to(Path(args.refer_data_root, args.name).resolve()):
             raise UserError(f"--sheet {args.sheet}: not into the set's own folder, where it is {SHEET_FILE} by default")
-        check_writable(args.sheet)
+        if not args.samples:
+            raise UserError(f"--sheet {args.sheet} does nothing with --samples 0: leave one of them out")
+        inputs = filter(None, (args.sentences, args.images, args.instances, args.masks))
+        check_writable(args.sheet, suffix=".png", inputs=inputs)
     converted = convert(
         args.name,
         args.sentences,

@@ -41,7 +41,9 @@ def check_replaceable(folder: Path, force: bool, sources: Iterable[Path]) -> Non
         if source.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"{source} is in {folder}, which is to be replaced: move it first")
     known = {INFO_FILE, SHEET_FILE, "instances.json", "images", f"refs({info.get('splitBy')}).p"}
-    strangers = {path.name for path in folder.iterdir()} - known
+    # What a process that was killed while it drew the sheet has left is this tool's, too.
+    half = f".{SHEET_FILE}.*.part"
+    strangers = {path.name for path in folder.iterdir() if not path.match(half)} - known
     if (folder / "images").is_dir():
         pictures = {image["file_name"] for image in read_instances(folder / "instances.json")["images"]}
         files = (path for path in (folder / "images").rglob("*") if path.is_symlink() or not path.is_dir())

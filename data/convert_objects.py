@@ -142,6 +142,7 @@ def mask_objects(rows: list[Row], masks: Path, pictures: Pictures) -> Objects:
     categories: dict[tuple[str, str], str] = {}
     instances: dict[str, list[Record]] = {"images": [], "annotations": [], "categories": []}
     whole: list[str] = []
+    large = 0
     keys: list[tuple[int, int]] = []
     for row in _progress(rows, "masks"):
         check_name(row.image, f"{row.where}: image", pictures.folder)
@@ -160,6 +161,7 @@ def mask_objects(rows: list[Row], masks: Path, pictures: Pictures) -> Objects:
                 raise UserError(f"{row.where}: the mask {masks / name} is empty (colours count, transparency doesn't)")
             if mask.all():
                 whole.append(name)
+            large += mask.mean() > 0.5
             annotation = {"id": len(found) + 1, "image_id": image_ids[row.image]}
             annotation |= {"bbox": _box(mask), "area": int(mask.sum()), "iscrowd": 0, "segmentation": encode_mask(mask)}
             found[row.image, name] = annotation
@@ -172,6 +174,8 @@ def mask_objects(rows: list[Row], masks: Path, pictures: Pictures) -> Objects:
         annotation["category_id"] = numbers.setdefault(categories.get(key, "object"), len(numbers) + 1)
     instances["categories"] = [{"id": number, "name": name} for name, number in numbers.items()]
     told = [f"{len(whole)} masks cover their whole picture, {whole[0]} for one: is 0 outside?"] if whole else []
+    if large > len(found) / 2 and not whole:
+        told = [f"{large} of {len(found)} masks cover more than half of their picture: is 0 outside?"]
     return Objects(instances, keys, pictures.warnings() + told)
 
 

@@ -1,7 +1,7 @@
 """Makes refs of the rows of a sentence file: who is referred to, by which sentences, in which split."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,12 +66,19 @@ def _draw(name: str, shares: dict[str, float], seed: int) -> str:
     return "test" if place < shares["val"] + shares["test"] else "train"
 
 
-def group(rows: Sequence[Row], keys: Sequence[tuple[int, int]], splits: Sequence[str], instances: dict) -> Refs:
+def group(
+    rows: Sequence[Row],
+    keys: Sequence[tuple[int, int]],
+    splits: Sequence[str],
+    instances: dict,
+    first_names: Mapping[str, str],
+) -> Refs:
     """One ref for each object, with all its sentences, in the order of the file.
 
     Args:
         rows, keys, splits: of each sentence its row, the ids of its image and annotation, and its split.
         instances: the content of the instances.json.
+        first_names: of each picture's file name the first one of the same content.
 
     Raises:
         UserError: an object is in two splits.
@@ -111,14 +118,15 @@ def group(rows: Sequence[Row], keys: Sequence[tuple[int, int]], splits: Sequence
         sent_id += 1
     refs = list(of_key.values())
     warnings = [f"{repeated} rows repeat a sentence about the same object and count once"] if repeated else []
-    return Refs(refs, places, warnings + _doubts(refs, images))
+    return Refs(refs, places, warnings + _doubts(refs, images, first_names))
 
 
-def _doubts(refs: list[Record], images: dict[int, Record]) -> list[str]:
+def _doubts(refs: list[Record], images: dict[int, Record], first_names: Mapping[str, str]) -> list[str]:
     """What is allowed but makes numbers mean less."""
     splits, objects, told = defaultdict(dict), Counter(), []
     for ref in refs:
-        splits[images[ref["image_id"]]["file_name"]][ref["split"]] = None  # a file may have several ids
+        name = images[ref["image_id"]]["file_name"]
+        splits[first_names[name]].setdefault(ref["split"], name)  # a picture may have several ids, and names
         # Compared as the model reads them, but for punctuation.
         objects.update({(ref["image_id"], sentence["sent"]) for sentence in ref["sentences"]})
     shared = [name for name, several in splits.items() if len(several) > 1]
@@ -128,9 +136,12 @@ def _doubts(refs: list[Record], images: dict[int, Record]) -> list[str]:
         ([name for name in shared if name not in leaks], "", ", none of them in train"),
     ):
         if those:
+            several = splits[those[0]]
+            by_name = len(set(several.values())) > 1
+            one = [f"{split} as {name}" if by_name else split for split, name in several.items()]
+            subject = f"the content of {those[0]}" if by_name else those[0]
             told.append(
-                f"{opening}{len(those)} pictures are in several splits, {those[0]} in "
-                f"{' and '.join(splits[those[0]])} for one{means}"
+                f"{opening}{len(those)} pictures are in several splits, {subject} in {' and '.join(one)} for one{means}"
             )
     unclear = [key for key, count in objects.items() if count > 1]
     long = [sentence for ref in refs for sentence in ref["sentences"] if len(sentence["tokens"]) > MAX_TOKENS - 2]

@@ -21,7 +21,8 @@ READ = {  # what says which object is meant: the columns that are read with it
 }
 Check = Callable[[str, Collection[str]], None]  # of the columns at a place
 NUMBERS = ("image", "annotation_id")  # which JSON may hold as numbers
-MAX_LINE = 20_000  # bytes: longer is no sentence, and a file without line ends must not fill the memory
+MAX_LINE = 1_000_000  # bytes: a file without line ends must not fill the memory
+MAX_SENTENCE = 20_000  # letters
 # Which part of the data each split's name means when it is asked for: see refer/README.md.
 SPLIT_NAME = re.compile(r"train|val|test([ABC]{1,3}|[a-z0-9_-]*)")
 
@@ -80,7 +81,7 @@ def _lines(path: Path) -> Iterator[str]:
             number += 1
             where = f"{path}:{number}"
             if len(line) > MAX_LINE:
-                raise UserError(f"{where}: longer than {MAX_LINE} bytes, which no sentence is")
+                raise UserError(f"{where}: longer than {MAX_LINE} bytes, which no row is")
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if b"\0" in line:
@@ -192,6 +193,8 @@ def _row(where: str, record: dict[str, Any], object_column: str) -> Row:
     for column in ("image", "sentence"):
         if not texts[column]:
             raise UserError(f"{where}: {column} is empty")
+    if len(texts["sentence"]) > MAX_SENTENCE:
+        raise UserError(f"{where}: longer than {MAX_SENTENCE} letters, which no sentence is")
     if not words(texts["sentence"]):
         raise UserError(f"{where}: no word in sentence {texts['sentence']!r}")
     if texts["split"] and not SPLIT_NAME.fullmatch(texts["split"]):

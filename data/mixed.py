@@ -4,14 +4,14 @@ The COCO sets divide the same photos differently: RefCOCO's testA is largely in 
 trains on their union as they are is tested on pictures that were trained on.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.utils.data import ConcatDataset
 
+from data.copies import grouped
 from data.dataset_refer_bert import ReferDataset
 from refer.refer import REFER
 from utils import UserError, file_sha256
@@ -142,23 +142,11 @@ def _keys_by_content(refers: Sequence[REFER]) -> tuple[list[dict[int, str]], set
             key = same[key]
         return key
 
-    by_size, absent = _grouped(files, lambda file: file[1].stat().st_size)
+    by_size, absent = grouped(files, lambda file: file[1].stat().st_size)
     for group in by_size:
         if not all(files[file] for file in group):
-            for copies in _grouped(group, lambda file: file_sha256(file[1]))[0]:
+            for copies in grouped(group, lambda file: file_sha256(file[1]))[0]:
                 first, *others = sorted({first_of(key) for key, _ in copies})
                 same |= dict.fromkeys(others, first)
     merged = [{image_id: first_of(key) for image_id, key in key_of.items()} for key_of in keys]
     return merged, {first_of(key) for key, _ in absent}
-
-
-def _grouped(files: Iterable[File], trait: Callable[[File], object]) -> tuple[list[list[File]], list[File]]:
-    """Those that share a trait, two or more; and those that can't be read."""
-    groups: dict[object, list[File]] = defaultdict(list)
-    absent = []
-    for file in files:
-        try:
-            groups[trait(file)].append(file)
-        except OSError:
-            absent.append(file)
-    return [group for group in groups.values() if len(group) > 1], absent

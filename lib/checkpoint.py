@@ -120,7 +120,9 @@ def _read_tensors(path: Path) -> Any:
                 f"{path} refused: it wants to load the class {unsafe[1]}, and loading that could run foreign code"
             ) from error
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is torn or not a PyTorch file: {first}") from error
+        # Not to be followed: PyTorch's advice to load it with weights_only=False, which runs what is in the file.
+        reason = "" if "weights_only" in first else f": {first}"
+        raise UserError(f"{path} is torn or not a PyTorch file{reason}") from error
 
 
 def _check_sums(path: Path) -> None:

@@ -49,17 +49,18 @@ def check_datasets(root: Path, datasets: Sequence[str], *, pictures: bool = True
     pictures: look at them, too.
     """
     hashes, problems, sets = Hashes(root), [], []
+    without = "" if pictures else " --pictures none"
     at = f" --root {shlex.quote(str(root))}" if root != ROOT else ""
     for dataset in datasets:
         try:
             found, wrong = annotation_problems(root, dataset, hashes)
         except UserError as error:  # a folder that is no dataset
             found, wrong = [], [str(error)]
-        repair = f". To get it again: `python -m refer.prepare --dataset {dataset}{at}`"
+        repair = f". To get it again: `python -m refer.prepare --dataset {dataset}{at}{without}`"
         problems += [f"{one}{repair if dataset in COCO_DATASETS else ''}" for one in wrong]
         sets += found
-        if found and (without := lacking_told(root, dataset)):
-            LOGGER.info(f"{Path(root, dataset)}: {without}")
+        if found and (lacking := lacking_told(root, dataset)):
+            LOGGER.info(f"{Path(root, dataset)}: {lacking}")
     all_faults: dict[Path, dict[str, str]] = {}
     for folder in dict.fromkeys(one.image_dir for one in sets) if pictures else ():
         there = [one for one in sets if one.image_dir == folder]  # the COCO sets share one

@@ -57,7 +57,7 @@ class Hashes:
             return f"has {size} bytes, {recorded['size']} are recorded: {remedy}"
         sha256 = file_sha256(path)
         if sha256 != recorded["sha256"]:
-            return f"its SHA-256 {sha256[:12]}… is not the recorded {recorded['sha256'][:12]}…: {remedy}"
+            return f"has the SHA-256 {sha256[:12]}…, {recorded['sha256'][:12]}… is recorded: {remedy}"
         return ""
 
     def record(self, files: Mapping[str, Path]) -> None:

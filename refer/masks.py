@@ -63,7 +63,18 @@ def parts_of(segmentation: Any, H: int, W: int) -> Iterator[np.ndarray]:
             left -= _check_polygon(part, H, W)
             if left < 0:
                 raise ValueError(f"the polygons' outline is longer than {MAX_OUTLINE} pixels")
-            yield coco_mask.decode(coco_mask.frPyObjects([part], H, W))[:, :, 0]
+            yield decode_rles(coco_mask.frPyObjects([part], H, W))[:, :, 0]
+
+
+def decode_rles(rles: list[dict[str, Any]]) -> np.ndarray:
+    """COCO's decode, uint8 [H, W, parts] of 0 and 1, which Ctrl-C interrupts as it interrupts anything else."""
+    try:
+        return coco_mask.decode(rles)
+    except TypeError as error:
+        # NumPy asks COCO's array twice, as it knows no `copy`; a signal in between ends in the first one's error.
+        if "'copy'" in str(error):
+            raise KeyboardInterrupt from error
+        raise
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import quote
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from refer.annotations import DOWNLOADS
 from refer.archives import open_archive
@@ -52,6 +52,8 @@ def picture_fault(path: Path, size: tuple[int, int] | None = None) -> str:
             image.load()
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
+    except UnidentifiedImageError:
+        return "is no picture"
     except Exception as error:  # Pillow's decoders raise many kinds
         return f"is cut short or damaged ({' '.join(str(error).split())[:100]})"
     return ""

@@ -81,7 +81,11 @@ def get_parser() -> "Parser":  # noqa: F821
         metavar="BERT",
         help="a vocab.txt, a folder holding one, or a hub name (default: bert-base-uncased; refshapes: its own)",
     )
-    add("--out", metavar="PNG", help="the distributions as a picture (default: models/stats/<dataset>.png)")
+    add(
+        "--out",
+        metavar="PNG",
+        help="the distributions as a picture (default: a name that tells the sets, in models/stats/)",
+    )
     add("--json", metavar="FILE", help="write everything shown as JSON")
     return parser
 
@@ -97,8 +101,10 @@ def main() -> None:
         raise UserError(f"--max_tokens {args.max_tokens}: must be above 0")
     sets = choose_sets(args.refer_data_root, args.dataset, args.splitBy)
     out = Path(args.out or Path(DEFAULTS.LOG_DIR, "stats", _file_name(sets)))
-    for path in filter(None, (out, args.json)):
-        check_writable(path)
+    inputs = [Path(args.refer_data_root, dataset) for dataset, _ in sets]
+    check_writable(out, suffix=".png", inputs=inputs)
+    if args.json:
+        check_writable(args.json, inputs=inputs)
 
     def vocabulary_of(dataset: str) -> str:
         own = Path(args.refer_data_root, "refshapes", "vocab.txt")

@@ -78,7 +78,7 @@ def tables(splits: list[SplitStatistics]) -> str:
 def sharing(splits: list[SplitStatistics], shared: list[SharedImages]) -> str:
     """Which splits have images in common: a matrix where it fits, and a line for each leak."""
     if not shared:
-        return "no image is in two splits"
+        return "no image is in two splits (by file and COCO's number)"
     names = labels(splits)
     counts = {(pair.first, pair.second): pair.images for pair in shared}
     counts |= {(second, first): images for (first, second), images in counts.items()}

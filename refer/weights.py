@@ -13,7 +13,7 @@ from refer.responses import OtherFileError, RefusedError
 from refer.sources import BERT_VOCABULARY, BERT_WEIGHTS, SWIN_FILES, weight_addresses
 from utils import LOGGER, UserError, writing
 
-WEIGHTS = (*(f"swin_{size}" for size in SWIN_FILES), "bert")
+WEIGHTS = (*(f"swin_{size}" for size in SWIN_FILES), "bert", "bert_vocabulary")
 EMBED_DIMS = {"tiny": 96, "small": 96, "base": 128, "large": 192}
 VOCABULARY_SIZE = 30522
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
@@ -27,6 +27,8 @@ STARTS = {  # first bytes, by the end of the name; torch.save writes a zip or, l
 def files_of(weights: str, folder: Path, given: Sequence[Path] = ()) -> list[str]:
     """The files that one of WEIGHTS means; of those that will do, one that is in the folder or in a place that the user
     has named, else the one to download."""
+    if weights == "bert_vocabulary":
+        return [BERT_VOCABULARY]
     if weights != "bert":
         return [SWIN_FILES[weights.removeprefix("swin_")]]
     there = [name for name in BERT_WEIGHTS if Path(folder, name).is_file()]

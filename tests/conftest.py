@@ -168,6 +168,7 @@ def told_in_one_line(trained, small_config, refshapes_root, tmp_path, monkeypatc
     """
     checkpoints = trained[0] / "checkpoints"
     (tmp_path / "torn.pth").write_bytes(b"torn")
+    (tmp_path / "a.png").write_bytes(b"no picture, as nobody gets to open it")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     for name, words in (("big", 295), ("other", 94)):
         (tmp_path / name).mkdir()

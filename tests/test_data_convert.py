@@ -178,27 +178,40 @@ def test_warnings(source):
     )
     assert len(warnings) == 5
     assert len(REFER("data", "b", "unc").Sents) == 32
-    whole = (source / "coco.json").read_bytes()
-    instances = json.loads(whole)
-    instances["images"].append({**instances["images"][0], "id": 77})
-    instances["annotations"][1]["image_id"] = 77  # one picture by two ids
-    (source / "coco.json").write_text(json.dumps(instances))
-    two = [{**row, "split": "train"} for row in rows]
-    second = next(row for row in two if row["annotation_id"] == instances["annotations"][1]["id"])
-    for row in two[:3]:
-        row["image"] = 1
-    second |= {"split": "val", "image": 77}
-    warnings = by_id(source, two, name="d").warnings
-    (source / "coco.json").write_bytes(whole)
-    assert warnings[0].startswith(f"LEAK: 1 pictures are in several splits, {file_name(1)} in train and val for one")
     rows = [{**row, "split": "testA" if row["annotation_id"] % 10 else "testB"} for row in rows]
     warnings = by_id(source, rows, name="c").warnings
     assert [w[:12] for w in warnings] == ["10 pictures ", "no split tra", "no split val"]
     assert warnings[0].endswith("none of them in train")
+    for path in (source / "masks").rglob("*.png"):
+        mask = np.asarray(Image.open(path))
+        Image.fromarray(mask == 0).save(path)
+    assert by_mask(source, rows_by_mask(), name="inverted").warnings == [
+        "20 of 20 masks cover more than half of their picture: is 0 outside?"
+    ]
     Image.fromarray(np.ones((HEIGHT, WIDTH), bool)).save(source / "masks/1/0.png")
     assert by_mask(source, rows_by_mask()).warnings == [
         "1 masks cover their whole picture, 1/0.png for one: is 0 outside?"
     ]
+
+
+def test_one_picture_by_two_ids_or_names_is_one(source):
+    rows = [{**row, "split": "train"} for row in rows_by_id()]
+    instances = json.loads((source / "coco.json").read_text())
+    instances["images"].append({**instances["images"][0], "id": 77})
+    instances["annotations"][1]["image_id"] = 77
+    (source / "coco.json").write_text(json.dumps(instances))
+    two = [{**row, "image": 1} if row["image"] == file_name(1) else row for row in rows]
+    second = next(row for row in two if row["annotation_id"] == instances["annotations"][1]["id"])
+    second |= {"split": "val", "image": 77}
+    (leak,) = by_id(source, two).warnings
+    assert leak.startswith(f"LEAK: 1 pictures are in several splits, {file_name(1)} in train and val for one: ")
+    (source / "photos" / file_name(3)).write_bytes((source / "photos" / file_name(2)).read_bytes())
+    copied = [
+        {**row, "split": "val"} if row["image"] == file_name(3) else row for row in rows if "1" not in row["image"][-6:]
+    ]
+    (leak,) = by_id(source, copied, name="other").warnings
+    expected = f"the content of {file_name(2)} in train as {file_name(2)} and val as {file_name(3)} for one: "
+    assert leak.startswith(f"LEAK: 1 pictures are in several splits, {expected}")
 
 
 def splits_by_picture(refer):
@@ -274,6 +287,9 @@ def test_only_what_this_tool_made_is_replaced(source):
         with pytest.raises(UserError, match=r"also holds .*move it first"):
             by_id(source, force=True)
         (source / "data/mine" / name).unlink()
+    (source / "data/mine/.samples.png.99.part").write_text("of a process that was killed while it drew the sheet")
+    by_id(source, force=True)
+    assert not (source / "data/mine/.samples.png.99.part").exists()
     with pytest.raises(UserError, match="data/mine/images is in data/mine, which is to be replaced"):
         convert("mine", "sentences.csv", "data/mine/images", instances="coco.json", data_root="data", force=True)
     (source / "data/other").mkdir()
@@ -462,6 +478,9 @@ def test_command_line(source, monkeypatch, capsys):
     assert "look at" not in out
 
 
+TAKES = ["--name", "x", "--sentences", "s.csv", "--images", "photos", "--masks", "masks"]
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -469,6 +488,9 @@ def test_command_line(source, monkeypatch, capsys):
         (["--name", "x"], "error: --sentences is needed"),
         (["--name", "x", "--sentences", "s.csv", "--images", "i", "--samples", "-1"], "error: --samples -1: from 0"),
         (["--val-share", "x"], "error: argument --val-share: invalid float value: 'x'"),
+        ([*TAKES, "--sheet", "coco.json"], "error: can't write coco.json: must end in .png"),
+        ([*TAKES, "--sheet", "masks/1/0.png"], "error: can't write masks/1/0.png: it is one of the files that are"),
+        ([*TAKES, "--sheet", "x.png", "--samples", "0"], "error: --sheet x.png does nothing with --samples 0"),
     ],
 )
 def test_mistakes_are_told_in_one_line(source, monkeypatch, capsys, flags, told):

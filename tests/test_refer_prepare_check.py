@@ -22,8 +22,8 @@ def test_check_tells_what_is_wrong_and_writes_nothing(world, prepare, tmp_path, 
         (first, None, "1 pictures are missing, such as"),
         (first, pictures[picture_name(1)][:-100], "1 are not right"),
         (first, (tmp_path / "turned.jpg").read_bytes(), "is 20x30, the annotations say 30x20"),
-        (first, b"<html>", "cannot identify image file"),
-        ("refcoco/refs(unc).p", annotations["refs(unc).p"].replace(b"dog 0", b"cat 0"), "its SHA-256"),
+        (first, b"<html>", "is no picture"),
+        ("refcoco/refs(unc).p", annotations["refs(unc).p"].replace(b"dog 0", b"cat 0"), "has the SHA-256"),
         ("refcoco/refs(unc).p", annotations["refs(unc).p"][:-50], "refs(unc).p is damaged"),
         ("refcoco/instances.json", None, "instances.json is missing"),
         ("hashes.json", b"torn", "hashes.json is damaged: delete it"),
@@ -135,3 +135,10 @@ def test_check_of_an_own_set_and_of_nothing(prepare, refshapes_root, tmp_path):
     assert "no published counts" in done.out
     assert "no dataset in" in prepare("--check", "--root", tmp_path / "none", dataset=None, status=2).err
     assert "did you mean refcoco" in prepare("--check", dataset="refcoc", status=2).err
+
+
+def test_the_command_that_repairs_brings_no_pictures_where_none_were_looked_at(world, prepare, tmp_path):
+    prepare("--pictures", "none")
+    (tmp_path / "data/refcoco/instances.json").unlink()
+    told = prepare("--check", "--pictures", "none", status=2).err
+    assert told.endswith(f"`python -m refer.prepare --dataset refcoco --root {tmp_path}/data --pictures none`")

@@ -130,6 +130,14 @@ def test_weights_are_brought_and_checked(world, weights, prepare, tmp_path):
     prepare(*flags, "--check", dataset=None)
 
 
+def test_the_vocabulary_alone(world, weights, prepare, tmp_path):
+    flags = ("--weights", "bert_vocabulary", "--pretrained", tmp_path / "pre")
+    prepare(*flags, dataset=None)
+    assert (tmp_path / "pre/vocab.txt").read_bytes() == weights["vocab.txt"]
+    assert asked(world) == ["/vocab.txt"]
+    prepare(*flags, "--check", dataset=None)
+
+
 def test_wrong_weights_are_refused(world, weights, prepare, tmp_path):
     name = "swin_base_patch4_window12_384_22k.pth"
     torch.save(swin(96), tmp_path / "tiny.pth")

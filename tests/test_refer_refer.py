@@ -350,6 +350,21 @@ def test_folder_in_a_files_place(tmp_path):
         REFER(tmp_path / "refcoco" / "instances.json")
 
 
+def test_an_interrupt_while_a_mask_is_drawn_is_one(tmp_path, monkeypatch):
+    """NumPy's second try hides it behind the first one's error."""
+    refer = with_segmentation(tmp_path, [SQUARE])
+
+    def interrupted(_):
+        raise TypeError("__array__() got an unexpected keyword argument 'copy'")
+
+    monkeypatch.setattr(coco_mask, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        refer.getMask(50)
+    monkeypatch.setattr(coco_mask, "decode", lambda rles: rles + 1)
+    with pytest.raises(TypeError, match="can only concatenate"):
+        refer.getMask(50)
+
+
 def test_a_dataset_of_ones_own(tmp_path):
     """Any folder with the two files is a dataset; its pictures are in its own images folder, or are COCO's."""
     write(tmp_path, make_refs(), make_instances(), dataset="mine", splitBy="first")

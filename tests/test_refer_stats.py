@@ -177,7 +177,7 @@ def test_a_leak_is_told_with_what_it_concerns(tmp_path):
 def test_no_leak_is_told_too(tmp_path):
     splits = measured(make_set(tmp_path, [REFS[1], *REFS[2:]]))
     assert shared_images(splits) == []
-    assert sharing(splits, []) == "no image is in two splits"
+    assert sharing(splits, []) == "no image is in two splits (by file and COCO's number)"
     splits = measured(make_set(tmp_path, [(101, 1, "testA", ["dog"]), (102, 1, "testB", ["a"]), REFS[2]]))
     assert [pair.is_leak for pair in shared_images(splits)] == [False]
     assert sharing(splits, shared_images(splits)).endswith("\nno image of train is in another split")
@@ -392,6 +392,8 @@ def test_what_cannot_be_drawn_is_counted_and_the_first_is_named(tmp_path, run, v
         (["--max_tokens", "0"], "--max_tokens 0: must be above 0"),
         (["--split_by", "unc"], "unknown flag --split_by; did you mean --splitBy"),
         (["--out", "refcoco"], "can't write refcoco: it is a folder"),
+        (["--out", "refcoco/instances.json"], "can't write refcoco/instances.json: must end in .png"),
+        (["--json", "refcoco/instances.json"], "can't write refcoco/instances.json: it is one of the files that are"),
         (["--json", "refcoco/instances.json/x"], "can't write refcoco/instances.json/x: "),
     ],
 )
@@ -431,7 +433,7 @@ def test_refshapes_has_its_own_vocabulary(refshapes_root, run):
         # Every word of it is in its vocabulary, so there are two tokens more than words.
         assert float(sentences[8]) == pytest.approx(float(sentences[5]) + 2, abs=0.06)
         assert objects[-2:] == ["0", "0.00"]
-    assert "\nno image is in two splits\n" in out
+    assert "\nno image is in two splits (by file and COCO's number)\n" in out
     assert out.splitlines()[-1] == "models/stats/refshapes_unc.png"
 
 
