@@ -258,6 +258,14 @@ def test_grey_and_transparent_pictures_become_rgb(tmp_path):
         assert open_image(tmp_path / "picture.tiff").mode == "RGB"
 
 
+@pytest.mark.parametrize(("kind", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path, kind, mode):
+    """Pillow would cut them off at 255: nearly all white, or nearly all black."""
+    Image.fromarray(np.linspace(0, 1, 80).reshape(8, 10).astype(kind)).save(tmp_path / "deep.tiff")
+    with pytest.raises(UserError, match=rf"deep\.tiff has more than 8 bits per channel \({mode}\): store it with 8"):
+        open_image(tmp_path / "deep.tiff")
+
+
 def test_packed_records_are_what_was_packed():
     records = [(), (1, -(2**70), 0.1, float("inf"), None, True), ("naïve", [[1, 2.5], {"counts": "a\0b"}])]
     packed = PackedList(records, list)
