@@ -301,17 +301,14 @@ def sync(path: Path) -> None:
 def check_writable(path: str | Path, *, suffix: str = "", inputs: Iterable[str | Path] = ()) -> None:
     """Find out before the work whether its result can be written.
 
-    Args:
-        suffix: what its name must end in.
-        inputs: files and folders that are read: nothing in them is overwritten.
+    suffix: what its name must end in; inputs: files and folders that are read, of which nothing is overwritten.
 
-    Raises:
-        UserError: ``path`` is a folder or an input, ends otherwise, or no file can be made beside it.
+    Raises: UserError: ``path`` is a folder or an input, ends otherwise, or no file can be made beside it.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"can't write {path}: it is a folder")
-    if path.suffix.lower() != suffix and suffix:
+    if suffix and path.suffix.lower() != suffix:
         raise UserError(f"can't write {path}: must end in {suffix}")
     if path.exists() and any(path.resolve().is_relative_to(Path(one).resolve()) for one in inputs):
         raise UserError(f"can't write {path}: it is one of the files that are read")

@@ -30,6 +30,11 @@ SPLIT_ORDER = ("val", "testA", "testB", "testC", "test")
 COCO_NAME = re.compile(r"(COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg", re.ASCII)
 
 
+def _coco_name(image: Record) -> re.Match[str] | None:
+    """The name of its file as COCO_NAME's parts: what stands before the number, if anything does, and the number."""
+    return COCO_NAME.fullmatch(image["file_name"].rpartition("/")[2])
+
+
 class REFER:
     """One dataset under one split system, read and checked in full when constructed; pictures are not needed.
 
@@ -190,14 +195,14 @@ class REFER:
         """
         folder, keys = os.path.realpath(self.image_dir), {}
         for image_id, image in self.Imgs.items():
-            number = COCO_NAME.fullmatch(image["file_name"].rpartition("/")[2])
-            keys[image_id] = number[2] if number else os.path.realpath(os.path.join(folder, image["file_name"]))
+            coco = _coco_name(image)
+            keys[image_id] = coco[2] if coco else os.path.realpath(os.path.join(folder, image["file_name"]))
         return keys
 
     def is_coco(self, image_id: int) -> bool:
         """Whether this image is COCO's for certain: its set is one of COCO's, or its name is not only a number."""
-        name = COCO_NAME.fullmatch(self.Imgs[image_id]["file_name"].rpartition("/")[2])
-        return name is not None and (self.dataset in COCO_DATASETS or name[1] is not None)
+        coco = _coco_name(self.Imgs[image_id])
+        return coco is not None and (self.dataset in COCO_DATASETS or coco[1] is not None)
 
     def getMask(self, ref: Mapping[str, Any] | int, mode: str = "paper") -> dict[str, Any]:
         """The object's mask at the picture's size, for a ref or its id; `mode`: see :meth:`refer.masks.Shape.draw`.
