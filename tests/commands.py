@@ -1,4 +1,4 @@
-"""Commands run in the tests' own process, to be quick."""
+"""Commands run in the tests' own process, to be quick, and what they leave on the disk."""
 
 import sys
 from typing import NamedTuple
@@ -23,3 +23,8 @@ def run_in_process(main, command, monkeypatch, capsys):
     except SystemExit as left:
         status = left.code
     return Finished(status, *capsys.readouterr())
+
+
+def contents(folder):
+    """Every file below a folder, hidden ones too: {relative path: bytes}."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -123,11 +123,6 @@ def expressions(refer):
     ]
 
 
-def contents(folder):
-    """Every file below a folder, hidden ones too."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def run_main(monkeypatch, capsys, *flags):
     """What `python -m data.convert` with these flags ends with and says."""
     return run_in_process(tool.main, ["convert", *flags], monkeypatch, capsys)

@@ -97,11 +97,6 @@ def prepare(tmp_path, monkeypatch, capsys):
     return run
 
 
-def tree(folder):
-    """{path: bytes} of all files."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def asked(server):
     return [one[0] for one in server.asked]
 

@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from own_data import HEIGHT, WIDTH, by_id, by_mask, contents, file_name, rows_by_id, rows_by_mask, true_mask, write
+from commands import contents
+from own_data import HEIGHT, WIDTH, by_id, by_mask, file_name, rows_by_id, rows_by_mask, true_mask, write
 from PIL import Image
 
 from utils import UserError

@@ -5,9 +5,10 @@ import pickle
 import shutil
 
 import pytest
+from commands import contents
 from download_server import link, pack
 from PIL import Image
-from published_set import COUNTS, FOLDER, IMAGES, H, W, asked, picture_name, tree
+from published_set import COUNTS, FOLDER, IMAGES, H, W, asked, picture_name
 
 import refer.pictures
 import refer.prepare
@@ -24,7 +25,7 @@ def test_one_command_brings_everything(world, prepare, tmp_path, annotations, pi
     done = prepare()
     right = {f"refcoco/{name}": data for name, data in annotations.items()}
     right |= {f"{FOLDER}/{name}": data for name, data in pictures.items()}
-    there = tree(tmp_path / "data")
+    there = contents(tmp_path / "data")
     recorded = json.loads(there.pop("hashes.json"))
     assert there == right  # nothing else: no archives, no parts
     assert sorted(recorded) == ["refcoco.zip", "refcoco/instances.json", "refcoco/refs(unc).p", "train2014.zip"]
@@ -49,7 +50,7 @@ def test_pictures_one_by_one(world, prepare, tmp_path, pictures):
     (folder / picture_name(2)).write_bytes(pictures[picture_name(2)][:-20])
     prepare("--pictures", "needed")
     assert sorted(asked(world)[1:]) == [f"/train2014/{picture_name(i)}" for i in (2, 3)]
-    assert tree(folder) == {picture_name(i): pictures[picture_name(i)] for i in IMAGES}
+    assert contents(folder) == {picture_name(i): pictures[picture_name(i)] for i in IMAGES}
     assert not (tmp_path / "data" / "downloads").exists()
 
 
@@ -59,7 +60,7 @@ def test_pictures_that_cannot_be_had_are_named(world, prepare, tmp_path, picture
     told = prepare("--pictures", "needed", status=2).err
     assert "2 of 3 pictures can't be had" in told
     assert "cut short" in told
-    assert sorted(tree(tmp_path / "data" / FOLDER)) == [picture_name(1)]
+    assert sorted(contents(tmp_path / "data" / FOLDER)) == [picture_name(1)]
     world.files.update({f"/train2014/{name}": pictures[name] for name in pictures})
     prepare("--pictures", "needed")
 
@@ -105,14 +106,14 @@ def test_unpacking_goes_on_after_a_kill(world, prepare, tmp_path, monkeypatch, p
     with monkeypatch.context() as patch:
         patch.setattr(refer.archives.Archive, "write", write)
         prepare(status=137)
-    assert len(tree(tmp_path / "data" / FOLDER)) == 2
+    assert len(contents(tmp_path / "data" / FOLDER)) == 2
     world.asked.clear()
     del written[:]
     monkeypatch.setattr(refer.archives.Archive, "write", lambda *a, **k: (written.append(0), real(*a, **k)))
     prepare()
     assert world.asked == []
     assert len(written) == 2
-    assert tree(tmp_path / "data" / FOLDER) == pictures
+    assert contents(tmp_path / "data" / FOLDER) == pictures
 
 
 def test_archives_are_kept_when_told(world, prepare, tmp_path):
@@ -167,7 +168,7 @@ def refused(world, prepare, tmp_path, data):
     world.files["/archive/refcoco.zip"] = data
     told = prepare("--pictures", "none", status=2).err
     assert f"{world.url}/original/refcoco.zip: 404" in told  # it went on to the next place
-    assert tree(tmp_path / "data") == {}
+    assert contents(tmp_path / "data") == {}
     assert set(tmp_path.iterdir()) <= {tmp_path / name for name in ("data", "a.zip", "p.zip", "x.zip")}
     return told
 

@@ -5,8 +5,9 @@ import pickle
 import shutil
 
 import pytest
+from commands import contents
 from PIL import Image
-from published_set import COUNTS, FOLDER, H, W, picture_name, tree
+from published_set import COUNTS, FOLDER, H, W, picture_name
 
 from refer.counts import PUBLISHED_COUNTS, Counts
 
@@ -14,7 +15,7 @@ from refer.counts import PUBLISHED_COUNTS, Counts
 def test_check_tells_what_is_wrong_and_writes_nothing(world, prepare, tmp_path, pictures, annotations):
     prepare()
     root = tmp_path / "data"
-    good = tree(root)
+    good = contents(root)
     again = f"`python -m refer.prepare --dataset refcoco --root {root}"
     Image.new("RGB", (H, W)).save(tmp_path / "turned.jpg")
     first = f"{FOLDER}/{picture_name(1)}"

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from published_set import FOLDER, IMAGES, asked, picture_name, swin, tree
+from commands import contents
+from published_set import FOLDER, IMAGES, asked, picture_name, swin
 
 from CrossVLT import SWIN_VARIANTS
 from refer.weights import EMBED_DIMS
@@ -50,7 +51,7 @@ def test_from_archives(world, prepare, tmp_path, pictures):
     for name, address in (("mine.zip", "/archive/refcoco.zip"), ("coco.zip", "/zips/train2014.zip")):
         (tmp_path / name).write_bytes(world.files[address])
     prepare("--from", tmp_path / "mine.zip", "--from", tmp_path / "coco.zip")
-    assert tree(tmp_path / "data" / FOLDER) == pictures
+    assert contents(tmp_path / "data" / FOLDER) == pictures
     assert world.asked == []
     assert (tmp_path / "mine.zip").is_file()
 
@@ -71,7 +72,7 @@ def test_from_folders(world, prepare, tmp_path, annotations, pictures, layout):
         (tmp_path / "photos/train2014" / name).write_bytes(data)
     prepare("--from", place, "--from", tmp_path / "photos", "--pictures", "needed")
     linked = tmp_path / "data" / FOLDER
-    assert tree(linked) == {picture_name(i): pictures[picture_name(i)] for i in IMAGES}
+    assert contents(linked) == {picture_name(i): pictures[picture_name(i)] for i in IMAGES}
     assert (linked / picture_name(1)).stat().st_nlink == 2
     assert world.asked == []
 
@@ -95,7 +96,7 @@ def test_from_another_disk_copies(world, prepare, tmp_path, pictures, monkeypatc
     prepare("--pictures", "none")
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("another disk")))
     prepare("--from", tmp_path / "train2014")
-    assert tree(tmp_path / "data" / FOLDER) == pictures
+    assert contents(tmp_path / "data" / FOLDER) == pictures
     assert (tmp_path / "data" / FOLDER / picture_name(1)).stat().st_nlink == 1
 
 
@@ -111,7 +112,7 @@ def test_from_tells_why_it_is_not_taken(world, prepare, tmp_path):
 def test_weights_are_brought_and_checked(world, weights, prepare, tmp_path):
     flags = ("--weights", "swin_base", "bert", "--pretrained", tmp_path / "pre")
     done = prepare(*flags, dataset=None)
-    there = tree(tmp_path / "pre")
+    there = contents(tmp_path / "pre")
     assert sorted(json.loads(there.pop("hashes.json"))) == sorted(weights)
     assert there == weights
     assert done.out.splitlines() == [str(tmp_path / "pre" / name) for name in weights if "swin" in name] + [
@@ -151,7 +152,7 @@ def test_wrong_weights_are_refused(world, weights, prepare, tmp_path):
         world.files[f"/{name}"] = data
         told = prepare("--weights", "swin_base", "--pretrained", tmp_path / "pre", dataset=None, status=2).err
         assert reason in told
-        assert tree(tmp_path / "pre") == {}
+        assert contents(tmp_path / "pre") == {}
     world.files[f"/{name}"] = (tmp_path / "old.pth").read_bytes()  # as torch.save wrote years ago
     prepare("--weights", "swin_base", "--pretrained", tmp_path / "pre", dataset=None)
 
