@@ -207,8 +207,9 @@ def fetch_pictures(missing: Sizes, root: Path, mirrors: Sequence[str], patience:
     shutil.rmtree(aside, ignore_errors=True)
     if failed:
         rest = ", and the rest was not tried" if in_a_row >= HOPELESS else ""
+        first = next(failed[name] for name in missing if name in failed)  # whichever thread was the quickest
         raise UserError(
-            f"{len(failed)} of {len(missing)} pictures can't be had{rest}: {next(iter(failed.values()))}. "
+            f"{len(failed)} of {len(missing)} pictures can't be had{rest}: {first}. "
             "The same command goes on from here; or give them by --from FOLDER"
         )
 
