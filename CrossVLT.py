@@ -13,20 +13,10 @@ from torch import nn
 from bert.language_encoder import LanguageStage1, VisionToLanguageStage, bert_config, initialize_language
 from lib.fusion import padding_bias
 from lib.seg_decoder import SegDecoder
+from lib.variants import BERT_VOCAB_SIZE, FUSIONS, SWIN_VARIANTS
 from lib.vision_encoder import VisionStage, initialize_vision
 
 NUM_STAGES = 4
-
-# The published Swin variants. The window is that of the pretrained file.
-SWIN_VARIANTS = {
-    "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window_size": 7},
-    "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), "window_size": 7},
-    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "window_size": 12},
-    "large": {"embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48), "window_size": 12},
-}
-
-# The paper's ablations of where the two sides meet: (vision → language, language → vision in stages 0–2).
-FUSIONS = {"cross": (True, True), "vision": (False, True), "late": (False, False)}
 
 
 class CrossVLTOutput(NamedTuple):
@@ -73,14 +63,14 @@ class CrossVLT(nn.Module):
             ValueError: the picture is so small that the last stage has a single position.
         """
         return self.segment(
-            self.encode_pictures(images),
+            self.encode_images(images),
             input_ids,
             attention_mask,
             size=images.shape[-2:],
             return_similarities=return_similarities,
         )
 
-    def encode_pictures(self, images: torch.Tensor) -> torch.Tensor:
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Stage 0's blocks, which see the pictures alone: [B, 3, H, W] → [B, h, w, C].
 
         Several sentences of a picture need it once; evaluation makes use of that.
@@ -97,7 +87,7 @@ class CrossVLT(nn.Module):
         size: tuple[int, int],
         return_similarities: bool | None = None,
     ) -> CrossVLTOutput:
-        """The rest of :meth:`forward`, with each sentence's picture encoded by :meth:`encode_pictures`.
+        """The rest of :meth:`forward`, with each sentence's picture encoded by :meth:`encode_images`.
 
         Args:
             encoded: [B, h, w, C]; ``encoded[picture]`` gives several sentences of a picture theirs.
@@ -166,7 +156,7 @@ def build_crossvlt(
     text_layers: int = 6,
     text_heads: int = 12,
     text_dropout: float = 0.1,
-    vocab_size: int = 30522,
+    vocab_size: int = BERT_VOCAB_SIZE,
     align_dim: int = 256,
 ) -> CrossVLT:
     """Build a CrossVLT with the published start of every weight; reads no file.
@@ -196,7 +186,7 @@ def build_crossvlt(
     window_size = variant["window_size"] if window_size is None else window_size
     _check_sizes(embed_dim, depths, num_heads, window_size)
 
-    sees_picture, fuses_early = FUSIONS[fusion]
+    vision_to_language, language_to_vision = FUSIONS[fusion]
     rates = [drop_path_rate * k / max(1, sum(depths) - 1) for k in range(sum(depths))]
     drop_path = [rates[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(NUM_STAGES)]
     vision_stages = [
@@ -208,7 +198,7 @@ def build_crossvlt(
             drop_path=drop_path[i],
             text_dim=text_dim,
             align_dim=align_dim,
-            fuse=fuses_early or i == NUM_STAGES - 1,
+            fuse=language_to_vision or i == NUM_STAGES - 1,
             last=i == NUM_STAGES - 1,
         )
         for i in range(NUM_STAGES)
@@ -216,7 +206,7 @@ def build_crossvlt(
     config = bert_config(text_dim, text_heads, text_dropout, vocab_size)
     language_stages = [LanguageStage1(config, text_layers, align_dim)]
     language_stages += [
-        VisionToLanguageStage(config, embed_dim * 2**i if sees_picture else None, align_dim)
+        VisionToLanguageStage(config, embed_dim * 2**i if vision_to_language else None, align_dim)
         for i in range(1, NUM_STAGES)
     ]
     initialize_vision(nn.ModuleList(vision_stages))

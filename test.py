@@ -38,10 +38,13 @@ from data.transforms import normalize_images, preprocess_image
 from lib import config
 from lib.baselines import baselines_of
 from lib.checkpoint import Checkpoint, read_checkpoint, rebuild
+from lib.cli import run_command
 from lib.engine.control import Control
+from lib.errors import MissingFileError, UserError
 from lib.evaluation import EvaluationResult, predict
+from lib.files import check_writable, file_sha256, write_text
 from lib.protocols import Protocol, choose_protocols
-from lib.report.figures import Judged, distinct_names, draw, maps_of, save_picture, spread
+from lib.report.figures import Judged, distinct_names, draw, maps_of, save_image, spread
 from lib.report.flags import add_flags, choose_way
 from lib.report.results import ResultFile
 from lib.report.splits import judge_splits, summary
@@ -57,22 +60,7 @@ from lib.report.table import (
 )
 from lib.visualize import overlay
 from refer.refer import REFER
-from utils import (
-    MissingFileError,
-    Processes,
-    UserError,
-    attempt,
-    check_writable,
-    cpu_group,
-    file_sha256,
-    from_main,
-    launched_rank,
-    on_main,
-    run_command,
-    set_up_logging,
-    set_up_processes,
-    write_text,
-)
+from utils import Distributed, attempt, cpu_group, from_main, init_distributed, launched_rank, on_main, set_up_logging
 
 LOG = logging.getLogger("crossvlt")
 AS_TRAINED = ("DATA.IMG_SIZE", "DATA.MAX_TOKENS", "PRETRAINED.TOKENIZER")  # taken over from the checkpoint
@@ -86,7 +74,7 @@ class Loaded(NamedTuple):
     tokenizer: BertTokenizer
     protocols: list[Protocol]
 
-    def build(self, processes: Processes) -> nn.Module:
+    def build(self, processes: Distributed) -> nn.Module:
         """The model, on this process's device."""
         return rebuild(self.checkpoint, build_crossvlt).to(processes.device).eval()
 
@@ -135,7 +123,7 @@ def make_dataset(loaded: Loaded, refer: REFER, split: str, *, shuffle_sentences:
         seed=loaded.cfg.SEED,
         shuffle_sentences=shuffle_sentences,
     )
-    dataset.check_pictures()
+    dataset.check_images()
     return dataset
 
 
@@ -165,7 +153,7 @@ def settings_of(
 class Session(NamedTuple):
     """The processes of this command, and what their evaluations share."""
 
-    processes: Processes
+    processes: Distributed
     group: dist.ProcessGroup | None
     control: Control
 
@@ -207,7 +195,7 @@ class Session(NamedTuple):
             file=file,
             show_progress=processes.is_main,
             log=LOG.debug,
-            stop_asked=self.control.stop_asked,
+            stop_requested=self.control.stop_requested,
             group=self.group,
         )
 
@@ -215,7 +203,7 @@ class Session(NamedTuple):
 @contextmanager
 def joined_processes(cfg: CfgNode):  # noqa: ANN201  (a context manager over a Session)
     """Join the processes, and notice signals while they work."""
-    processes = set_up_processes(cfg.DEVICE)
+    processes = init_distributed(cfg.DEVICE)
     set_up_logging(processes.rank)
     group = cpu_group()
     with Control(0, 0.0, group) as control:
@@ -362,7 +350,7 @@ def segment_own_picture(args: Any) -> None:
     loaded = load(args, args.resume)
     cfg = loaded.cfg
     image = ImageOps.exif_transpose(open_image(Path(args.image)))  # as its viewer sees it: left must be left
-    processes = set_up_processes(cfg.DEVICE)
+    processes = init_distributed(cfg.DEVICE)
     model = loaded.build(processes)
     ids, text_mask = (
         torch.from_numpy(x.astype(np.int64)) for x in tokenize(loaded.tokenizer, [args.sentence], cfg.DATA.MAX_TOKENS)
@@ -371,8 +359,8 @@ def segment_own_picture(args: Any) -> None:
     on_device = (x.to(processes.device) for x in inputs)
     mask = predict(model, *on_device, size=image.size[::-1], protocol=loaded.protocols[0])[0].cpu().numpy()
     if processes.is_main:
-        save_picture(overlay(image, mask), out)
-        save_picture(Image.fromarray(mask.astype(np.uint8) * 255), mask_path)
+        save_image(overlay(image, mask), out)
+        save_image(Image.fromarray(mask.astype(np.uint8) * 255), mask_path)
         print(f"{mask.mean():.1%} of the picture is “{args.sentence}”: {out}, {mask_path}")
 
 

@@ -40,6 +40,7 @@ from data.loaders import DeviceBatches, build_eval_batches, build_train_loader
 from data.mixed import MixedDataset, mix
 from lib import config
 from lib.checkpoint import Checkpoint, load_pretrained, load_strictly, load_weights, read_checkpoint, rebuild
+from lib.cli import run_command
 from lib.criterion import CrossVLTCriterion
 from lib.engine.checkpoints import BEST, LAST, CheckpointFolder, numbered
 from lib.engine.control import Control
@@ -50,26 +51,24 @@ from lib.engine.resume import check_recipe, check_same, find_resumed, for_share,
 from lib.engine.step import TrainingStep
 from lib.engine.trainer import Trainer
 from lib.engine.validation import Validation
+from lib.errors import MissingFileError, UserError
+from lib.files import write_text
 from lib.journal import Journal, write_environment
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
 from refer.datasets import check_dataset
 from refer.refer import REFER
 from refer.sources import BERT_WEIGHTS, SWIN_ADDRESS, SWIN_FILES
 from utils import (
-    MissingFileError,
-    Processes,
-    UserError,
+    Distributed,
     cpu_group,
     derive_seed,
     from_main,
     gather,
+    init_distributed,
     launched_rank,
     launched_world_size,
     on_main,
-    run_command,
     set_up_logging,
-    set_up_processes,
-    write_text,
 )
 
 LOG = logging.getLogger("crossvlt")
@@ -146,7 +145,7 @@ def build_model(
     return model
 
 
-def open_run(cfg: CfgNode, resumed: Checkpoint | None, processes: Processes) -> tuple[Path, Path]:
+def open_run(cfg: CfgNode, resumed: Checkpoint | None, processes: Distributed) -> tuple[Path, Path]:
     """Make the run's folders and begin its log; gives back the folders of its checkpoints and of its logs.
 
     Raises:
@@ -174,7 +173,7 @@ def open_run(cfg: CfgNode, resumed: Checkpoint | None, processes: Processes) -> 
     return checkpoints, logs
 
 
-def wrap(model: CrossVLT, processes: Processes) -> nn.Module:
+def wrap(model: CrossVLT, processes: Distributed) -> nn.Module:
     """DistributedDataParallel where there are several processes."""
     if processes.world_size == 1:
         return model
@@ -199,7 +198,7 @@ def open_splits(cfg: CfgNode) -> Splits:
         train, proof = mix(refers, make_train)
         return Splits(train, val, tokenizer, [(logging.INFO, line) for line in proof.lines()])
     train = make_train(refers[0])
-    keys = refers[0].picture_keys()
+    keys = refers[0].image_keys()
     judged, trained = ({keys[expression.image_id] for expression in split.expressions} for split in (val, train))
     seen = len(judged & trained)
     leak = (logging.WARNING, f"{seen} of the {len(judged)} pictures of split {val.split} are in train too")
@@ -244,7 +243,7 @@ def fit(
     model: CrossVLT,
     splits: Splits,
     accum_steps: int,
-    processes: Processes,
+    processes: Distributed,
     resumed: Checkpoint | None,
     *,
     may_be_done: bool,
@@ -270,8 +269,8 @@ def fit(
     checkpoints, logs = on_main(lambda: open_run(cfg, resumed, processes))
     folder = CheckpointFolder(checkpoints, train.KEEP, from_step=progress.step)
     on_main(folder.clean)
-    on_main(splits.train.check_pictures)
-    on_main(splits.val.check_pictures)
+    on_main(splits.train.check_images)
+    on_main(splits.val.check_images)
     if resumed:
         LOG.info("goes on from %s: epoch %d, step %d", resumed.path, progress.epoch + 1, progress.step)
     for level, remark in splits.remarks:
@@ -303,7 +302,7 @@ def fit(
             batch_size=cfg.BATCH_SIZE,
             looked_at=2 * cfg.BATCH_SIZE * processes.world_size,
             title=cfg.DATA.SPLIT if processes.is_main else None,
-            stop_asked=control.stop_asked,
+            stop_requested=control.stop_requested,
             group=step.group,
             compiled=train.COMPILE,
         )
@@ -376,7 +375,7 @@ def main() -> None:
             raise UserError("--ddp_trained_weights is about a checkpoint: give --init_from or --resume too, or drop it")
         start.check_prefix(True)
     splits = open_splits(cfg)
-    processes = set_up_processes(cfg.DEVICE, tf32=cfg.TRAIN.TF32)
+    processes = init_distributed(cfg.DEVICE, tf32=cfg.TRAIN.TF32)
     set_up_logging(processes.rank)
     on_main(functools.partial(check_same, gather((resumed.path.name, resumed.extra["step"]) if resumed else None)))
     if not cfg.MODEL_ID:

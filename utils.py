@@ -1,15 +1,11 @@
-"""What every room shares: errors a user can cause, processes, logging, seeding, safe writing."""
+"""Distributed set-up, collectives, logging and seeding, shared by all packages."""
 
 import gc
 import hashlib
 import logging
 import os
-import re
-import select
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,29 +14,16 @@ import torch
 import torch.distributed as dist
 from termcolor import colored
 from torch.distributed.rendezvous import rendezvous
+from tqdm import tqdm
+
+from lib.errors import EXIT_MISTAKE, UserError
 
 LOGGER = logging.getLogger("crossvlt")
 LEVEL_COLORS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
-EXIT_MISTAKE = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal with everything saved, start it again
-EXIT_INTERRUPTED = 130
-EXIT_PIPE = 141  # as a shell shows a program that wrote into a closed pipe
 
 
-class UserError(ValueError):
-    """A mistake of the user's (a flag, a file, an annotation), told in one line that says what to do."""
-
-
-class MissingFileError(UserError, FileNotFoundError):
-    """A file or folder the user has to provide is not there."""
-
-
-class StoppedError(Exception):
-    """A signal asked this program to end, and what it had done is saved."""
-
-
-class Processes(NamedTuple):
-    """This process among those that work together."""
+class Distributed(NamedTuple):
+    """This process and its place among all processes of the command."""
 
     rank: int
     local_rank: int
@@ -53,68 +36,73 @@ class Processes(NamedTuple):
 
 
 def launched_rank() -> int:
-    """This process's rank as the launcher says, 0 without one; known before anything is set up."""
+    """Return this process's rank as set by the launcher, 0 without one. Works before :func:`init_distributed`."""
     return int(os.environ.get("RANK", 0))
 
 
 def launched_world_size() -> int:
-    """How many processes the launcher has started, 1 without one; known before anything is set up."""
+    """Return the number of processes started by the launcher, 1 without one. Works before :func:`init_distributed`."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def set_up_processes(device: str = "auto", *, tf32: bool = False) -> Processes:
-    """Join the processes a launcher (torchrun, torch.distributed.launch) has started, or be the only one.
+def init_distributed(device: str = "auto", *, tf32: bool = False) -> Distributed:
+    """Join the process group of the launcher (torchrun, torch.distributed.launch), or run as a single process.
 
     Args:
-        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or, for a single process, ``cuda:N``.
-        tf32: let a GPU round the factors of float32 products to TF32: faster, and off by more than the golden
-            numbers allow.
+        device: ``auto`` (CUDA if available), ``cpu``, ``cuda`` or, for a single process, ``cuda:N``.
+        tf32: allow TF32 matrix products and convolutions on GPUs: faster, but outside the golden numbers' tolerance.
 
     Raises:
-        UserError: the device isn't there, or there are more processes than GPUs.
+        UserError: the device does not exist, or there are more processes than GPUs.
     """
     world_size = launched_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    selected = _select_device(device, local_rank, world_size)
+    if selected.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's defaults are True here and False for matrix products
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        torch.cuda.set_device(selected)
+    if world_size > 1:
+        backend = "nccl" if selected.type == "cuda" else "gloo"
+        store, rank, world_size = next(rendezvous("env://"))
+        # torchrun --max-restarts reuses its store: without a prefix, keys of the previous processes would be read.
+        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        device_id = selected if backend == "nccl" else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
+    return Distributed(launched_rank(), local_rank, world_size, selected)
+
+
+def _select_device(device: str, local_rank: int, world_size: int) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        chosen = torch.device(device)
+        selected = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"--device {device}: use auto, cpu, cuda or cuda:N") from error
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError(f"--device {device}: PyTorch finds no CUDA GPU here; use --device cpu or auto")
-        torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's own default is True here, and False for products
-        torch.backends.cuda.matmul.allow_tf32 = tf32
-        index = local_rank if chosen.index is None else chosen.index
-        if world_size > 1 and chosen.index is not None:
-            raise UserError(f"--device {device}: with several processes each takes its own GPU; use --device cuda")
-        # Every process finds this, so that the main one tells it.
-        needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if chosen.index is None else index + 1
-        if needed > torch.cuda.device_count():
-            raise UserError(f"{needed} GPUs are needed, {torch.cuda.device_count()} here: start one process per GPU")
-        chosen = torch.device("cuda", index)
-        torch.cuda.set_device(chosen)
-    elif chosen.type != "cpu":
+    if selected.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: only cpu and cuda are supported")
-    if world_size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        store, rank, world_size = next(rendezvous("env://"))
-        # torchrun --max-restarts keeps one store: what the processes before wrote there would be taken for these ones'.
-        store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        device_id = chosen if backend == "nccl" else None
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
-    return Processes(launched_rank(), local_rank, world_size, chosen)
+    if selected.type == "cpu":
+        return selected
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {device}: PyTorch finds no CUDA GPU. Use --device cpu or auto.")
+    if world_size > 1 and selected.index is not None:
+        raise UserError(f"--device {device}: with several processes each one uses its own GPU. Use --device cuda.")
+    index = local_rank if selected.index is None else selected.index
+    # The same condition on every process of a node, so that the main process reports it.
+    needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if selected.index is None else index + 1
+    if needed > torch.cuda.device_count():
+        raise UserError(f"{needed} GPUs needed, {torch.cuda.device_count()} available. Start one process per GPU.")
+    return torch.device("cuda", index)
 
 
-def tear_down_processes() -> None:
-    """The inverse of :func:`set_up_processes`."""
+def shut_down_distributed() -> None:
+    """Leave the process group joined by :func:`init_distributed`."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def gather(item: Any) -> list[Any]:
-    """Every process's item, in the order of ranks, on every process."""
+    """Return every process's item, ordered by rank, on every process."""
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()
@@ -123,15 +111,15 @@ def gather(item: Any) -> list[Any]:
 
 
 def from_main(item: Any) -> Any:
-    """The main process's item, on every process."""
+    """Return the main process's item on every process."""
     return gather(item)[0]
 
 
 def on_main(function: Callable[[], Any]) -> Any:
-    """Run something on the main process alone; its result, or its failure, reaches every process.
+    """Call ``function`` on the main process only and return its result on every process.
 
     Raises:
-        UserError: on the main process, as ``function`` raised it; the other processes leave quietly with status 2.
+        UserError: on the main process, if ``function`` raised it; the other processes exit silently with status 2.
     """
     result, error = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -148,7 +136,7 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
-    """A result, or why there is none on some process: the same decision on all of them."""
+    """Call ``function`` on every process; return its result and the first UserError message of any process, or ""."""
     result, reason = None, ""
     try:
         result = function()
@@ -157,12 +145,12 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
     return result, next(filter(None, gather(reason)), "")
 
 
-def agree(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
-    """The sums of every process's values, in float64, the same on every process.
+def sum_over_processes(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
+    """Return the element-wise sums over all processes, in float64, identical on every process.
 
     Args:
-        values: as many on every process.
-        group: processes joined by gloo (see :func:`cpu_group`): nothing on a GPU is waited for.
+        values: the same number on every process.
+        group: a gloo group (:func:`cpu_group`), so that the exchange does not wait for the GPU.
     """
     if not dist.is_initialized():
         return values
@@ -172,7 +160,7 @@ def agree(values: list[float], group: dist.ProcessGroup | None = None) -> list[f
 
 
 def cpu_group() -> dist.ProcessGroup | None:
-    """A group of all processes that exchanges numbers on the CPU, whatever the gradients go through."""
+    """Return a gloo group of all processes for exchanging numbers on the CPU; None if the default group is one."""
     if not dist.is_initialized() or dist.get_backend() == "gloo":
         return None
     return dist.new_group(backend="gloo")
@@ -186,25 +174,23 @@ class _ColoredFormatter(logging.Formatter):
 
 
 class _TerminalHandler(logging.StreamHandler):
-    """Lines that leave a running tqdm bar whole, on whatever stderr is at that moment."""
+    """Write log lines to the current stderr without breaking a running tqdm bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        from tqdm import tqdm
-
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """On a full disk the log stops; what needs the disk more says so itself."""
+        """Ignore a full disk: the log stops, and whatever needs the disk reports the error itself."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
 
 def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
-    """The project's logger: to stderr (from other ranks only warnings), and into ``file`` on the main process.
+    """Configure the project's logger: stderr (warnings only on ranks above 0) and, on the main process, ``file``.
 
-    Debug lines (progress) go into the file and into a pipe, but not onto a terminal, where a bar shows the same.
+    Debug lines (progress) go to the file and to a redirected stderr, but not to a terminal, which shows a bar instead.
     """
     for handler in LOGGER.handlers:
         handler.close()
@@ -216,184 +202,25 @@ def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
     terminal.setFormatter(_ColoredFormatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     LOGGER.addHandler(terminal)
     if file is not None and rank == 0:
-        to_file = _LogFile(file, encoding="utf-8")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        LOGGER.addHandler(to_file)
+        log_file = _LogFile(file, encoding="utf-8")
+        log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        LOGGER.addHandler(log_file)
     return LOGGER
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed that is a function of the parts and of nothing else (machine, Python's hash seed, process)."""
+    """Return a 63-bit seed that depends on ``parts`` only, not on the machine, the process or Python's hash seed."""
     digest = hashlib.sha256(repr(parts).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def file_sha256(path: str | Path) -> str:
-    """What tells one file's content from any other's, as ``sha256sum`` prints it."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
 @contextmanager
-def paused_collector() -> Iterator[None]:
-    """Keep Python from looking for garbage again and again among millions of new records: that is half of the time."""
-    was_on = gc.isenabled()
+def gc_paused() -> Iterator[None]:
+    """Pause the garbage collector while millions of records are created, which halves the time this takes."""
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        if was_on:
+        if was_enabled:
             gc.enable()
-
-
-@contextmanager
-def writing(path: str | Path):  # noqa: ANN201  (a context manager)
-    """What keeps ``path`` from being written, such as a full disk, as a UserError that names it."""
-    try:
-        yield
-    except UserError:  # some are OSErrors too
-        raise
-    except OSError as error:
-        raise UserError(f"can't write {path}: {error.strerror or error}") from error
-
-
-@contextmanager
-def written_aside(path: str | Path):  # noqa: ANN201  (a context manager over a path)
-    """Write a file so that it is whole or not there: yields a temporary path that becomes ``path`` on success.
-
-    Raises:
-        UserError: the folder can't be written to, or the disk is full.
-    """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for stale in path.parent.glob(f".{path.name}.*.part"):  # left by a process that was killed while writing
-                stale.unlink(missing_ok=True)
-            yield aside
-            sync(aside)
-            os.replace(aside, path)
-            sync(path.parent)  # else a power failure could still take the name back
-    finally:
-        if aside.exists():
-            aside.unlink()
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file (UTF-8), whole or not at all. UserError: it can't be written."""
-    with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
-
-
-def sync(path: Path) -> None:
-    """Wait until the disk has a file, or a folder's names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def check_writable(path: str | Path, *, suffix: str = "", inputs: Iterable[str | Path] = ()) -> None:
-    """Find out before the work whether its result can be written.
-
-    suffix: what its name must end in; inputs: files and folders that are read, of which nothing is overwritten.
-
-    Raises: UserError: ``path`` is a folder or an input, ends otherwise, or no file can be made beside it.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"can't write {path}: it is a folder")
-    if suffix and path.suffix.lower() != suffix:
-        raise UserError(f"can't write {path}: must end in {suffix}")
-    if path.exists() and any(path.resolve().is_relative_to(Path(one).resolve()) for one in inputs):
-        raise UserError(f"can't write {path}: it is one of the files that are read")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Run an entry point; what ends it becomes an exit status, and a user's mistake one line.
-
-    Statuses: 0; 1 a bug, with its traceback, or another process that died; 2 (``EXIT_MISTAKE``) a user's mistake;
-    75 (``EXIT_STOPPED``) stopped by a signal with everything saved; 130 Ctrl-C where there was nothing to save; 141
-    nobody reads what is printed any more.
-    A mistake that every process finds before they have joined is told by one process of each node.
-    """
-    status = 0
-    where = f"[rank {launched_rank()}] " if launched_rank() else ""
-    try:
-        main()
-        sys.stdout.flush()  # else what can't be printed is found when nobody is there to tell
-    except UserError as error:
-        status = EXIT_MISTAKE
-        # Before they have joined, all processes of a node find the same.
-        if os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0" or dist.is_initialized():
-            _tell(f"{where}error: {_last_line(error)}")
-    except StoppedError as error:
-        status = EXIT_STOPPED
-        if launched_rank() == 0:
-            _tell(str(error))
-    except KeyboardInterrupt:
-        status = EXIT_INTERRUPTED
-        _tell("interrupted")
-    except SystemExit as leaving:  # another process tells why, or --help was asked for
-        status = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except Exception as error:
-        unread = isinstance(error, BrokenPipeError) and _is_unread()
-        if not dist.is_initialized() and not unread:
-            raise
-        status = EXIT_PIPE if unread else 1
-        if unread:
-            pass
-        elif is_lost_process(error):
-            _tell(f"{where}ended, because another process ended first: its error is the one to read")
-        else:
-            _tell("".join(f"{where}{line}" for line in traceback.format_exc().splitlines(True)))
-    if status not in (0, EXIT_STOPPED) and dist.is_initialized():
-        # An orderly tear-down would wait for processes that are stuck without this one.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    tear_down_processes()
-    if status:
-        sys.exit(status)
-
-
-def _is_unread() -> bool:
-    """Whether it is stdout that nobody reads any more, as after ``… | head``; then it is closed quietly."""
-    look = select.poll()
-    look.register(sys.stdout.fileno(), 0)  # errors are told unasked
-    if not any(event & select.POLLERR for _, event in look.poll(0)):
-        return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
-    return True
-
-
-def _tell(text: str) -> None:
-    """Say why a run ends, on stderr and in its log."""
-    print(text, file=sys.stderr)
-    for handler in LOGGER.handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, text.rstrip(), (), None))
-
-
-def is_lost_process(error: Exception) -> bool:
-    """Whether a collective failed because another process is gone."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and re.search(r"gloo|[Cc]onnection (closed|reset)", str(error)) is not None
-    )
-
-
-def _last_line(error: UserError) -> str:
-    """A data-loading worker hands over its whole traceback as the message: the user's line is its last."""
-    text = str(error).strip()
-    if "Traceback (most recent call last)" in text:
-        text = text.splitlines()[-1].removeprefix("utils.UserError: ").removeprefix("utils.MissingFileError: ")
-    return text

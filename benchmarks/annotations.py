@@ -22,9 +22,10 @@ from benchmarks.forward import machine
 from bert.tokenization import SPECIAL_TOKENS, load_tokenizer
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_train_loader
-from lib.config import Parser
+from lib.cli import Parser, run_command
+from lib.errors import UserError
+from lib.files import write_text
 from refer.refer import REFER
-from utils import UserError, run_command, write_text
 
 WIDTH, HEIGHT = 640, 480
 BATCH_SIZE = 4

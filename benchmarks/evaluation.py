@@ -23,18 +23,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.forward import machine
 from bert.tokenization import SPECIAL_TOKENS, read_vocabulary
-from CrossVLT import SWIN_VARIANTS, CrossVLT, build_crossvlt
+from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import DeviceBatches, build_eval_batches
 from data.transforms import normalize_images
-from lib.config import Parser
+from lib.cli import Parser, run_command
+from lib.errors import UserError
 from lib.evaluation import evaluate
+from lib.files import write_text
 from lib.protocols import PAPER
 from lib.report.results import ResultFile
 from lib.report.splits import judge_splits
+from lib.variants import SWIN_VARIANTS
 from refer.datasets import COCO_IMAGES
 from refer.refer import REFER
-from utils import UserError, run_command, set_up_processes, write_text
+from utils import init_distributed
 
 WIDTH, HEIGHT = 640, 480
 WORDS = ("the", "a", "left", "right", "red", "tall", "man", "dog", "cup", "near", "behind", "window", "in", "front")
@@ -111,7 +114,7 @@ def sharing(model: CrossVLT, dataset: ReferDataset, device: torch.device, sizes:
             batches = build_eval_batches(
                 dataset, device, batch_size=batch_size, workers=0, rank=0, world_size=1, indices=indices
             )
-            evaluate(model, batches, indices=indices, batch_size=batch_size, share_pictures=shared)
+            evaluate(model, batches, indices=indices, batch_size=batch_size, share_images=shared)
         return len(dataset) / (time.perf_counter() - started)
 
     rate(1, True)  # warms up
@@ -135,7 +138,7 @@ def shared_part(model: CrossVLT, dataset: ReferDataset) -> str:
     inputs = (normalize_images(sample["image"])[None], sample["input_ids"][None], sample["attention_mask"][None])
     model, work = model.cpu(), []
     with torch.inference_mode():
-        for run in (lambda: model(*inputs), lambda: model.encode_pictures(inputs[0])):
+        for run in (lambda: model(*inputs), lambda: model.encode_images(inputs[0])):
             with FlopCounterMode(display=False) as counter:
                 run()
             work.append(counter.get_total_flops() / 1e9)
@@ -212,7 +215,7 @@ def main() -> None:
     args = get_parser().parse_args()
     if min(args.images, args.repeats, *args.batch_sizes) < 1:
         raise UserError("--images, --repeats and --batch_sizes must be at least 1")
-    device = set_up_processes(args.device).device
+    device = init_distributed(args.device).device
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         if args.scale:

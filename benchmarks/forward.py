@@ -18,7 +18,8 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from CrossVLT import SWIN_VARIANTS, CrossVLT, build_crossvlt
+from CrossVLT import CrossVLT, build_crossvlt
+from lib.variants import SWIN_VARIANTS
 
 NUM_TOKENS = 21
 

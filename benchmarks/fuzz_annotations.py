@@ -40,9 +40,11 @@ from benchmarks.forward import cpu_name
 from benchmarks.fuzz_json import json_kinds
 from benchmarks.fuzz_pickles import is_plain, pickle_kinds, pickles
 from benchmarks.fuzz_sets import INSTANCES, MARKER, REFS, sets
-from lib.config import Parser
+from lib.cli import Parser, run_command
+from lib.errors import UserError
+from lib.files import check_writable, write_text
 from refer.refer import REFER
-from utils import UserError, check_writable, derive_seed, run_command, write_text
+from utils import derive_seed
 
 SPLITS = ("train", "val", "testA", "testB", "testC", "test", "")
 MAX_MESSAGE = 1000  # characters

@@ -22,9 +22,10 @@ from typing import NamedTuple
 
 import torch
 
-from data.refshapes import write_refshapes
-from lib.config import Parser
-from utils import UserError, run_command, written_aside
+from data.refshapes.__main__ import write_refshapes
+from lib.cli import Parser, run_command
+from lib.errors import UserError
+from lib.files import atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -204,7 +205,7 @@ def main() -> None:
     lines += ["", f"{passed} of {args.kills} end with bitwise the uninterrupted run's state and numbers."]
     print("\n".join(lines[-2:]))
     if args.out:
-        with written_aside(args.out) as aside:
+        with atomic_write(args.out) as aside:
             aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
     if passed < args.kills:
         raise UserError(f"{args.kills - passed} of {args.kills} runs are not what they should be; see {folder}")

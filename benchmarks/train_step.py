@@ -27,14 +27,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.forward import NUM_TOKENS, inputs, machine
-from CrossVLT import SWIN_VARIANTS, build_crossvlt
-from lib.config import DEFAULTS, SMALLEST, Parser
+from CrossVLT import build_crossvlt
+from lib.cli import Parser, run_command
+from lib.config import DEFAULTS, SMALLEST
 from lib.criterion import CrossVLTCriterion
 from lib.engine.precision import Precision, compile_blocks
 from lib.engine.step import TrainingStep
+from lib.errors import EXIT_MISTAKE, UserError
 from lib.evaluation import Batch
+from lib.files import atomic_write, check_writable
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
-from utils import EXIT_MISTAKE, UserError, check_writable, run_command, set_up_processes, written_aside
+from lib.variants import SWIN_VARIANTS
+from utils import init_distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -138,7 +142,7 @@ def kept_for_backward(step: TrainingStep, batch: Batch) -> int:
 
 def look_at_machine(job: Job) -> dict:
     """What the report's head says, and what the speeds of the rows are divided by."""
-    device = set_up_processes(job.device).device
+    device = init_distributed(job.device).device
     gpu = device.type == "cuda"
     memory = torch.cuda.get_device_properties(device).total_memory if gpu else 0
     return {"gpu": gpu, "name": machine(device), "memory": memory, "rate": matrix_rate(device) if gpu else 0}
@@ -146,7 +150,7 @@ def look_at_machine(job: Job) -> dict:
 
 def measure(job: Job) -> Row:
     """Take the steps of a row, in a process that has done nothing else."""
-    device = set_up_processes(job.device, tf32=MODES[job.mode][1]).device
+    device = init_distributed(job.device, tf32=MODES[job.mode][1]).device
     gpu, seconds = device.type == "cuda", []
     warm_up = 0 if job.most_memory else WARM_UP[device.type]
     if job.most_memory:
@@ -281,7 +285,7 @@ def main() -> None:
         print(line, flush=True)
         lines.append(line)
     if args.out:
-        with written_aside(args.out) as aside:
+        with atomic_write(args.out) as aside:
             aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
-from utils import MissingFileError
+from lib.errors import MissingFileError
 
 PRETRAINED = Path("pretrained")
 PUBLISHED = "bert-base-uncased"  # whose files may lie in ./pretrained itself

@@ -8,7 +8,7 @@ import numpy as np
 from transformers import BertTokenizer
 
 from bert.files import find_bert_file
-from utils import UserError
+from lib.errors import UserError
 
 AT_ONCE = 8192  # sentences: what the tokenizer says of each takes memory
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")

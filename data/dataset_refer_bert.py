@@ -17,13 +17,14 @@ from transformers import BertTokenizer
 from bert.tokenization import tokenize
 from data.packed import PackedList
 from data.transforms import preprocess_mask, resize_image
-from refer.files import Record
+from lib.errors import UserError
+from lib.variants import MAX_TOKENS
+from refer.annotations import Record
 from refer.masks import Shape
 from refer.refer import REFER
-from utils import UserError, derive_seed, paused_collector
+from utils import derive_seed, gc_paused
 
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)  # of Pillow
-MAX_TOKENS = 21  # the published length of a tokenised sentence
 
 
 class Expression(NamedTuple):
@@ -83,7 +84,7 @@ class ReferDataset(Dataset):
         img_size: S; pictures and masks are brought to S×S.
         max_tokens: N; see :func:`bert.tokenization.tokenize`.
         draw_sentences: True for training: a sample per ref, with one of its sentences, drawn by
-            (seed, epoch, index); False: a sample per sentence (for evaluation see data.picture_batches).
+            (seed, epoch, index); False: a sample per sentence (for evaluation see data.image_batches).
         seed: of the drawing and the shuffling.
         shuffle_sentences: permute the sentences within the split: a control that shows whether language is used.
         excluded_images: ids of images whose refs are left out.
@@ -110,7 +111,7 @@ class ReferDataset(Dataset):
         self.annotation_files = (refer.refs_path, refer.instances_path)
         self.image_dir, self.img_size = refer.image_dir, img_size
         self.draw_sentences, self.seed = draw_sentences, seed
-        with paused_collector():
+        with gc_paused():
             self._pack(refer, tokenizer, max_tokens, shuffle_sentences, set(excluded_images))
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are already running
 
@@ -160,7 +161,7 @@ class ReferDataset(Dataset):
         """The picture of a sample, RGB, at its own size."""
         return open_image(self.image_path(index))
 
-    def check_pictures(self) -> None:
+    def check_images(self) -> None:
         """Find out before the work whether every picture of the split is there.
 
         Raises:

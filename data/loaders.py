@@ -9,9 +9,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.dataset_refer_bert import ReferDataset
-from data.picture_batches import PictureBatches
+from data.image_batches import ImageBatches
 from data.transforms import normalize_images
-from utils import UserError, derive_seed
+from lib.errors import UserError
+from utils import derive_seed
 
 
 class TrainShare(Sampler[list[int]]):
@@ -123,13 +124,13 @@ def build_eval_batches(
     Nothing is padded or repeated: every expression is in exactly one process's share.
 
     Args:
-        dataset, batch_size, truths, indices: see :class:`data.picture_batches.PictureBatches`.
+        dataset, batch_size, truths, indices: see :class:`data.image_batches.ImageBatches`.
         device: the model's.
         workers, pin_memory: of the loader.
         rank, world_size: this process, of how many.
         done: batches whose expressions are all among these are left out.
     """
-    batches = PictureBatches(dataset, batch_size, truths, indices)
+    batches = ImageBatches(dataset, batch_size, truths, indices)
     own = batches.remaining(done)[rank::world_size]
     how = {"sampler": own, "batch_size": None, "collate_fn": _as_it_is}
     return DeviceBatches(_loader(batches, workers, pin_memory, seed=(0, rank), **how), device)

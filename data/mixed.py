@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import ConcatDataset
 
-from data.copies import grouped
+from data.convert.copies import grouped
 from data.dataset_refer_bert import ReferDataset
+from lib.errors import UserError
+from lib.files import file_sha256
 from refer.refer import REFER
-from utils import UserError, file_sha256
 
 File = tuple[str, Path]  # a picture's key and one of its files
 
@@ -70,10 +71,10 @@ class MixedDataset(ConcatDataset):
         for dataset in self.datasets:
             dataset.set_epoch(epoch)
 
-    def check_pictures(self) -> None:
+    def check_images(self) -> None:
         """UserError where pictures are missing."""
         for dataset in self.datasets:
-            dataset.check_pictures()
+            dataset.check_images()
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """As of the dataset that ``index`` falls into, with the index in this one."""
@@ -122,13 +123,13 @@ def mix(refers: Sequence[REFER], make: Callable[[REFER, Collection[int]], ReferD
 
 
 def _keys_by_content(refers: Sequence[REFER]) -> tuple[list[dict[int, str]], set[str]]:
-    """REFER.picture_keys of each, where copies of one file under two names have one key, too; and the keys of files
+    """REFER.image_keys of each, where copies of one file under two names have one key, too; and the keys of files
     that would have been compared but aren't there.
 
     Two sets made of the same photos may each have copies of their own. COCO's pictures are told apart by their numbers,
     so only files of the size of another picture are read, and only where one of these may not be COCO's.
     """
-    keys = [refer.picture_keys() for refer in refers]
+    keys = [refer.image_keys() for refer in refers]
     if all(refer.is_coco(image_id) for refer in refers for image_id in refer.imgToRefs):
         return keys, set()
     files: dict[File, bool] = {}  # whether it is COCO's for certain

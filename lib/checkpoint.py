@@ -20,7 +20,10 @@ from safetensors.torch import load_file
 from timm.layers import resize_rel_pos_bias_table_simple
 from torch import nn
 
-from utils import MissingFileError, UserError, run_command, written_aside
+from lib.cli import run_command
+from lib.errors import MissingFileError, UserError
+from lib.files import atomic_write
+from lib.variants import SWIN_VARIANTS
 
 StateDict = dict[str, torch.Tensor]
 
@@ -34,7 +37,6 @@ RESUMABLE = (
     "epoch", "epoch_step", "step", "best_oIoU", "metrics", "meters", "skipped",
 )  # fmt: skip
 SHOWN_KEYS = 4
-SWIN_EMBED_DIMS = {96: ("tiny", "small"), 128: ("base",), 192: ("large",)}
 
 
 @dataclass
@@ -160,10 +162,12 @@ def infer_model_config(state_dict: StateDict) -> dict[str, Any]:
     window_size = (round(tables[0, 0].shape[0] ** 0.5) + 1) // 2
     vocab_size, text_dim = state_dict["lang_stage1.embeddings.word_embeddings.weight"].shape
     layers = {key.split(".")[3] for key in state_dict if key.startswith("lang_stage1.encoder.layer.")}
-    sees_picture = "lang_stage2.crossattention.self.key.weight" in state_dict
-    fuses_early = "backbone.0.layers.attn1.l_q.weight" in state_dict
-    fusion = {(True, True): "cross", (False, True): "vision", (False, False): "late"}[sees_picture, fuses_early]
-    candidates = SWIN_EMBED_DIMS.get(embed_dim, ("base",))
+    vision_to_language = "lang_stage2.crossattention.self.key.weight" in state_dict
+    language_to_vision = "backbone.0.layers.attn1.l_q.weight" in state_dict
+    fusion = {(True, True): "cross", (False, True): "vision", (False, False): "late"}[
+        vision_to_language, language_to_vision
+    ]
+    candidates = [name for name, variant in SWIN_VARIANTS.items() if variant["embed_dim"] == embed_dim] or ["base"]
     return {
         "swin_type": candidates[-1] if depths[2] == 18 else candidates[0],
         "window_size": window_size,
@@ -310,7 +314,7 @@ def _resized_table(key: str, value: torch.Tensor, ours: StateDict) -> torch.Tens
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint to a temporary file beside ``path`` and rename it, so that it is whole or not there."""
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         try:
             torch.save(content, aside)
         except RuntimeError as error:  # PyTorch's writer reports a full disk so, and doesn't say that it is full

@@ -9,28 +9,28 @@ from typing import Any, NamedTuple, NoReturn
 import yaml
 from yacs.config import CfgNode
 
+from lib.errors import MissingFileError, UserError
+from lib.variants import BERT, BERT_VOCAB_SIZE, FUSIONS, IMG_SIZE, MAX_TOKENS, SWIN_VARIANTS
 from refer.datasets import settle_split_systems
-from refer.sources import SWIN_FILES
-from utils import MissingFileError, UserError
 
 SMALLEST = 32  # a picture of at most this side leaves the last stage one position
 MOST_TOKENS = 512  # positions of BERT
-SWIN_TYPES = tuple(SWIN_FILES)
 BASE_KEY = "_BASE_"
 
 # In DATA, MODEL and PRETRAINED an empty value means: the published one, or what the checkpoint says.
 # fmt: off
 DEFAULTS = CfgNode({
     "DATA": {
-        "ROOT": "./refer/data", "NAME": "refcoco", "SPLIT_BY": "", "SPLIT": "val", "IMG_SIZE": 480, "MAX_TOKENS": 21,
+        "ROOT": "./refer/data", "NAME": "refcoco", "SPLIT_BY": "", "SPLIT": "val",
+        "IMG_SIZE": IMG_SIZE, "MAX_TOKENS": MAX_TOKENS,
     },
     "MODEL": {
         "SWIN_TYPE": "base", "WINDOW_SIZE": 0, "DROP_PATH_RATE": 0.3, "TEXT_DROPOUT": 0.1, "FUSION": "cross",
         "EMBED_DIM": 0, "DEPTHS": [], "NUM_HEADS": [], "TEXT_DIM": 768, "TEXT_LAYERS": 6, "TEXT_HEADS": 12,
-        "VOCAB_SIZE": 30522, "ALIGN_DIM": 256,
+        "VOCAB_SIZE": BERT_VOCAB_SIZE, "ALIGN_DIM": 256,
     },
     "PRETRAINED": {
-        "SWIN": "", "BERT": "bert-base-uncased", "TOKENIZER": "", "FROM_SCRATCH": False, "INIT_FROM": "",
+        "SWIN": "", "BERT": BERT, "TOKENIZER": "", "FROM_SCRATCH": False, "INIT_FROM": "",
         "DDP_TRAINED": False,
     },
     "TRAIN": {
@@ -74,10 +74,10 @@ FLAGS = (
     Flag(("--img_size",), "DATA.IMG_SIZE", "side of the square that pictures are resized to (test.py: as trained)"),
     Flag(("--max_tokens",), "DATA.MAX_TOKENS", "token ids kept of a sentence (test.py: as trained)"),
     Flag(("--swin_type",), "MODEL.SWIN_TYPE", "size of the Swin encoder (test.py: read from the checkpoint)",
-         choices=SWIN_TYPES),
+         choices=tuple(SWIN_VARIANTS)),
     Flag(("--window12",), "MODEL.WINDOW_SIZE", "Swin window of 12, whatever the type's pretrained file has", value=12),
     Flag(("--fusion",), "MODEL.FUSION", "where language and vision meet: the paper's ablations", TRAIN_ONLY,
-         choices=("cross", "vision", "late")),
+         choices=tuple(FUSIONS)),
     Flag(("--pretrained_swin_weights",), "PRETRAINED.SWIN", "ImageNet Swin file (default: by type, in ./pretrained)",
          TRAIN_ONLY, metavar="FILE"),
     Flag(("--ck_bert",), "PRETRAINED.BERT", "BERT weights: a file, a folder or a hub name", TRAIN_ONLY, metavar="BERT"),
@@ -149,20 +149,20 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **how: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
 
-    def parse_known_names(self) -> list[str]:
+    def option_names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unknown flag {unknown[0]}" + suggestion(unknown[0].split("=")[0], self.parse_known_names()))
+            self.error(f"unknown flag {unknown[0]}" + did_you_mean(unknown[0].split("=")[0], self.option_names()))
         return parsed
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
 
 
-def suggestion(wrong: str, right: Sequence[str]) -> str:
+def did_you_mean(wrong: str, right: Sequence[str]) -> str:
     """``; did you mean …?`` for the closest of the right names, or nothing."""
     same = {name.lower().replace("-", "_").lstrip("_"): name for name in right}
     close = difflib.get_close_matches(wrong.lower().replace("-", "_").lstrip("_"), same, n=1, cutoff=0.6)
@@ -259,7 +259,7 @@ def apply(cfg: CfgNode, keys: dict[str, Any], source: str) -> None:
     known = flatten(DEFAULTS)
     for key, value in keys.items():
         if key not in known:
-            raise UserError(f"{source}: unknown key {key}{suggestion(key, list(known))}")
+            raise UserError(f"{source}: unknown key {key}{did_you_mean(key, list(known))}")
         *parents, name = key.split(".")
         node = lookup(cfg, ".".join(parents)) if parents else cfg
         node[name] = _coerced(value, lookup(DEFAULTS, key), f"{source}: {key}")
@@ -389,4 +389,4 @@ def tokenizer_name(cfg: CfgNode, vocab_size: int) -> str:
         return cfg.PRETRAINED.TOKENIZER
     if cfg.DATA.NAME == "refshapes" and (cfg.PRETRAINED.FROM_SCRATCH or vocab_size != DEFAULTS.MODEL.VOCAB_SIZE):
         return str(Path(cfg.DATA.ROOT, "refshapes", "vocab.txt"))
-    return "bert-base-uncased"
+    return BERT

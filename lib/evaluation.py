@@ -13,10 +13,11 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+from lib.errors import StoppedError, UserError
 from lib.metrics import intersection_and_union, iou, metrics_of
 from lib.protocols import PAPER, Protocol
 from refer.masks import encode_mask
-from utils import StoppedError, UserError, agree, gather
+from utils import gather, sum_over_processes
 
 SECONDS_BETWEEN_LINES = 30
 SECONDS_BETWEEN_REPORTS = 60  # what at most is lost when a process is killed
@@ -96,39 +97,39 @@ def evaluate(
     protocols: Sequence[Protocol] = (PAPER,),
     keep_masks: Collection[int] = (),
     report_masks: bool = False,
-    share_pictures: bool = True,
+    share_images: bool = True,
     known: np.ndarray | None = None,
     report: Callable[[list[ExpressionResult]], None] | None = None,
     progress: str | None = None,
     log: Callable[[str], None] | None = None,
-    stop_asked: Callable[[], bool] | None = None,
+    stop_requested: Callable[[], bool] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> dict[str, EvaluationResult]:
     """Judge every expression exactly once, whatever the number of processes.
 
     Args:
         model: an unwrapped CrossVLT; left in the mode it was in.
-        batches: this process's share, on the model's device; see :class:`data.picture_batches.PictureBatches`.
+        batches: this process's share, on the model's device; see :class:`data.image_batches.ImageBatches`.
         indices: of all expressions that all processes together judge, ascending.
         batch_size: the most expressions of a forward pass.
         protocols: each is judged of the same logits.
         keep_masks: indices whose predicted masks by the first protocol its result keeps.
         report_masks: whether ``report`` gets every predicted mask.
-        share_pictures: compute what depends on the picture alone once per picture, not once per expression.
+        share_images: compute what depends on the picture alone once per picture, not once per expression.
         known: what an earlier evaluation has found, which ``batches`` needn't have: int64 [k, 4] of index, number of
             the protocol, intersection, union.
         report: called now and then on the main process with what is new since, from all processes; every result of
             ``batches`` that isn't known comes by once.
         progress: a title: show a bar, or call ``log`` now and then where there is no terminal.
         log: called with a line.
-        stop_asked: called before each batch, by all processes together, and the same on all: whether to leave.
+        stop_requested: called before each batch, by all processes together, and the same on all: whether to leave.
         group: joins the processes for exchanging numbers on the CPU (:func:`utils.cpu_group`).
 
     Returns:
         by the protocols' names, the same on every process.
 
     Raises:
-        StoppedError: ``stop_asked`` said so; everything until then was reported.
+        StoppedError: ``stop_requested`` said so; everything until then was reported.
         UserError: a batch doesn't fit into the GPU's memory.
         RuntimeError: an expression was judged twice or not at all.
     """
@@ -154,11 +155,11 @@ def evaluate(
     model.eval()
     try:
         for batch in _in_rounds(batches):
-            if stop_asked is not None and stop_asked():
+            if stop_requested is not None and stop_requested():
                 exchange()
                 raise StoppedError("stopped while judging: nothing was lost, and nothing has changed")
             try:
-                done = [] if batch is None else _judged(model, batch, protocols, batch_size, wanted, share_pictures)
+                done = [] if batch is None else _judged(model, batch, protocols, batch_size, wanted, share_images)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"the GPU's memory doesn't hold {batch_size} expressions: lower --batch-size"
@@ -171,7 +172,7 @@ def evaluate(
             ]
             due = time.monotonic() - reported_at > SECONDS_BETWEEN_REPORTS
             news = [len(counts), sum(i for i, _ in counts), sum(u for _, u in counts), due]
-            *sums, due = agree([float(number) for number in news], group)
+            *sums, due = sum_over_processes([float(number) for number in news], group)
             line.add(*map(int, sums))
             if due:
                 exchange()
@@ -189,11 +190,11 @@ def _judged(
     protocols: Sequence[Protocol],
     batch_size: int,
     keep_masks: Collection[int],
-    share_pictures: bool,
+    share_images: bool,
 ) -> list[ExpressionResult]:
     """The results of a batch, in its order."""
     results, indices = [], batch["index"].tolist()
-    for rows, logits in _logits(model, batch, batch_size, share_pictures):
+    for rows, logits in _logits(model, batch, batch_size, share_images):
         objects = batch["object"][rows]
         for protocol in protocols:
             truths = batch["truths"][protocol.truth]
@@ -213,11 +214,11 @@ def _judged(
 
 
 def _logits(
-    model: nn.Module, batch: Batch, batch_size: int, share_pictures: bool
+    model: nn.Module, batch: Batch, batch_size: int, share_images: bool
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Logits [b, 2, S, S] of at most ``batch_size`` successive expressions at a time."""
     images, of = batch["image"], batch["picture"]
-    encoded = model.encode_pictures(images) if share_pictures else None
+    encoded = model.encode_images(images) if share_images else None
     for start in range(0, len(of), batch_size):
         rows = slice(start, start + batch_size)
         inputs = (batch["input_ids"][rows], batch["attention_mask"][rows])

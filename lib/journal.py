@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from utils import write_text, writing
+from lib.files import translate_write_errors, write_text
 
 LOG = logging.getLogger("crossvlt")
 METRICS_FILE = "metrics.jsonl"
@@ -53,7 +53,7 @@ class Journal:
             LOG.info("no TensorBoard event files: TensorBoard isn't installed (requirements-extra.txt)")
             return
         folder = self.path.with_name("tensorboard")
-        with writing(folder):
+        with translate_write_errors(folder):
             self._events = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ class Journal:
         """
         if self.path is None:
             return
-        with writing(self.path):
+        with translate_write_errors(self.path):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
             if self._events is not None:
@@ -74,14 +74,14 @@ class Journal:
                 self._events.flush()
 
     @property
-    def takes_pictures(self) -> bool:
+    def accepts_images(self) -> bool:
         """Whether :meth:`draw` leads anywhere."""
         return self._events is not None
 
     def draw(self, name: str, picture: Image.Image, step: int) -> None:
         """Add an RGB picture to the event files."""
         if self._events is not None:
-            with writing(self.path.with_name("tensorboard")):
+            with translate_write_errors(self.path.with_name("tensorboard")):
                 self._events.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:

@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.config import Parser
+from lib.cli import Parser, run_command
+from lib.errors import MissingFileError, UserError
+from lib.files import atomic_write, check_writable
 from lib.journal import METRICS_FILE
-from utils import MissingFileError, UserError, check_writable, run_command, written_aside
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b")  # for all eyes
 GREY = "#555555"
@@ -230,7 +231,7 @@ def main() -> None:
     out = Path(args.out) if args.out else files[0].with_name("curves.png")
     check_writable(out)
     figure = draw({name: read_metrics(file) for name, file in zip(run_names(files), files, strict=True)})
-    with written_aside(out) as aside:
+    with atomic_write(out) as aside:
         figure.savefig(aside, format="png", dpi=DPI)
     print(out)
 

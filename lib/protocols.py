@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from lib.errors import UserError
+from lib.variants import MAX_TOKENS
 from refer.masks import MASK_MODES
-from utils import UserError
 
 EVAL_SIZES = ("resized", "original")
-PUBLISHED_TOKENS = 21
 # What the loop over expressions always does; part of every result file, so that a number says how it came about.
 FIXED = {"text": "raw", "sentences": "all", "precision": ">="}
 
@@ -36,7 +36,7 @@ class Protocol:
     gt_mask: str = "paper"
     eval_size: str = "resized"
     threshold: float | None = None
-    max_tokens: int = PUBLISHED_TOKENS
+    max_tokens: int = MAX_TOKENS
 
     @property
     def truth(self) -> tuple[str, str]:
@@ -66,7 +66,7 @@ def choose_protocols(
     gt_mask: str | None = None,
     eval_size: str | None = None,
     threshold: float | None = None,
-    max_tokens: int = PUBLISHED_TOKENS,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[Protocol]:
     """The protocols of ``--protocol paper,original``, with the single switches that were given.
 

@@ -18,7 +18,10 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.config import DEFAULTS, Parser
+from lib.cli import Parser, run_command
+from lib.config import DEFAULTS
+from lib.errors import UserError
+from lib.files import check_writable, write_text
 from lib.metrics import THRESHOLDS, iou, metric_names, metrics_of
 from lib.protocols import EVAL_SIZES
 from lib.report.bootstrap import intervals, paired_intervals
@@ -26,7 +29,7 @@ from lib.report.rejudge import NEEDS_MODEL, Results, check_names, check_switches
 from lib.report.results import Line, counts_of, settings_path
 from refer.masks import MASK_MODES
 from refer.refer import REFER
-from utils import UserError, check_writable, run_command, set_up_logging, write_text
+from utils import set_up_logging
 
 LOG = logging.getLogger("crossvlt")
 SHARED = ("dataset", "split_by", "img_size", "shuffle_sentences")  # of two headers, where nothing but the model differs

@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
+from lib.errors import UserError
 from refer.refer import REFER, SPLIT_ORDER
-from utils import UserError
 
 
 class Counts(NamedTuple):

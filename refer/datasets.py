@@ -3,7 +3,7 @@
 import difflib
 from pathlib import Path
 
-from utils import UserError
+from lib.errors import UserError
 
 DATASETS: dict[str, tuple[str, ...]] = {  # known dataset: its splitBy values
     "refcoco": ("unc", "google"),

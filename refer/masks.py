@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from utils import UserError
+from lib.errors import UserError
 
 MASK_MODES = ("paper", "union")
 MAX_SIDE = 2**14  # of a picture, in pixels; COCO's are 640 at most

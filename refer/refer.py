@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from lib.errors import UserError
+from refer.annotations import Record, read_instances, read_refs
 from refer.datasets import COCO_DATASETS, check_dataset, image_folder
-from refer.files import Record, read_instances, read_refs
 from refer.masks import Shape, is_number
-from utils import UserError, paused_collector
+from utils import gc_paused
 
 Ids = int | Iterable[int]
 
@@ -54,7 +55,7 @@ class REFER:
         folder = Path(data_root, dataset)
         self.instances_path, self.refs_path = folder / "instances.json", folder / f"refs({splitBy}).p"
         self.image_dir = image_folder(data_root, dataset)
-        with paused_collector():
+        with gc_paused():
             refs = read_refs(self.refs_path)
             self.data: dict[str, list[Record]] = {"refs": refs, **read_instances(self.instances_path)}
             self._build_indexes()
@@ -187,7 +188,7 @@ class REFER:
         """Where this image's picture belongs, whether or not it is there. UserError: an unknown id."""
         return self.image_dir / self.loadImgs([image_id])[0]["file_name"]
 
-    def picture_keys(self) -> dict[int, str]:
+    def image_keys(self) -> dict[int, str]:
         """What tells each image's picture from any other, by image id.
 
         Two images, of this set or of two, are the same picture if they are the same file, or if their names carry the

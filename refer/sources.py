@@ -2,6 +2,8 @@
 
 from urllib.parse import quote
 
+from lib.variants import SWIN_VARIANTS
+
 REFER_ADDRESS = "https://bvisionweb1.cs.unc.edu/licheng/referit/data/"  # the server is gone
 SNAPSHOTS = {  # dataset: when the Internet Archive kept its archive
     "refcoco": "20220413011718",
@@ -11,12 +13,7 @@ SNAPSHOTS = {  # dataset: when the Internet Archive kept its archive
 COCO_ADDRESS = "http://images.cocodataset.org/"
 COCO_ZIP = "train2014.zip"
 SWIN_ADDRESS = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-SWIN_FILES = {  # swin_type: file
-    "tiny": "swin_tiny_patch4_window7_224.pth",
-    "small": "swin_small_patch4_window7_224.pth",
-    "base": "swin_base_patch4_window12_384_22k.pth",
-    "large": "swin_large_patch4_window12_384_22k.pth",
-}
+SWIN_FILES = {name: variant["pretrained"] for name, variant in SWIN_VARIANTS.items()}
 BERT_ADDRESS = "https://huggingface.co/bert-base-uncased/resolve/main/"
 BERT_VOCABULARY = "vocab.txt"
 BERT_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # either will do; the first is the one to download

@@ -3,7 +3,7 @@
 import sys
 from typing import NamedTuple
 
-from utils import run_command
+from lib.cli import run_command
 
 
 class Finished(NamedTuple):

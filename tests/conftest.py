@@ -104,7 +104,7 @@ def small_inputs():
 @pytest.fixture(scope="session")
 def refshapes_root(tmp_path_factory):
     """A data root with a small RefShapes set."""
-    from data.refshapes import write_refshapes
+    from data.refshapes.__main__ import write_refshapes
 
     root = tmp_path_factory.mktemp("data")
     write_refshapes(root, train_images=24, val_images=7, testA_images=3, testB_images=3)
@@ -160,8 +160,8 @@ def run_here(monkeypatch, capsys):
 
 
 @pytest.fixture
-def told_in_one_line(trained, small_config, refshapes_root, tmp_path, monkeypatch, run_here):
-    """Make a user's mistake: ``told_in_one_line("test.py", "--flag", …)`` gives back what is told, and loses nothing.
+def error_line(trained, small_config, refshapes_root, tmp_path, monkeypatch, run_here):
+    """Make a user's mistake: ``error_line("test.py", "--flag", …)`` gives back what is told, and loses nothing.
 
     In flags {best}, {last}, {cfg}, {data}, {checkpoints} and {tmp} stand for places; {tmp} has a file torn.pth and
     vocabularies of other sizes.

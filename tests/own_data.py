@@ -9,7 +9,7 @@ from commands import run_in_process
 from PIL import Image
 
 from data import convert as tool
-from data.convert import convert
+from data.convert.__main__ import convert
 
 WIDTH, HEIGHT = 40, 30
 IMAGES = 12  # the last two have no sentence

@@ -9,9 +9,9 @@ from commands import run_in_process
 from download_server import Server, pack
 from PIL import Image
 
-import refer.pictures
-import refer.prepare
-import refer.weights
+import refer.prepare.__main__
+import refer.prepare.images
+import refer.prepare.weights
 from refer.counts import PUBLISHED_COUNTS, Counts
 
 W, H = 30, 20
@@ -65,10 +65,10 @@ def world(tmp_path, monkeypatch, annotations, pictures):
     server = Server()
     monkeypatch.setitem(PUBLISHED_COUNTS, ("refcoco", "unc"), COUNTS)
     publish = lambda name: [f"{server.url}/archive/{name}.zip", f"{server.url}/original/{name}.zip"]  # noqa: E731
-    monkeypatch.setattr(refer.prepare, "annotation_addresses", publish)
-    monkeypatch.setattr(refer.prepare, "COCO_ADDRESS", f"{server.url}/")
-    monkeypatch.setattr(refer.pictures, "picture_address", lambda name: f"{server.url}/train2014/{name}")
-    monkeypatch.setattr(refer.weights, "weight_addresses", lambda name: [f"{server.url}/{name}"])
+    monkeypatch.setattr(refer.prepare.__main__, "annotation_addresses", publish)
+    monkeypatch.setattr(refer.prepare.__main__, "COCO_ADDRESS", f"{server.url}/")
+    monkeypatch.setattr(refer.prepare.images, "picture_address", lambda name: f"{server.url}/train2014/{name}")
+    monkeypatch.setattr(refer.prepare.weights, "weight_addresses", lambda name: [f"{server.url}/{name}"])
     extra = [("__MACOSX/refcoco/._instances.json", b"x"), ("refcoco/refs(other).p", b"x"), ("readme", b"x")]
     members = [(f"refcoco/{name}", data) for name, data in annotations.items()]
     server.files["/archive/refcoco.zip"] = pack(tmp_path / "a.zip", members + extra).read_bytes()
@@ -86,8 +86,8 @@ def prepare(tmp_path, monkeypatch, capsys):
     def run(*flags, status=0, dataset="refcoco", quick=("--tries", "2", "--stall", "0.3")):
         given = ["--dataset", dataset] * bool(dataset) + ["--root", tmp_path / "data", *flags]
         given += [] if "--check" in flags else quick
-        monkeypatch.setattr("refer.download.LONGEST_PAUSE", 0.0)
-        done = run_in_process(refer.prepare.main, ["prepare", *given], monkeypatch, capsys)
+        monkeypatch.setattr("refer.prepare.download.LONGEST_PAUSE", 0.0)
+        done = run_in_process(refer.prepare.__main__.main, ["prepare", *given], monkeypatch, capsys)
         assert done.status == status, done.err
         errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
         assert len(errors) == (status == 2)

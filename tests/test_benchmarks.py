@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks import annotations, evaluation, train_step
+from lib.errors import UserError
 from refer.refer import REFER
-from utils import UserError
 
 
 def run(monkeypatch, *flags):

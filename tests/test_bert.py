@@ -7,7 +7,7 @@ import pytest
 
 from bert import files, tokenization
 from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer, read_vocabulary, tokenize
-from utils import MissingFileError, UserError
+from lib.errors import MissingFileError, UserError
 
 TOKENS = [
     "[PAD]",

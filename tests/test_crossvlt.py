@@ -9,11 +9,12 @@ from conftest import ROOT, SMALL
 from golden_cases import generator, golden_inputs, golden_value, normals, set_golden_weights
 from timm.layers import DropPath
 
-from CrossVLT import SWIN_VARIANTS, build_crossvlt
+from CrossVLT import build_crossvlt
 from lib.criterion import CrossVLTCriterion
 from lib.engine.precision import Precision
 from lib.engine.step import TrainingStep
 from lib.optim import build_lr_scheduler, build_optimizer, group_parameter_names
+from lib.variants import SWIN_VARIANTS
 
 GOLDEN = ROOT / "tests" / "data" / "golden"
 

@@ -28,13 +28,13 @@ from own_data import (
 from PIL import Image
 
 from data import convert as tool
-from data.convert import convert
-from data.convert_objects import read_mask
-from data.convert_sentences import words
+from data.convert.__main__ import convert
+from data.convert.objects import read_mask
+from data.convert.sentences import words
+from lib.errors import UserError
 from refer.datasets import COCO_IMAGES
 from refer.masks import decode_mask
 from refer.refer import REFER
-from utils import UserError
 
 EXPECTED = [
     (file_name(i), true_mask(box).astype(np.uint8).tobytes(), text)

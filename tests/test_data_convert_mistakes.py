@@ -8,7 +8,7 @@ from commands import contents
 from own_data import HEIGHT, WIDTH, by_id, by_mask, file_name, rows_by_id, rows_by_mask, true_mask, write
 from PIL import Image
 
-from utils import UserError
+from lib.errors import UserError
 
 HEADER = "image,annotation_id,sentence"
 ONE = f"{file_name(1)},10"

@@ -11,12 +11,12 @@ from PIL import Image
 
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset, open_image
+from data.image_batches import ImageBatches
 from data.loaders import DeviceBatches, build_eval_batches, build_train_loader
 from data.packed import PackedList
-from data.picture_batches import PictureBatches
 from data.transforms import normalize_images, preprocess_image, preprocess_mask, resize_image
+from lib.errors import UserError
 from refer.refer import REFER
-from utils import UserError
 
 
 @pytest.fixture
@@ -158,12 +158,12 @@ def test_a_batch_of_pictures_is_what_its_samples_are(make_dataset, refer):
 
 def test_batches_that_are_done_are_left_out(make_dataset):
     dataset = make_dataset()
-    batches = PictureBatches(dataset, 4)
+    batches = ImageBatches(dataset, 4)
     done = set(batches.batches[0]) | set(batches.batches[2]) | {batches.batches[1][0]}
     assert len(batches.batches[1]) > 1
     assert batches.remaining(done) == [1, *range(3, len(batches))]  # a batch that misses one is done again as it was
     some = [3, 5, 1]
-    assert sorted(i for batch in PictureBatches(dataset, 4, indices=some).batches for i in batch) == sorted(some)
+    assert sorted(i for batch in ImageBatches(dataset, 4, indices=some).batches for i in batch) == sorted(some)
 
 
 def train_batches(rank=0, epoch=0, first_step=0, world_size=2, batch_size=3, accum_steps=1, length=20):
@@ -221,14 +221,14 @@ def test_batches_reach_the_model_normalised(make_dataset):
 
 def test_missing_pictures_are_found_at_once(make_dataset, tmp_path):
     dataset = make_dataset()
-    dataset.check_pictures()
+    dataset.check_images()
     gone = {dataset.image_path(0), dataset.image_path(len(dataset) - 1)}
     for path in dataset.image_dir.iterdir():
         if path not in gone:
             (tmp_path / path.name).symlink_to(path)
     dataset.image_dir = tmp_path
     with pytest.raises(UserError, match=r"2 of the 7 pictures of split val are missing, .*\.jpg for one"):
-        dataset.check_pictures()
+        dataset.check_images()
 
 
 def test_broken_pictures_are_named(tmp_path, make_dataset):

@@ -11,8 +11,8 @@ import torch
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset
 from data.mixed import evaluation_images, mix
+from lib.errors import UserError
 from refer.refer import REFER
-from utils import UserError
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_samples_are_those_of_the_parts(root, make):
             assert all(torch.equal(value, want[name]) for name, value in sample.items())
     second.image_dir = root / "nowhere"
     with pytest.raises(UserError, match=r"20 of the 20 pictures of split train are missing"):
-        mixed.check_pictures()
+        mixed.check_images()
 
 
 def test_which_pictures_are_the_same(root, tmp_path):
@@ -102,7 +102,7 @@ def test_which_pictures_are_the_same(root, tmp_path):
         (folder / "instances.json").write_text(json.dumps(instances))
         refs = [{"ref_id": 0, "ann_id": 0, "image_id": 0, "split": "train", "sentences": [{"sent_id": 0, "raw": "x"}]}]
         (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
-        return list(REFER(tmp_path, name).picture_keys().values())
+        return list(REFER(tmp_path, name).image_keys().values())
 
     coco = keys("refcoco", False, "COCO_train2014_000000000009.jpg", "COCO_train2014_000000000025.jpg")
     copied = keys("copied", True, "part/000000000009.jpg", "COCO_val2014_000000000034.jpg", "photo.jpg", "a/photo.jpg")
@@ -112,7 +112,7 @@ def test_which_pictures_are_the_same(root, tmp_path):
     assert not set(elsewhere) & set(copied)
     shared = keys("shared", False, "odd.jpg")
     assert shared == keys("also_shared", False, "odd.jpg")
-    assert REFER(root, "refshapes").picture_keys() == REFER(root, "other", "own").picture_keys()
+    assert REFER(root, "refshapes").image_keys() == REFER(root, "other", "own").image_keys()
 
 
 def test_every_split_but_train_is_an_evaluation_split(root):

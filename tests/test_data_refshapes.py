@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from data.refshapes import Scene, describe, generate_scene, render, write_refshapes
-from data.refshapes_language import candidates
-from data.refshapes_objects import SceneObject
-from utils import UserError
+from data.refshapes.__main__ import Scene, describe, generate_scene, render, write_refshapes
+from data.refshapes.language import candidates
+from data.refshapes.objects import SceneObject
+from lib.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 

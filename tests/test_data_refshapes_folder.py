@@ -10,8 +10,8 @@ import pytest
 from commands import contents, run_in_process
 
 from data import refshapes
-from data.refshapes import render, write_refshapes
-from utils import UserError
+from data.refshapes.__main__ import render, write_refshapes
+from lib.errors import UserError
 
 TINY = {"train_images": 5, "val_images": 3, "testA_images": 2, "testB_images": 2}
 TINY_FLAGS = [f"--{name.replace('_', '-')}={count}" for name, count in TINY.items()]

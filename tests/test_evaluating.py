@@ -254,10 +254,10 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
          "--json does nothing beside --resume and --image"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_clear_line(told_in_one_line, tmp_path, flags, told):
+def test_a_mistake_is_one_clear_line(error_line, tmp_path, flags, told):
     data = ["--dataset", "refshapes", "--refer_data_root", "{data}", "-j", "0"]
     given = [part for flag in flags for part in (data if flag == "DATA" else [flag])]
-    assert told.replace("{tmp}", str(tmp_path)) in told_in_one_line("test.py", *given)
+    assert told.replace("{tmp}", str(tmp_path)) in error_line("test.py", *given)
 
 
 def test_a_missing_picture_is_found_before_the_work(best, data, refshapes_root, run_here, tmp_path):

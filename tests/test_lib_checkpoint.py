@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, SMALL
 from safetensors.torch import save_file
 
-from CrossVLT import SWIN_VARIANTS, build_crossvlt
+from CrossVLT import build_crossvlt
 from lib.checkpoint import (
     bert_to_crossvlt,
     describe,
@@ -23,7 +23,8 @@ from lib.checkpoint import (
     save_checkpoint,
     swin_to_crossvlt,
 )
-from utils import MissingFileError, UserError
+from lib.errors import MissingFileError, UserError
+from lib.variants import SWIN_VARIANTS
 
 
 def with_index_buffers(model):

@@ -4,7 +4,7 @@ import pytest
 from conftest import ROOT
 
 from lib import config
-from utils import MissingFileError, UserError
+from lib.errors import MissingFileError, UserError
 
 
 def parse(script, *flags):

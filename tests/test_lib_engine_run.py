@@ -22,8 +22,8 @@ from lib.engine.checkpoints import CheckpointFolder, numbered
 from lib.engine.control import Control
 from lib.engine.progress import Progress, random_states, restore_random_states, seed_everything
 from lib.engine.resume import find_resumed, for_share, newest_good
+from lib.errors import UserError
 from lib.journal import Journal, environment, git_revision, write_environment
-from utils import UserError
 
 
 def content_at(step, epoch=0, epoch_step=0, share=(2, 4, 1)):
@@ -262,7 +262,7 @@ def events_of(folder):
 
 def test_the_journal_is_read_back_by_the_real_readers(tmp_path):
     journal = begun(tmp_path)
-    assert journal.takes_pictures
+    assert journal.accepts_images
     for step in (2, 4, 6):
         journal.write("train", step, {"epoch": 1, "loss": 3.0 / step, "skipped": 0})
     journal.write("eval", 6, {"epoch": 1, "split": "val", "oIoU": 12.5})
@@ -305,7 +305,7 @@ def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch, caplog):
     journal.write("train", 1, {"loss": 1.0})
     journal.draw("val/0", Image.new("RGB", (2, 2)), 1)
     journal.close()
-    assert not journal.takes_pictures
+    assert not journal.accepts_images
     assert [record.getMessage() for record in caplog.records] == [
         "no TensorBoard event files: TensorBoard isn't installed (requirements-extra.txt)"
     ]

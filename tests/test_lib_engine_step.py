@@ -14,9 +14,9 @@ from lib.engine import step as step_module
 from lib.engine.precision import Precision, compile_blocks
 from lib.engine.preflight import time_training
 from lib.engine.step import NonFiniteError, TrainingStep
+from lib.errors import UserError
 from lib.fusion import LanguageToVisionFusion
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
-from utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -115,10 +115,11 @@ sys.path.insert(0, "tests")
 from test_lib_engine_step import build_step, gradients, no_batch_norm
 from CrossVLT import build_crossvlt
 from conftest import SMALL
-from utils import run_command, set_up_processes
+from lib.cli import run_command
+from utils import init_distributed
 
 def main():
-    processes = set_up_processes("cpu")
+    processes = init_distributed("cpu")
     content, results = torch.load(sys.argv[1], weights_only=True), []
     for batches, global_norm in content["cases"]:
         model = build_crossvlt("tiny", **SMALL, drop_path_rate=0.0, text_dropout=0.0).double().train()

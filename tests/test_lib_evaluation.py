@@ -13,12 +13,12 @@ from bert.tokenization import read_vocabulary
 from CrossVLT import CrossVLTOutput, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_eval_batches
+from lib.errors import StoppedError
 from lib.evaluation import ExpressionResult, alignment_maps, evaluate, predict
 from lib.metrics import SegmentationMetrics
 from lib.protocols import PAPER, PROTOCOLS, Protocol
 from refer.masks import decode_mask
 from refer.refer import REFER
-from utils import StoppedError
 
 
 class Echo(torch.nn.Module):
@@ -26,7 +26,7 @@ class Echo(torch.nn.Module):
 
     encoded = 0
 
-    def encode_pictures(self, images):
+    def encode_images(self, images):
         assert not torch.is_grad_enabled()
         assert not self.training
         self.encoded += len(images)
@@ -37,11 +37,11 @@ class Echo(torch.nn.Module):
         return CrossVLTOutput(torch.stack([-encoded, encoded], dim=1), None)
 
     def forward(self, images, input_ids, attention_mask, return_similarities=None):
-        return self.segment(self.encode_pictures(images), input_ids, attention_mask, size=images.shape[-2:])
+        return self.segment(self.encode_images(images), input_ids, attention_mask, size=images.shape[-2:])
 
 
 def batch_of(indices, truths, predictions, objects=None, pictures=None, full_size=None):
-    """A batch as PictureBatches makes it: ``predictions`` are what Echo answers for each picture."""
+    """A batch as ImageBatches makes it: ``predictions`` are what Echo answers for each picture."""
     ids = torch.zeros(len(indices), 4, dtype=torch.long)
     truths = {("paper", "resized"): torch.tensor(truths, dtype=torch.uint8)}
     if full_size is not None:
@@ -95,7 +95,7 @@ def test_a_picture_is_encoded_once_for_all_its_sentences():
     batch = batch_of(range(number), [[[1, 0], [0, 0]]], [[[1, 1], [0, 0]]], [0] * number, [0] * number)
     for share, times in ((True, 1), (False, number)):
         model = Echo()
-        result = evaluate(model, [batch], indices=range(number), batch_size=3, share_pictures=share)["paper"]
+        result = evaluate(model, [batch], indices=range(number), batch_size=3, share_images=share)["paper"]
         assert result.counts.tolist() == [[1, 2]] * number
         assert model.encoded == times
 
@@ -161,7 +161,7 @@ def test_reports_come_by_the_clock_and_before_leaving(monkeypatch):
     model = Echo().train()
     with pytest.raises(StoppedError):
         evaluate(
-            model, batches, indices=range(4), batch_size=2, stop_asked=lambda: next(asked),
+            model, batches, indices=range(4), batch_size=2, stop_requested=lambda: next(asked),
             report=lambda new: reports.append([one.index for one in new]),
         )  # fmt: skip
     assert reports == [[0, 1]]  # asked before the first batch, the second and the third
@@ -199,7 +199,7 @@ def test_batch_limits_and_shared_pictures_change_nothing(small_model, small_spli
     device, number, found = torch.device("cpu"), len(small_split), {}
     for limit, share in ((1, True), (3, True), (8, True), (8, False), (1000, True)):
         batches = build_eval_batches(small_split, device, batch_size=limit, workers=0, rank=0, world_size=1)
-        how = {"indices": range(number), "batch_size": limit, "share_pictures": share}
+        how = {"indices": range(number), "batch_size": limit, "share_images": share}
         found[limit, share] = evaluate(model, batches, **how)["paper"].counts
     one_by_one = []
     with torch.inference_mode():  # the plainest way there is
@@ -224,7 +224,7 @@ def test_shared_picture_work_keeps_the_golden_logits():
     model = set_golden_weights(build_crossvlt("tiny")).eval()
     pictures, sentences = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 2, 0])
     with torch.inference_mode():
-        encoded = model.encode_pictures(inputs.images)[pictures]
+        encoded = model.encode_images(inputs.images)[pictures]
         ids, text_mask = inputs.input_ids[sentences], inputs.attention_mask[sentences]
         logits = model.segment(encoded, ids, text_mask, size=(224, 224)).mask_logits.numpy()
     assert np.abs(logits[::2, :, ::8, ::8] - recorded).max() < 2e-4

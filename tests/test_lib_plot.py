@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from lib import plot
-from utils import MissingFileError, UserError
+from lib.errors import MissingFileError, UserError
 
 TERMS = [f"alignment{stage}" for stage in range(1, 5)]
 TRAIN_PANELS = {

@@ -2,8 +2,8 @@
 
 import pytest
 
+from lib.errors import UserError
 from lib.protocols import PAPER, PROTOCOLS, choose_protocols
-from utils import UserError
 
 
 def test_the_published_protocol_is_the_default():

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from lib.errors import MissingFileError, UserError
 from lib.report.results import ResultFile, read_results
 from refer.masks import decode_mask, encode_mask
-from utils import MissingFileError, UserError
 
 HEADER = {
     "checkpoint": "a.pth", "checkpoint_sha256": "0", "splits": {"val": 2, "testA": 1},

@@ -11,6 +11,7 @@ import lib.evaluation
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_eval_batches
+from lib.errors import StoppedError, UserError
 from lib.metrics import SegmentationMetrics
 from lib.protocols import PAPER, PROTOCOLS
 from lib.report.bootstrap import intervals
@@ -18,7 +19,6 @@ from lib.report.results import ResultFile, read_results
 from lib.report.splits import judge_splits, summary
 from refer.masks import decode_mask
 from refer.refer import REFER
-from utils import StoppedError, UserError
 
 BOTH = list(PROTOCOLS.values())
 
@@ -51,7 +51,7 @@ def judge(small_model, datasets):
         results = judge_splits(
             small_model(vocab_size=200), datasets, protocols, make_batches=make_batches, batch_size=4,
             drawn=drawn or {}, file=ResultFile(path, header) if path else None,
-            stop_asked=lambda: stop_after is not None and next(rounds) >= stop_after, **how,
+            stop_requested=lambda: stop_after is not None and next(rounds) >= stop_after, **how,
         )  # fmt: skip
         return dict(results), judged
 

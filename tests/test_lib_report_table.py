@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lib.errors import MissingFileError, UserError
 from lib.metrics import METRIC_NAMES
 from lib.report.results import ResultFile
 from lib.report.table import (
@@ -20,7 +21,6 @@ from lib.report.table import (
     text_table,
     write_tables,
 )
-from utils import MissingFileError, UserError
 
 FIRST, LAST = PUBLISHED[0], PUBLISHED[-1]
 

@@ -10,13 +10,14 @@ from PIL import Image
 
 import utils
 from lib import rescore
+from lib.cli import run_command
+from lib.errors import MissingFileError, UserError
 from lib.metrics import METRIC_NAMES, SegmentationMetrics, iou
 from lib.protocols import choose_protocols
 from lib.report.bootstrap import intervals, paired_intervals
 from lib.report.results import ResultFile, settings_path
 from refer.masks import encode_mask
 from refer.refer import REFER
-from utils import MissingFileError, UserError, run_command
 
 H, W, IMG_SIZE = 20, 30, 16
 SQUARE = [2, 2, 12, 2, 12, 12, 2, 12]  # 10 × 10 pixels

@@ -1,4 +1,4 @@
-"""refer.download and refer.archives: what broke off goes on, what is wrong is refused, and nothing lands outside."""
+"""refer.prepare.download, refer.prepare.archives: interrupted downloads resume, wrong archives are refused."""
 
 import dataclasses
 import errno
@@ -15,12 +15,12 @@ import pytest
 from conftest import ROOT
 from download_server import Server, link, pack
 
-import refer.download
-import refer.responses
-from refer.archives import open_archive
-from refer.download import Patience, fetch, obtain
-from refer.responses import RefusedError
-from utils import UserError
+import refer.prepare.download
+import refer.prepare.responses
+from lib.errors import UserError
+from refer.prepare.archives import open_archive
+from refer.prepare.download import Patience, fetch, obtain
+from refer.prepare.responses import RefusedError
 
 QUICK = Patience(stall=0.3, tries=3, pause=0.0)
 DATA = os.urandom(300_000)
@@ -134,7 +134,7 @@ def test_it_ends_after_some_tries_and_the_next_command_goes_on(server, get, tmp_
 
 
 def test_attempts_that_bring_much_do_not_count(server, get, monkeypatch):
-    monkeypatch.setattr(refer.download, "PROGRESS", 20_000)
+    monkeypatch.setattr(refer.prepare.download, "PROGRESS", 20_000)
     server.does["/file"] = [{"bytes": 20_000} for _ in range(9)] + [{}]
     assert get() == DATA
     assert len(server.asked) == 10
@@ -152,7 +152,7 @@ def test_another_address_does_not_continue_a_file(server, get, tmp_path):
 
 def test_a_complete_part_is_not_asked_for_again(server, get, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(refer.download, "sync", lambda path: 1 / 0)  # ended just before it gets its name
+        patch.setattr(refer.prepare.download, "sync", lambda path: 1 / 0)  # ended just before it gets its name
         with pytest.raises(ZeroDivisionError):
             get()
     assert (tmp_path / "file.part").is_file()
@@ -162,7 +162,7 @@ def test_a_complete_part_is_not_asked_for_again(server, get, tmp_path, monkeypat
 
 def test_kill_9_loses_nothing(server, get, tmp_path):
     server.does["/file"] = [{"bytes": 123_456, "stall": True}, {}]
-    code = "import sys, pathlib, refer.download as d; d.fetch(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    code = "import sys, pathlib, refer.prepare.download as d; d.fetch(sys.argv[1], pathlib.Path(sys.argv[2]))"
     child = subprocess.Popen([sys.executable, "-c", code, f"{server.url}/file", tmp_path / "file"], cwd=ROOT)
     part, waiting = tmp_path / "file.part", threading.Event()
     while child.poll() is None and not (part.is_file() and part.stat().st_size == 123_456):
@@ -221,11 +221,11 @@ def test_a_redirect_is_followed(server, get, status):
 
 
 def test_redirects_do_not_lean_on_pythons_version():
-    assert "http_error_308" in vars(refer.responses._Redirects)  # Python 3.10's own handler has none
+    assert "http_error_308" in vars(refer.prepare.responses._Redirects)  # Python 3.10's own handler has none
 
 
 def test_numbers_in_headers():
-    assert [refer.responses.number(text) for text in ("12", "", None, "-1", "1e3", "٣", "9" * 5000)] == [12] + [
+    assert [refer.prepare.responses.number(text) for text in ("12", "", None, "-1", "1e3", "٣", "9" * 5000)] == [12] + [
         None
     ] * 6
 
@@ -247,7 +247,7 @@ def test_the_address_that_has_sent_a_part_goes_first(server, tmp_path):
 def test_from_https_nothing_leads_to_http():
     request = type("Request", (), {"full_url": "https://a.org/x"})()
     with pytest.raises(RefusedError, match=r"leads to http://a\.org/x"):
-        refer.responses._Redirects().redirect_request(request, None, 302, "", {}, "http://a.org/x")
+        refer.prepare.responses._Redirects().redirect_request(request, None, 302, "", {}, "http://a.org/x")
 
 
 def test_mirrors_are_tried_in_order(server, tmp_path):
@@ -285,8 +285,8 @@ def test_a_full_disk_is_told_and_nothing_is_lost(server, get, tmp_path, monkeypa
             return super().write(data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(refer.download, "open", lambda path, mode, buffering=-1: Full(path, mode), raising=False)
-        patch.setattr(refer.responses, "CHUNK", 10_000)
+        patch.setattr(refer.prepare.download, "open", lambda path, mode, buffering=-1: Full(path, mode), raising=False)
+        patch.setattr(refer.prepare.responses, "CHUNK", 10_000)
         with pytest.raises(UserError, match=r"can't write .*file\.part: No space left on device"):
             get()
     kept = (tmp_path / "file.part").read_bytes()

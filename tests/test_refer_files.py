@@ -1,4 +1,4 @@
-"""refer.files: nothing bad in the annotation files gets any further. Every test writes its own files."""
+"""refer.annotations: nothing bad in the annotation files gets any further. Every test writes its own files."""
 
 import copy
 import json
@@ -26,9 +26,9 @@ from refer_sets import (
     write,
 )
 
-from refer.files import read_refs
+from lib.errors import UserError
+from refer.annotations import read_refs
 from refer.refer import REFER
-from utils import UserError
 
 # ---- pickles ----
 

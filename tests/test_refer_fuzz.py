@@ -18,11 +18,11 @@ from benchmarks.fuzz_annotations import Case
 from benchmarks.fuzz_json import json_kinds
 from benchmarks.fuzz_pickles import behind_a_frame, colliding, pickle_kinds, pickles
 from benchmarks.fuzz_sets import INSTANCES, MARKER, REFS, realistic_set, small_set
-from refer.files import MAX_LONG, MAX_SPLIT
-from refer.files import read_refs as read_refs_right
+from lib.errors import UserError
+from refer.annotations import MAX_LONG, MAX_SPLIT
+from refer.annotations import read_refs as read_refs_right
 from refer.masks import MAX_OUTLINE
 from refer.refer import REFER
-from utils import UserError
 
 CASES = 200  # of each file
 
@@ -72,7 +72,7 @@ class Calls:
 
 
 class AnyClass(pickle.Unpickler):
-    """What refer.files must not be. It asks nobody, so that no hook is told of the class itself."""
+    """What refer.annotations must not be. It asks nobody, so that no hook is told of the class itself."""
 
     def find_class(self, module, name):
         return getattr(sys.modules[module], name)

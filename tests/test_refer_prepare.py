@@ -10,13 +10,13 @@ from download_server import link, pack
 from PIL import Image
 from published_set import COUNTS, FOLDER, IMAGES, H, W, asked, picture_name
 
-import refer.pictures
-import refer.prepare
-import refer.weights
+import refer.prepare.__main__
+import refer.prepare.images
+import refer.prepare.weights
+from lib.errors import UserError
 from refer.counts import PUBLISHED_COUNTS, counts_of
-from refer.hashes import keep_replaced
+from refer.prepare.hashes import keep_replaced
 from refer.refer import REFER
-from utils import UserError
 
 # ---- downloading ----
 
@@ -66,8 +66,8 @@ def test_pictures_that_cannot_be_had_are_named(world, prepare, tmp_path, picture
 
 
 def test_where_nothing_is_to_be_had_not_every_picture_is_asked_for(world, prepare, monkeypatch):
-    monkeypatch.setattr(refer.pictures, "HOPELESS", 2)
-    monkeypatch.setattr(refer.pictures, "FETCHERS", 1)
+    monkeypatch.setattr(refer.prepare.images, "HOPELESS", 2)
+    monkeypatch.setattr(refer.prepare.images, "FETCHERS", 1)
     for name in IMAGES:
         del world.files[f"/train2014/{picture_name(name)}"]
     assert "the rest was not tried" in prepare("--pictures", "needed", status=2).err
@@ -95,7 +95,7 @@ def test_a_broken_download_goes_on_with_the_same_command(world, prepare, tmp_pat
 
 
 def test_unpacking_goes_on_after_a_kill(world, prepare, tmp_path, monkeypatch, pictures):
-    real, written = refer.archives.Archive.write, []
+    real, written = refer.prepare.archives.Archive.write, []
 
     def write(self, member, target, **how):
         if len(written) == 4:  # two annotation files, two pictures
@@ -104,12 +104,12 @@ def test_unpacking_goes_on_after_a_kill(world, prepare, tmp_path, monkeypatch, p
         return real(self, member, target, **how)
 
     with monkeypatch.context() as patch:
-        patch.setattr(refer.archives.Archive, "write", write)
+        patch.setattr(refer.prepare.archives.Archive, "write", write)
         prepare(status=137)
     assert len(contents(tmp_path / "data" / FOLDER)) == 2
     world.asked.clear()
     del written[:]
-    monkeypatch.setattr(refer.archives.Archive, "write", lambda *a, **k: (written.append(0), real(*a, **k)))
+    monkeypatch.setattr(refer.prepare.archives.Archive, "write", lambda *a, **k: (written.append(0), real(*a, **k)))
     prepare()
     assert world.asked == []
     assert len(written) == 2

@@ -9,8 +9,8 @@ import torch
 from commands import contents
 from published_set import FOLDER, IMAGES, asked, picture_name, swin
 
-from CrossVLT import SWIN_VARIANTS
-from refer.weights import EMBED_DIMS
+from lib.variants import SWIN_VARIANTS
+from refer.prepare.weights import EMBED_DIMS
 
 
 def test_refused_weights_can_be_given_as_the_message_says(world, weights, prepare, tmp_path):

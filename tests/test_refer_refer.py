@@ -5,8 +5,8 @@ import pytest
 from pycocotools import mask as coco_mask
 from refer_sets import HUGE, SHIFTED, SQUARE, H, W, box_mask, make_instances, make_refs, with_segmentation, write
 
+from lib.errors import MissingFileError, UserError
 from refer.refer import REFER
-from utils import MissingFileError, UserError
 
 # ---- what comes out ----
 

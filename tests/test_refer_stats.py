@@ -14,12 +14,12 @@ from commands import run_in_process
 from matplotlib.colors import to_hex
 from PIL import Image
 
+from lib.errors import MissingFileError, UserError
 from refer import stats
 from refer.refer import REFER
-from refer.split_statistics import shared_images, statistics_of
-from refer.stats_figure import COLORS, draw
-from refer.stats_tables import sharing, tables
-from utils import MissingFileError, UserError
+from refer.stats.figure import COLORS, draw
+from refer.stats.statistics import shared_images, statistics_of
+from refer.stats.tables import sharing, tables
 
 H, W = 20, 30
 SQUARE = [2, 2, 12, 2, 12, 12, 2, 12]  # 10 x 10 pixels

@@ -104,8 +104,8 @@ def test_initialising_from_weights(trained, run_here, train_flags, tmp_path):
         (["--dataset", "refcoc"], "did you mean refcoco"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_clear_line(told_in_one_line, flags, told):
-    assert told in told_in_one_line("train.py", *flags)
+def test_a_mistake_is_one_clear_line(error_line, flags, told):
+    assert told in error_line("train.py", *flags)
 
 
 def test_help_needs_nothing(run_here):

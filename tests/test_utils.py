@@ -9,27 +9,21 @@ import torch
 from conftest import PROCESS_ENVIRONMENT, ROOT
 
 import utils
-from utils import (
-    MissingFileError,
-    StoppedError,
-    UserError,
-    derive_seed,
-    on_main,
-    run_command,
-    set_up_processes,
-    written_aside,
-)
+from lib.cli import run_command
+from lib.errors import MissingFileError, StoppedError, UserError
+from lib.files import atomic_write
+from utils import derive_seed, init_distributed, on_main
 
 
 def test_written_aside_is_all_or_nothing(tmp_path):
     target = tmp_path / "new" / "file.txt"
-    with written_aside(target) as aside:
+    with atomic_write(target) as aside:
         aside.write_text("first")
         assert not target.exists()
     assert target.read_text() == "first"
 
     def half_written():
-        with written_aside(target) as aside:
+        with atomic_write(target) as aside:
             aside.write_text("half")
             raise RuntimeError("killed")
 
@@ -43,7 +37,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
 
     def write():
-        with written_aside(tmp_path / "file" / "below.txt") as aside:
+        with atomic_write(tmp_path / "file" / "below.txt") as aside:
             aside.write_text("")
 
     with pytest.raises(UserError, match=r"can't write .*below\.txt"):
@@ -58,7 +52,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
         (KeyboardInterrupt(), 130, "interrupted\n"),
         (StoppedError("stopped at step 3"), 75, "stopped at step 3\n"),
         (SystemExit(2), 2, ""),
-        (UserError("Caught it in a worker.\nTraceback (most recent call last):\n  F\nutils.UserError: bad a.jpg\n"), 2,
+        (UserError("Caught it in a worker.\nTraceback (most recent call last):\n  F\nlib.errors.UserError: bad a.jpg\n"), 2,
          "error: bad a.jpg\n"),
     ],
 )  # fmt: skip
@@ -134,13 +128,13 @@ def test_a_process_that_loses_another_says_so():
 
 
 def test_devices(monkeypatch):
-    processes = set_up_processes("cpu")
+    processes = init_distributed("cpu")
     assert (processes.rank, processes.world_size, processes.device.type, processes.is_main) == (0, 1, "cpu", True)
     monkeypatch.setattr(utils.torch.cuda, "is_available", lambda: False)
-    assert set_up_processes("auto").device.type == "cpu"
+    assert init_distributed("auto").device.type == "cpu"
     for device, told in (("cuda", "no CUDA GPU"), ("tpu", "use auto, cpu, cuda"), ("mps", "only cpu and cuda")):
         with pytest.raises(UserError, match=told):
-            set_up_processes(device)
+            init_distributed(device)
 
 
 def test_seeds_depend_on_every_part_and_on_nothing_else():
@@ -172,7 +166,7 @@ TOGETHER = """
 import sys
 from utils import *
 def main():
-    processes = set_up_processes("cpu")
+    processes = init_distributed("cpu")
     assert gather(processes.rank) == [0, 1]
     assert from_main(processes.rank + 5) == 5
     assert on_main(lambda: processes.rank + 7) == 7

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.checkpoint import save_checkpoint
-from utils import written_aside
+from lib.files import atomic_write
 
 NAME = re.compile(r"step_(\d{8})(_epoch_\d{3,})?\.pth")
 LAST, BEST = "last.pth", "best.pth"
@@ -40,7 +40,7 @@ class CheckpointFolder:
         path = self.folder / f"step_{content['step']:08d}{ending}.pth"
         save_checkpoint(path, content)
         self._written.add(path)
-        with written_aside(self.folder / LAST) as aside:
+        with atomic_write(self.folder / LAST) as aside:
             try:
                 os.link(path, aside)
             except OSError:  # a file system without links

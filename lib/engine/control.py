@@ -6,7 +6,7 @@ from types import FrameType
 
 import torch.distributed as dist
 
-from utils import agree
+from utils import sum_over_processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SECONDS_UNTIL_IMPATIENT = 2.0  # torchrun passes Ctrl-C on, so that a process can get the same one twice
@@ -44,14 +44,14 @@ class Control:
         if not self.received:
             self.received, self._received_at = signal.Signals(number).name, now
 
-    def stop_asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether any process got a signal; to be called by all of them together."""
-        return agree([float(self.received is not None)], self.group)[0] > 0
+        return sum_over_processes([float(self.received is not None)], self.group)[0] > 0
 
     def after_step(self, step: int, *, is_main: bool) -> tuple[bool, bool]:
         """(stop, save): whether any process got a signal, whether a checkpoint is due; the same on all processes."""
         by_clock = is_main and 0 < self.save_seconds <= time.monotonic() - self._saved_at
-        stop, save = agree([float(self.received is not None), float(by_clock)], self.group)
+        stop, save = sum_over_processes([float(self.received is not None), float(by_clock)], self.group)
         return stop > 0, save > 0 or (self.save_steps > 0 and step % self.save_steps == 0)
 
     def saved(self) -> None:

@@ -11,8 +11,9 @@ from lib.criterion import CrossVLTCriterion
 from lib.engine.precision import Precision
 from lib.engine.progress import random_states, restore_random_states
 from lib.engine.step import out_of_memory
+from lib.errors import UserError
 from lib.evaluation import Batch
-from utils import UserError, check_writable
+from lib.files import check_writable
 
 GIB = 2**30
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from lib.checkpoint import Checkpoint, read_checkpoint
 from lib.engine.checkpoints import LAST, numbered
-from utils import UserError, launched_rank
+from lib.errors import UserError
+from utils import launched_rank
 
 LOG = logging.getLogger("crossvlt")
 

@@ -13,8 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lib.criterion import CrossVLTCriterion
 from lib.engine.precision import Precision
+from lib.errors import UserError
 from lib.evaluation import Batch
-from utils import UserError, agree, on_main
+from utils import on_main, sum_over_processes
 
 MOST_SKIPPED = 50  # successive steps: from there on the loss scale isn't what is wrong
 
@@ -89,7 +90,7 @@ class TrainingStep:
         *own, norm = torch.cat([terms, norm.to(terms)[None]]).tolist()  # one wait for the device
         bad = not all(map(math.isfinite, own))
         world_size = dist.get_world_size() if dist.is_initialized() else 1
-        anywhere, *sums = agree([float(bad or not math.isfinite(norm)), *own], self.group)
+        anywhere, *sums = sum_over_processes([float(bad or not math.isfinite(norm)), *own], self.group)
         if anywhere and not scaler.is_enabled():
             told = f"the loss is {own[0]}" if bad else f"the gradient's norm is {norm}"
             raise NonFiniteError(told, bad)
@@ -138,7 +139,7 @@ class TrainingStep:
 
     def _shared_normalizer(self, batches: Sequence[Batch]) -> float:
         """The mean over micro-batches and processes of the class weights' sum."""
-        total, count = agree(
+        total, count = sum_over_processes(
             [sum(self.criterion.weight_sum(batch["mask"]) for batch in batches), len(batches)], self.group
         )
         return total / count

@@ -18,10 +18,11 @@ from lib.engine.checkpoints import BEST, CheckpointFolder
 from lib.engine.control import Control
 from lib.engine.progress import Meter, Progress, random_states, seed_everything
 from lib.engine.step import NonFiniteError, TrainingStep
+from lib.errors import StoppedError, UserError
 from lib.evaluation import Batch, EvaluationResult
 from lib.journal import Journal
 from lib.metrics import METRIC_NAMES
-from utils import Processes, StoppedError, UserError, derive_seed, from_main, gather, on_main
+from utils import Distributed, derive_seed, from_main, gather, on_main
 
 LOG = logging.getLogger("crossvlt")
 
@@ -71,7 +72,7 @@ class Trainer:
         split: str,
         seed: int,
         print_freq: int,
-        processes: Processes,
+        processes: Distributed,
     ) -> None:
         self.model, self.step, self.ema = model, step, step.ema
         self.micro_batches, self.set_position, self.accum_steps = micro_batches, set_position, accum_steps
@@ -231,7 +232,7 @@ class Trainer:
         progress = self.progress
         values = {"epoch": progress.epoch, "split": self.split, **losses, **result.metrics}
         self.journal.write("eval", progress.step, values)
-        if self.journal.takes_pictures:
+        if self.journal.accepts_images:
             for name, picture in self.draw(result).items():
                 self.journal.draw(name, picture, progress.step)
 

@@ -28,7 +28,7 @@ class Validation:
         batch_size: the most expressions of a forward pass.
         looked_at: how many expressions :meth:`look_ahead` judges: about two batches of every process.
         title: of the progress bar; None: no bar here.
-        stop_asked, group: see :func:`evaluate`.
+        stop_requested, group: see :func:`evaluate`.
         compiled: whether the model's blocks are. Here they run uncompiled: compiling them once more for this would take
             minutes, and so the numbers are test.py's.
     """
@@ -41,13 +41,13 @@ class Validation:
         batch_size: int,
         looked_at: int,
         title: str | None,
-        stop_asked: Callable[[], bool],
+        stop_requested: Callable[[], bool],
         group: dist.ProcessGroup | None,
         compiled: bool,
     ) -> None:
         self.dataset, self.make_batches, self.title = dataset, make_batches, title
         self.batch_size, self.looked_at, self.compiled = batch_size, min(looked_at, len(dataset)), compiled
-        self.stop_asked, self.group = stop_asked, group
+        self.stop_requested, self.group = stop_requested, group
         self.drawn = spread(len(dataset), DRAWN)
 
     def __call__(self, model: nn.Module) -> EvaluationResult:
@@ -75,7 +75,7 @@ class Validation:
                 indices=indices,
                 batch_size=self.batch_size,
                 log=LOG.debug,
-                stop_asked=self.stop_asked,
+                stop_requested=self.stop_requested,
                 group=self.group,
                 **how,
             )

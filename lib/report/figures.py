@@ -10,11 +10,11 @@ from PIL import Image
 from torch import nn
 
 from lib.evaluation import EvaluationResult, alignment_maps
+from lib.files import atomic_write
 from lib.visualize import Prediction, expression_panel, sheet
 from refer.masks import decode_mask
-from utils import written_aside
 
-MOST_ON_SHEET = 60
+MAX_PANELS = 60
 
 
 class Judged(NamedTuple):
@@ -71,7 +71,7 @@ def result_panel(judged: Sequence[Judged], index: int) -> Image.Image:
 
 
 def draw(judged: Sequence[Judged], indices: Sequence[int], folder: Path) -> Path:
-    """Write a panel per index and a sheet of them, or of the first ``MOST_ON_SHEET``; gives back the sheet.
+    """Write a panel per index and a sheet of them, or of the first ``MAX_PANELS``; gives back the sheet.
 
     UserError: they can't be written.
     """
@@ -79,15 +79,15 @@ def draw(judged: Sequence[Judged], indices: Sequence[int], folder: Path) -> Path
     for index in indices:
         expression, panel = dataset.expressions[index], result_panel(judged, index)
         name = f"{dataset.split}_{index:06d}_ref{expression.ref_id}_sent{expression.sent_id}.png"
-        save_picture(panel, folder / name)
-        if len(panels) < MOST_ON_SHEET:
+        save_image(panel, folder / name)
+        if len(panels) < MAX_PANELS:
             panels.append(panel)
     path = folder / f"{dataset.split}_sheet.png"
-    save_picture(sheet(panels), path)
+    save_image(sheet(panels), path)
     return path
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(picture: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
-    with written_aside(path) as aside:
+    with atomic_write(path) as aside:
         picture.save(aside, format="PNG")

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from lib.config import Parser
+from lib.cli import Parser
+from lib.errors import UserError
 from lib.protocols import EVAL_SIZES
 from lib.report.results import PARTIAL, settings_path
 from refer.masks import MASK_MODES
-from utils import UserError
 
 PROTOCOL = ("protocol", "gt_mask", "eval_size", "threshold")
 # The ways of using test.py: the flags that each needs, and those it takes besides.

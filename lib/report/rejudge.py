@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from lib.errors import MissingFileError, UserError
 from lib.metrics import intersection_and_union, iou
 from lib.protocols import PROTOCOLS
 from lib.report.results import Line, read_results
 from refer.masks import decode_mask, resize_mask
 from refer.refer import REFER
-from utils import MissingFileError, UserError
 
 # Why the stored masks don't allow another value of a switch, and the flags of test.py that do.
 NEEDS_MODEL = {

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from utils import MissingFileError, UserError, write_text, writing, written_aside
+from lib.errors import MissingFileError, UserError
+from lib.files import atomic_write, translate_write_errors, write_text
 
 FORMAT = "crossvlt results 1"
 PARTIAL = ".partial"
@@ -66,7 +67,7 @@ class ResultFile:
         """
         if self.is_finished():
             return
-        with writing(self.partial):
+        with translate_write_errors(self.partial):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             if not self.partial.exists() or not _drop_torn_line(self.partial):
                 if self.path.exists() and not self.replace:
@@ -101,7 +102,7 @@ class ResultFile:
         """Add lines, so that they outlive this process. UserError: the disk is full."""
         lines = list(lines)
         if lines:  # else there may be no partial file: a finished evaluation has nothing to add
-            with writing(self.partial):
+            with translate_write_errors(self.partial):
                 self._append(lines)
 
     def _append(self, lines: Iterable[Line]) -> None:
@@ -120,7 +121,7 @@ class ResultFile:
             (splits.index(line["split"]), line["index"], protocols.index(line["protocol"]), offset)
             for offset, line in _lines(self.partial)
         )
-        with written_aside(self.path) as aside, open(aside, "wb") as whole, open(self.partial, "rb") as partial:
+        with atomic_write(self.path) as aside, open(aside, "wb") as whole, open(self.partial, "rb") as partial:
             for *_, offset in places:  # one line in memory at a time
                 partial.seek(offset)
                 whole.write(partial.readline())

@@ -8,12 +8,13 @@ import numpy as np
 import torch.distributed as dist
 from torch import nn
 
+from lib.errors import StoppedError
 from lib.evaluation import Batch, EvaluationResult, ExpressionResult, evaluate
 from lib.metrics import iou
 from lib.protocols import Protocol
 from lib.report.bootstrap import intervals
 from lib.report.results import Line, ResultFile
-from utils import StoppedError, on_main
+from utils import on_main
 
 Masks = dict[int, dict[str, Any]]
 
@@ -30,7 +31,7 @@ def judge_splits(
     file: ResultFile | None = None,
     show_progress: bool = False,
     log: Callable[[str], None] | None = None,
-    stop_asked: Callable[[], bool] | None = None,
+    stop_requested: Callable[[], bool] | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Iterator[tuple[str, dict[str, EvaluationResult]]]:
     """Evaluate a model on splits, one after the other; gives each one's results by protocol as soon as it has them.
@@ -45,10 +46,10 @@ def judge_splits(
         only_drawn: judge no others.
         file: takes every result; where it has been begun before, the evaluation goes on. Whole after the last split.
         show_progress: on this process.
-        log, stop_asked, group: see :func:`lib.evaluation.evaluate`.
+        log, stop_requested, group: see :func:`lib.evaluation.evaluate`.
 
     Raises:
-        StoppedError: ``stop_asked`` said so; it says how to go on.
+        StoppedError: ``stop_requested`` said so; it says how to go on.
         KeyboardInterrupt: the same where there is no file, so that nothing is kept.
         UserError: the file can't be written, or is another evaluation's.
     """
@@ -70,7 +71,7 @@ def judge_splits(
                 report=_reporter(file, dataset) if file else None,
                 progress=split if show_progress else None,
                 log=log,
-                stop_asked=stop_asked,
+                stop_requested=stop_requested,
                 group=group,
             )
         except StoppedError as error:

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lib.config import suggestion
+from lib.cli import did_you_mean
+from lib.errors import MissingFileError, UserError
+from lib.files import write_text
 from lib.metrics import METRIC_NAMES, metrics_of
 from lib.report.bootstrap import intervals
 from lib.report.results import ResultFile, counts_of, read_results
-from utils import MissingFileError, UserError, write_text
 
 MINUS = "−"
 
@@ -121,7 +122,7 @@ def find_checkpoints(where: str | Path) -> dict[str, Path]:
         raise UserError(f"--checkpoints {where} is not a yaml of set: file")
     for name, path in entries.items():
         if name not in SETS:
-            raise UserError(f"--checkpoints {where}: unknown set {name!r}{suggestion(str(name), SETS)}")
+            raise UserError(f"--checkpoints {where}: unknown set {name!r}{did_you_mean(str(name), SETS)}")
         if not (where.parent / path).is_file():
             raise MissingFileError(f"--checkpoints {where}: {name}: no file {where.parent / path}")
     return {name: where.parent / path for name, path in entries.items()}

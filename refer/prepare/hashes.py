@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils import UserError, file_sha256, write_text
+from lib.errors import UserError
+from lib.files import file_sha256, write_text
 
 HASHES_FILE = "hashes.json"
 

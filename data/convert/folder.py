@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from lib.errors import UserError
+from refer.annotations import read_instances
 from refer.datasets import DATASETS
-from refer.files import read_instances
-from utils import UserError
 
 INFO_FILE, SHEET_FILE = "convert.json", "samples.png"
 MADE_BY = "python -m data.convert"

@@ -15,15 +15,17 @@ from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
-from refer.annotations import DOWNLOADS
-from refer.archives import open_archive
+from lib.errors import UserError
+from lib.files import translate_write_errors
 from refer.datasets import COCO_IMAGES
-from refer.download import Patience, fetch
-from refer.hashes import keep_replaced
-from refer.progress import Progress, check_room
-from refer.responses import RefusedError
+from refer.prepare.annotations import DOWNLOADS
+from refer.prepare.archives import open_archive
+from refer.prepare.download import Patience, fetch
+from refer.prepare.hashes import keep_replaced
+from refer.prepare.progress import Progress, check_room
+from refer.prepare.responses import RefusedError
 from refer.sources import COCO_ZIP, picture_address
-from utils import LOGGER, UserError, writing
+from utils import LOGGER
 
 Sizes = Mapping[str, tuple[int, int]]  # file name: width, height
 
@@ -94,7 +96,7 @@ def take_picture_zip(
         members = archive.find(FOLDER, lambda name: name in needed or (everything and is_coco_name(name)))
         if insist and (lacking := sorted(needed.keys() - members.keys())):
             raise RefusedError(f"lacks {len(lacking)} of the pictures that the annotations need, such as {lacking[0]}")
-        with writing(folder):
+        with translate_write_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             there = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
         missing = {name: one for name, one in members.items() if name in faulty}
@@ -123,7 +125,7 @@ def take_picture_folder(source: Path, root: Path, needed: Sizes, *, everything: 
     Raises: UserError: the disk is full, …
     """
     folder = Path(root, COCO_IMAGES)
-    with writing(folder):
+    with translate_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if folder.samefile(source):
         return
@@ -145,7 +147,7 @@ def take_picture_folder(source: Path, root: Path, needed: Sizes, *, everything: 
 def _link(source: Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.part")
     aside.unlink(missing_ok=True)
-    with writing(target):
+    with translate_write_errors(target):
         try:
             os.link(source.resolve(), aside)
         except OSError:  # another disk, or one without links
@@ -155,7 +157,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _put(aside: Path, target: Path) -> None:
     """Give a picture its name; a whole one that has it, a user's own perhaps, is kept under another."""
-    with writing(target):
+    with translate_write_errors(target):
         if target.exists() and not picture_fault(target):
             LOGGER.warning(f"{target} is replaced; what was there is kept as {keep_replaced(target).name}")
         aside.replace(target)
@@ -172,7 +174,7 @@ def fetch_pictures(missing: Sizes, root: Path, mirrors: Sequence[str], patience:
             raise UserError(f"{name!r} is not the name of a COCO picture: it is not downloaded")
     folder, aside = Path(root, COCO_IMAGES), Path(root, DOWNLOADS, PICTURES_ASIDE)
     check_room(folder, len(missing) * TYPICAL, f"downloading {len(missing)} pictures")
-    with writing(folder):
+    with translate_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     places = [_Place(lambda name, mirror=mirror: f"{mirror}/{FOLDER}/{quote(name)}") for mirror in mirrors]
     places += [_Place(picture_address)]

@@ -1,6 +1,6 @@
 """RefShapes, its objects: what they are, what a scene of them is, and where their pixels lie.
 
-Nothing in `data.refshapes_objects`, `_language` and `_scenes` reads or writes a file. A scene follows from (seed,
+Nothing in `data.refshapes.objects`, `_language` and `_scenes` reads or writes a file. A scene follows from (seed,
 split, index, level) alone. `data.refshapes` renders the scenes, chooses among the descriptions and writes the dataset.
 
 Legend: H, W height and width of a picture in pixels; h, w of an object's stamp, the part around the object.
@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image, ImageDraw
 
-from utils import UserError
+from lib.errors import UserError
 
 LEVELS = ("basic", "full")
 SPLITS = ("train", "val", "testA", "testB")

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from refer.split_statistics import SplitStatistics, percent
-from utils import UserError
+from lib.errors import UserError
+from refer.stats.statistics import SplitStatistics, percent
 
 # Colours that all eyes tell apart; a split has the same one in every set.
 COLORS = {"train": "#0072b2", "val": "#d55e00", "testA": "#009e73", "testB": "#cc79a7", "test": "#e69f00"}
@@ -36,7 +36,7 @@ def draw(sets: list[list[SplitStatistics]]) -> "Figure":  # noqa: F821  (matplot
     """Four panels per set; lines and bars are percentages of their own split, so small splits can be seen.
 
     Args:
-        sets: what :func:`refer.split_statistics.statistics_of` gives, for each set.
+        sets: what :func:`refer.stats.statistics.statistics_of` gives, for each set.
 
     Raises:
         UserError: matplotlib isn't installed.

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils import LOGGER, UserError
+from lib.errors import UserError
+from utils import LOGGER
 
 LINE_EVERY = 15.0  # seconds between the lines of progress where there is no terminal
 

@@ -12,11 +12,11 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from data.convert_sentences import Row
+from data.convert.sentences import Row
 from data.dataset_refer_bert import DECODING_ERRORS, check_depth
-from refer.files import Record, is_file_below, read_instances
+from lib.errors import UserError
+from refer.annotations import Record, is_file_below, read_instances
 from refer.masks import MAX_PIXELS, MAX_SIDE, encode_mask
-from utils import UserError
 
 ORIENTATION = 0x0112  # of EXIF; 1: as stored, 5 to 8: also with the sides exchanged
 ID = re.compile("[0-9]{1,18}")

@@ -5,14 +5,15 @@ import shlex
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from refer.annotations import DOWNLOADS, AnnotationSet, is_there, read_sets, wanted_files
+from lib.errors import UserError
+from refer.annotations import remedy
 from refer.counts import Counts, differs
 from refer.datasets import COCO_DATASETS, ROOT
-from refer.files import remedy
-from refer.hashes import Hashes
-from refer.pictures import picture_faults
+from refer.prepare.annotations import DOWNLOADS, AnnotationSet, is_there, read_sets, wanted_files
+from refer.prepare.hashes import Hashes
+from refer.prepare.images import picture_faults
 from refer.sources import COCO_ZIP
-from utils import LOGGER, UserError
+from utils import LOGGER
 
 
 def annotation_problems(root: Path, dataset: str, hashes: Hashes) -> tuple[list[AnnotationSet], list[str]]:

@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from data.refshapes_language import candidates
-from data.refshapes_objects import (
+from data.refshapes.language import candidates
+from data.refshapes.objects import (
     ALL_COLORS_DIFFER,
     COLORS,
     GAP,

@@ -15,7 +15,7 @@ from data.dataset_refer_bert import ReferDataset
 from data.transforms import preprocess_mask, resize_image
 
 
-class PictureBatches(Dataset):
+class ImageBatches(Dataset):
     """Every expression of a split exactly once, an image's together, in the order of the images' first expressions.
 
     Images are taken together while their expressions don't exceed ``batch_size``; an image with more has a batch to

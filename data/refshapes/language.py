@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from data.refshapes_objects import (
+from data.refshapes.objects import (
     AREA_FACTOR,
     DIRECTIONS,
     EDGE_MARGIN,

@@ -6,16 +6,18 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from refer.annotations import DOWNLOADS
-from refer.download import Patience, is_refused_name, obtain, remove_if_empty
-from refer.hashes import Hashes, keep_replaced
-from refer.responses import OtherFileError, RefusedError
+from lib.errors import UserError
+from lib.files import translate_write_errors
+from lib.variants import BERT_VOCAB_SIZE
+from refer.prepare.annotations import DOWNLOADS
+from refer.prepare.download import Patience, is_refused_name, obtain, remove_if_empty
+from refer.prepare.hashes import Hashes, keep_replaced
+from refer.prepare.responses import OtherFileError, RefusedError
 from refer.sources import BERT_VOCABULARY, BERT_WEIGHTS, SWIN_FILES, weight_addresses
-from utils import LOGGER, UserError, writing
+from utils import LOGGER
 
 WEIGHTS = (*(f"swin_{size}" for size in SWIN_FILES), "bert", "bert_vocabulary")
 EMBED_DIMS = {"tiny": 96, "small": 96, "base": 128, "large": 192}
-VOCABULARY_SIZE = 30522
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 STARTS = {  # first bytes, by the end of the name; torch.save writes a zip or, long ago, a pickle
     ".pth": (b"PK\x03\x04", b"\x80\x02"),
@@ -51,7 +53,7 @@ def weights_fault(path: Path) -> str:
     if size is None:
         found = [shape for name, shape in shapes.items() if name.endswith(WORD_EMBEDDINGS)]
         return (
-            "" if [one[0] for one in found] == [VOCABULARY_SIZE] else f"has no {WORD_EMBEDDINGS} of BERT's vocabulary"
+            "" if [one[0] for one in found] == [BERT_VOCAB_SIZE] else f"has no {WORD_EMBEDDINGS} of BERT's vocabulary"
         )
     if shapes.get("patch_embed.proj.weight") != (EMBED_DIMS[size], 3, 4, 4):
         return f"has no patch_embed.proj.weight of Swin {size}"
@@ -110,7 +112,7 @@ def _bring(
             raise RefusedError(fault)
         if told := hashes.difference(path.name, file):
             raise OtherFileError(told)
-        with writing(path):
+        with translate_write_errors(path):
             if path.exists():
                 keep_replaced(path)
             file.replace(path)
@@ -121,7 +123,7 @@ def _bring(
             source = _source(place, path.name)
             if not source.is_file():
                 continue
-            with writing(aside):
+            with translate_write_errors(aside):
                 aside.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, aside)
             try:
@@ -150,8 +152,8 @@ def _fault(path: Path, name: str, hashes: Hashes) -> str:
 
 def _vocabulary_fault(path: Path) -> str:
     tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # as bert.tokenization reads it
-    if len(tokens) != VOCABULARY_SIZE:
-        return f"has {len(tokens)} lines, the vocabulary of bert-base-uncased {VOCABULARY_SIZE}"
+    if len(tokens) != BERT_VOCAB_SIZE:
+        return f"has {len(tokens)} lines, the vocabulary of bert-base-uncased {BERT_VOCAB_SIZE}"
     return "" if tokens[0] == "[PAD]" else "is no BERT vocabulary: [PAD] isn't first"
 
 

@@ -26,17 +26,19 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.convert_folder import INFO_FILE, MADE_BY, SHEET_FILE, check_names, check_replaceable
-from data.convert_objects import Objects, Pictures, coco_objects, mask_objects
-from data.convert_refs import Refs, group, splits_of
-from data.convert_sentences import read_sentences
-from data.copies import first_names
+from data.convert.copies import first_names
+from data.convert.folder import INFO_FILE, MADE_BY, SHEET_FILE, check_names, check_replaceable
+from data.convert.objects import Objects, Pictures, coco_objects, mask_objects
+from data.convert.refs import Refs, group, splits_of
+from data.convert.sentences import read_sentences
 from data.dataset_refer_bert import open_image
-from data.folders import made_aside
+from data.staging import made_aside
+from lib.cli import run_command
+from lib.errors import MissingFileError, UserError
+from lib.files import atomic_write, check_writable, translate_write_errors, write_text
 from refer.counts import Counts, counts_of
 from refer.datasets import COCO_IMAGES
 from refer.refer import REFER
-from utils import MissingFileError, UserError, check_writable, run_command, write_text, writing, written_aside
 
 
 class Converted(NamedTuple):
@@ -67,13 +69,13 @@ def convert(
 
     Args:
         name: of the set.
-        sentences: the sentence file, see :mod:`data.convert_sentences`.
+        sentences: the sentence file, see :mod:`data.convert.sentences`.
         images: the folder of the pictures. Where it is the root's COCO folder, they stay there and are read there.
         instances, masks: a COCO file with the objects, or the folder of their masks: one of the two.
         data_root: folder of the REFER layout.
         split_by: the split system's name.
         link: make symbolic links to the pictures instead of copies.
-        val_share, test_share, seed: of the splits, see :func:`data.convert_refs.splits_of`.
+        val_share, test_share, seed: of the splits, see :func:`data.convert.refs.splits_of`.
         force: replace a set of this name that was made here.
 
     Raises:
@@ -100,11 +102,11 @@ def convert(
         refs = group(rows, objects.keys, splits, objects.instances, first_names(images, names))
         description = {"description": f"{name}, made by {MADE_BY}"}
         write_text(new / "instances.json", json.dumps({"info": description, **objects.instances}))
-        with written_aside(new / f"refs({split_by}).p") as aside:
+        with atomic_write(new / f"refs({split_by}).p") as aside:
             aside.write_bytes(pickle.dumps(refs.refs, protocol=2))
         _check_masks(REFER(root, new.name, split_by), refs, objects_in)
         if (root / COCO_IMAGES).resolve() != images.resolve():
-            with writing(folder):
+            with translate_write_errors(folder):
                 _take_pictures(list(dict.fromkeys(names)), images, new / "images", link)
         settings = {"made_by": MADE_BY, "splitBy": split_by, "sentences": str(sentences), "objects": str(objects_in)}
         if not rows[0].split:
@@ -176,7 +178,8 @@ def _table(counts: dict[str, Counts]) -> str:
 
 
 def get_parser() -> "Parser":  # noqa: F821
-    from lib.config import DEFAULTS, Parser
+    from lib.cli import Parser
+    from lib.config import DEFAULTS
 
     parser = Parser(prog="python -m data.convert", description=__doc__)
     add = parser.add_argument
@@ -205,15 +208,15 @@ def get_parser() -> "Parser":  # noqa: F821
 
 def main() -> None:
     from lib.config import DEFAULTS
-    from lib.report.figures import MOST_ON_SHEET, save_picture, spread
+    from lib.report.figures import MAX_PANELS, save_image, spread
     from lib.visualize import expression_panel, sheet
 
     args = get_parser().parse_args(sys.argv[1:])
     for flag in ("name", "sentences", "images"):  # not argparse's own check, which comes before the one for typos
         if not getattr(args, flag):
             raise UserError(f"--{flag} is needed; see --help")
-    if not 0 <= args.samples <= MOST_ON_SHEET:
-        raise UserError(f"--samples {args.samples}: from 0 to {MOST_ON_SHEET}")
+    if not 0 <= args.samples <= MAX_PANELS:
+        raise UserError(f"--samples {args.samples}: from 0 to {MAX_PANELS}")
     if args.sheet:
         if Path(args.sheet).resolve().is_relative_to(Path(args.refer_data_root, args.name).resolve()):
             raise UserError(f"--sheet {args.sheet}: not into the set's own folder, where it is {SHEET_FILE} by default")
@@ -244,7 +247,7 @@ def main() -> None:
         path = Path(args.sheet or converted.folder / SHEET_FILE)
         drawn = samples(converted.refer, chosen)
         panels = [expression_panel(image, mask, [], text, note) for image, mask, text, note in drawn]
-        save_picture(sheet(panels), path)
+        save_image(sheet(panels), path)
         print(f"look at {path}: do the sentences fit the masks?")
     print("\nnext:")
     for command in next_commands(converted, args.refer_data_root, DEFAULTS.DATA.ROOT):

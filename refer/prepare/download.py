@@ -18,10 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from refer.hashes import free_name
-from refer.progress import Progress, check_room, human
-from refer.responses import AGENT, BrokenOffError, OtherFileError, RefusedError, answer, chunks, number, validator
-from utils import LOGGER, UserError, sync, write_text, writing
+from lib.errors import UserError
+from lib.files import fsync, translate_write_errors, write_text
+from refer.prepare.hashes import free_name
+from refer.prepare.progress import Progress, check_room, human
+from refer.prepare.responses import (
+    AGENT,
+    BrokenOffError,
+    OtherFileError,
+    RefusedError,
+    answer,
+    chunks,
+    number,
+    validator,
+)
+from utils import LOGGER
 
 PROGRESS = 1 << 20  # an attempt that brings as many bytes more than any before makes up for the failed ones
 
@@ -83,7 +94,7 @@ def obtain(
             reasons.append(f"{address}: {refused}")
         else:
             try:
-                with writing(target):
+                with translate_write_errors(target):
                     _own(target).touch()
                 accept(target)
             except RefusedError as refused:
@@ -109,7 +120,7 @@ def _keep_other(target: Path, refused: RefusedError) -> str:
     if not isinstance(refused, OtherFileError):
         return ""
     kept = free_name(str(target.with_name(f"{target.stem}.refused")), target.suffix)
-    with writing(kept):
+    with translate_write_errors(kept):
         target.replace(kept)
         _own(target).unlink(missing_ok=True)
     return f" (it is kept as {kept}, to be given by --from)"
@@ -121,7 +132,7 @@ def _own(target: Path) -> Path:
 
 
 def _tidy(target: Path, keep: bool) -> None:
-    with writing(target):
+    with translate_write_errors(target):
         if _own(target).exists():
             if not keep:
                 target.unlink(missing_ok=True)
@@ -144,7 +155,7 @@ def fetch(
     """
     patience = patience or Patience()
     part = target.with_name(f"{target.name}.part")
-    with writing(part):
+    with translate_write_errors(part):
         part.parent.mkdir(parents=True, exist_ok=True)
     if not quiet:
         LOGGER.info(f"{target.name} from {address}")
@@ -154,12 +165,12 @@ def fetch(
         if not quiet and _size(part):
             LOGGER.info(f"{part} is kept: the same command goes on from there")
         raise
-    with writing(target):
+    with translate_write_errors(target):
         if not quiet:
-            sync(part)
+            fsync(part)
         os.replace(part, target)
         if not quiet:
-            sync(target.parent)
+            fsync(target.parent)
             _state_file(part).unlink(missing_ok=True)
 
 
@@ -235,7 +246,7 @@ def _append(part: Path, head: bytes, incoming: Iterator[bytes], have: int, size:
             chunk = memoryview(chunk)[: None if size is None else size - have]
             have += len(chunk)
             progress.add(len(chunk))
-            with writing(part):
+            with translate_write_errors(part):
                 while chunk:  # each byte goes to the system at once, so that a kill loses none
                     chunk = chunk[file.write(chunk) :]
             if have == size:
@@ -256,7 +267,7 @@ class _Silent:
 
 @contextmanager
 def _unbuffered(part: Path):  # noqa: ANN202  (a context manager)
-    with writing(part):
+    with translate_write_errors(part):
         file = open(part, "ab", buffering=0)  # noqa: SIM115
     try:
         yield file
@@ -296,7 +307,7 @@ def _forget(part: Path) -> None:
 
 
 def _write(path: Path, data: bytes, mode: str) -> None:
-    with writing(path), open(path, mode) as file:
+    with translate_write_errors(path), open(path, mode) as file:
         file.write(data)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from utils import UserError, writing
+from lib.errors import UserError
+from lib.files import translate_write_errors
 
 
 @contextmanager
@@ -21,20 +22,20 @@ def made_aside(folder: Path) -> Iterator[Path]:
         UserError: it can't be written, or another process is doing the same.
     """
     new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("part", "old"))
-    with writing(folder):
+    with translate_write_errors(folder):
         new.mkdir(parents=True, exist_ok=True)
         handle = os.open(new, os.O_RDONLY)
     try:
         _lock(handle, new)
         try:
-            with writing(folder):
+            with translate_write_errors(folder):
                 if old.exists() and not os.path.lexists(folder):
                     old.rename(folder)
                 shutil.rmtree(old, ignore_errors=True)
                 for path in new.iterdir():  # of a process that was killed
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             yield new
-            with writing(folder):
+            with translate_write_errors(folder):
                 _put_in_place(new, folder, old)
         except BaseException:
             shutil.rmtree(new, ignore_errors=True)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from refer.files import Record
+from lib.errors import UserError
+from refer.annotations import Record
 from refer.masks import is_number
 from refer.refer import REFER, SPLIT_ORDER
-from utils import UserError
 
 AREA_TOLERANCE = 0.01  # of the mask's area: by how much a stored area may differ from it
 
@@ -138,7 +138,7 @@ def statistics_of(
     for ref in tqdm(refs, desc=f"{refer.dataset} ({refer.splitBy})", unit="ref", disable=None):
         if ref["ann_id"] not in known:
             known[ref["ann_id"]] = _measure(refer, ref)
-    places = refer.picture_keys()
+    places = refer.image_keys()
     said: dict[tuple[str, str], set[int]] = {}  # picture, sentence: objects
     for ref in refs:
         for text in sentences_of(ref):
@@ -174,7 +174,7 @@ def statistics_of(
 def shared_images(splits: list[SplitStatistics]) -> list[SharedImages]:
     """Each pair of splits, of one set or of several, that has pictures in common.
 
-    Which are the same: see :meth:`refer.refer.REFER.picture_keys`.
+    Which are the same: see :meth:`refer.refer.REFER.image_keys`.
     """
     found = []
     for row, first in enumerate(splits):

@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from refer.progress import human
-from refer.responses import RefusedError
-from utils import writing
+from lib.files import translate_write_errors
+from refer.prepare.progress import human
+from refer.prepare.responses import RefusedError
 
 CHUNK = 1 << 20  # bytes
 MOST_MEMBERS = 500_000
@@ -61,7 +61,7 @@ class Archive:
             RefusedError: it is damaged.
             UserError: it can't be written.
         """
-        with writing(target), open(target, "wb") as file:
+        with translate_write_errors(target), open(target, "wb") as file:
             self._copy(member, file)
             if sync:
                 file.flush()

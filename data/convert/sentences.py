@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils import MissingFileError, UserError
+from lib.errors import MissingFileError, UserError
 
 DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 READ = {  # what says which object is meant: the columns that are read with it

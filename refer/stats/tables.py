@@ -3,7 +3,7 @@
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from refer.split_statistics import SharedImages, SplitStatistics, percent
+from refer.stats.statistics import SharedImages, SplitStatistics, percent
 
 WIDTH = 120
 NONE = "–"

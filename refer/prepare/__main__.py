@@ -20,7 +20,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from refer.annotations import (
+from lib.cli import run_command
+from lib.errors import MissingFileError, UserError
+from lib.files import check_writable, translate_write_errors
+from refer.datasets import COCO_DATASETS, COCO_IMAGES, DATASETS, ROOT, datasets_there, split_systems
+from refer.prepare.annotations import (
     DOWNLOADS,
     ZIP_STARTS,
     AnnotationSet,
@@ -30,11 +34,10 @@ from refer.annotations import (
     take_zip,
     wanted_files,
 )
-from refer.check import annotation_problems, check_datasets, format_counts, lacking_told, pictures_told
-from refer.datasets import COCO_DATASETS, COCO_IMAGES, DATASETS, ROOT, datasets_there, split_systems
-from refer.download import Patience, obtain, remove_if_empty
-from refer.hashes import HASHES_FILE, Hashes
-from refer.pictures import (
+from refer.prepare.check import annotation_problems, check_datasets, format_counts, lacking_told, pictures_told
+from refer.prepare.download import Patience, obtain, remove_if_empty
+from refer.prepare.hashes import HASHES_FILE, Hashes
+from refer.prepare.images import (
     PICTURES_ASIDE,
     Sizes,
     fetch_pictures,
@@ -44,10 +47,10 @@ from refer.pictures import (
     take_picture_folder,
     take_picture_zip,
 )
-from refer.responses import OtherFileError, RefusedError
+from refer.prepare.responses import OtherFileError, RefusedError
+from refer.prepare.weights import WEIGHTS, prepare_weights, weights_problems
 from refer.sources import COCO_ADDRESS, COCO_ZIP, annotation_addresses
-from refer.weights import WEIGHTS, prepare_weights, weights_problems
-from utils import LOGGER, MissingFileError, UserError, check_writable, run_command, set_up_logging, writing
+from utils import LOGGER, set_up_logging
 
 PRETRAINED = Path("./pretrained")
 PICTURES = ("zip", "needed", "none")
@@ -186,7 +189,7 @@ def prepare_datasets(root: Path, datasets: Sequence[str], wishes: Wishes) -> Non
 @contextmanager
 def only_one(folder: Path) -> Iterator[None]:
     """Two that download into the same folder would spoil each other's files. UserError: another one is at work."""
-    with writing(folder):
+    with translate_write_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     try:
@@ -215,7 +218,7 @@ def names_of(values: Sequence[str], known: Sequence[str], flag: str) -> list[str
 
 def get_parser() -> "Parser":  # noqa: F821
     """The flags of `python -m refer.prepare`."""
-    from lib.config import Parser
+    from lib.cli import Parser
 
     parser = Parser(prog="python -m refer.prepare", description=__doc__)
     add = parser.add_argument

@@ -13,21 +13,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from lib.cli import run_command
+from lib.errors import MissingFileError, UserError
+from lib.files import atomic_write, check_writable, write_text
 from refer.datasets import check_dataset, split_systems
 from refer.refer import REFER
-from refer.split_statistics import shared_images, statistics_of
-from refer.stats_figure import DPI, draw
-from refer.stats_tables import report, sharing, tables
-from utils import (
-    LOGGER,
-    MissingFileError,
-    UserError,
-    check_writable,
-    run_command,
-    set_up_logging,
-    write_text,
-    written_aside,
-)
+from refer.stats.figure import DPI, draw
+from refer.stats.statistics import shared_images, statistics_of
+from refer.stats.tables import report, sharing, tables
+from utils import LOGGER, set_up_logging
 
 
 def choose_sets(data_root: str | Path, datasets: str, split_by: str = "") -> list[tuple[str, str]]:
@@ -62,7 +56,8 @@ def choose_sets(data_root: str | Path, datasets: str, split_by: str = "") -> lis
 
 
 def get_parser() -> "Parser":  # noqa: F821
-    from lib.config import DEFAULTS, Parser
+    from lib.cli import Parser
+    from lib.config import DEFAULTS
 
     parser = Parser(prog="python -m refer.stats", description=__doc__)
     add = parser.add_argument
@@ -144,7 +139,7 @@ def main() -> None:
     except UserError as error:
         LOGGER.warning(f"no picture: {error}")
     else:
-        with written_aside(out) as aside:
+        with atomic_write(out) as aside:
             figure.savefig(aside, format="png", dpi=DPI)
         print(out)
     undrawable = list(dict.fromkeys(reason for one in splits for reason in one.undrawable))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
-from utils import file_sha256
+from lib.files import file_sha256
 
 Thing = TypeVar("Thing")
 

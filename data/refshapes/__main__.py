@@ -34,9 +34,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from data.folders import made_aside
-from data.refshapes_language import Description, candidates
-from data.refshapes_objects import (
+from data.refshapes.language import Description, candidates
+from data.refshapes.objects import (
     COLORS,
     LEVELS,
     MOST,
@@ -51,8 +50,11 @@ from data.refshapes_objects import (
     stamp,
     whole_mask,
 )
-from data.refshapes_scenes import generate_scene
-from utils import UserError, run_command, writing
+from data.refshapes.scenes import generate_scene
+from data.staging import made_aside
+from lib.cli import run_command
+from lib.errors import UserError
+from lib.files import translate_write_errors
 
 __all__ = ["Expression", "Scene", "describe", "generate_scene", "get_parser", "main", "render", "write_refshapes"]
 
@@ -328,7 +330,7 @@ def write_refshapes(
     if not force and _is_finished(folder, settings):
         return folder
     _check_replaceable(folder)
-    with writing(folder), made_aside(folder) as new:
+    with translate_write_errors(folder), made_aside(folder) as new:
         _check_replaceable(folder)  # one that a killed process had put away is back now
         _fill(new, settings)
     return folder
@@ -336,7 +338,7 @@ def write_refshapes(
 
 def get_parser() -> "Parser":  # noqa: F821
     """The flags of `python -m data.refshapes`."""
-    from lib.config import Parser
+    from lib.cli import Parser
 
     parser = Parser(prog="python -m data.refshapes", description=__doc__)
     parser.add_argument("--root", type=Path, default="./refer/data", help="folder of the datasets (%(default)s)")

@@ -5,10 +5,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from data.convert_sentences import Row, words
-from data.dataset_refer_bert import MAX_TOKENS
-from refer.files import Record
-from utils import UserError, derive_seed
+from data.convert.sentences import Row, words
+from lib.errors import UserError
+from lib.variants import MAX_TOKENS
+from refer.annotations import Record
+from utils import derive_seed
 
 TRIED_SEEDS = 200
 

@@ -1,0 +1,131 @@
+"""What all commands share: the argument parser, suggestions for typos, exit statuses. Imports no torch."""
+
+import argparse
+import difflib
+import logging
+import os
+import re
+import select
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from lib.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PIPE, EXIT_STOPPED, StoppedError, UserError
+
+LOGGER = logging.getLogger("crossvlt")
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser that accepts no abbreviations and suggests the right name for a mistyped flag."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def option_names(self) -> list[str]:
+        return [name for action in self._actions for name in action.option_strings]
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unknown flag {unknown[0]}." + did_you_mean(unknown[0].split("=")[0], self.option_names()))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}{'' if message.endswith(('.', '?')) else '.'} See --help.")
+
+
+def did_you_mean(name: str, candidates: Sequence[str]) -> str:
+    """Return `` Did you mean X?`` for the closest candidate, or an empty string."""
+    normalized = {candidate.lower().replace("-", "_").lstrip("_"): candidate for candidate in candidates}
+    close = difflib.get_close_matches(name.lower().replace("-", "_").lstrip("_"), normalized, n=1, cutoff=0.6)
+    return f" Did you mean {normalized[close[0]]}?" if close else ""
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run an entry point and translate how it ends into an exit status.
+
+    Exit statuses: 0 success; 1 a bug (with traceback) or another process that died; 2 a user's mistake (one line);
+    75 stopped by a signal with everything saved; 130 Ctrl-C with nothing to save; 141 stdout was closed by its reader.
+    A mistake that all processes find before they have joined is printed by one process per node.
+    """
+    status = 0
+    rank = os.environ.get("RANK", "0")
+    prefix = "" if rank == "0" else f"[rank {rank}] "
+    try:
+        main()
+        sys.stdout.flush()  # a closed pipe must raise here, not while the interpreter shuts down
+    except UserError as error:
+        status = EXIT_MISTAKE
+        if os.environ.get("LOCAL_RANK", rank) == "0" or _distributed() is not None:
+            report(f"{prefix}error: {_message(error)}")
+    except StoppedError as error:
+        status = EXIT_STOPPED
+        if rank == "0":
+            report(str(error))
+    except KeyboardInterrupt:
+        status = EXIT_INTERRUPTED
+        report("interrupted")
+    except SystemExit as error:  # --help, or a process whose error another one reports
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+            status = EXIT_PIPE
+        elif _distributed() is None:
+            raise
+        else:
+            status = EXIT_BUG
+            if is_lost_process(error):
+                report(f"{prefix}ended because another process failed first; see the error of that process")
+            else:
+                report("".join(f"{prefix}{line}" for line in traceback.format_exc().splitlines(True)))
+    distributed = _distributed()
+    if distributed is not None:
+        if status not in (0, EXIT_STOPPED):
+            # An orderly shutdown would wait for processes that are stuck without this one.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        distributed.destroy_process_group()
+    if status:
+        sys.exit(status)
+
+
+def _distributed() -> Any:
+    """torch.distributed if the command has loaded it and joined a process group, else None."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed if distributed is not None and distributed.is_initialized() else None
+
+
+def _stdout_is_closed() -> bool:
+    """Return whether the reader of stdout is gone, as in ``… | head``; stdout is then redirected to /dev/null."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # POLLERR is always reported
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
+    return True
+
+
+def report(text: str) -> None:
+    """Print why a command ends to stderr, and write it to the run's log file."""
+    print(text, file=sys.stderr)
+    for handler in LOGGER.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, text.rstrip(), (), None))
+
+
+def is_lost_process(error: Exception) -> bool:
+    """Return whether a collective operation failed because another process is gone."""
+    distributed = sys.modules.get("torch.distributed")
+    return (distributed is not None and isinstance(error, distributed.DistError)) or (
+        isinstance(error, RuntimeError) and re.search(r"gloo|[Cc]onnection (closed|reset)", str(error)) is not None
+    )
+
+
+def _message(error: UserError) -> str:
+    """Return the message. A data-loading worker passes its whole traceback as the message; its last line counts."""
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        text = re.sub(r"^lib\.errors\.\w+: ", "", text.splitlines()[-1])
+    return text

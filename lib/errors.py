@@ -1,0 +1,19 @@
+"""Exceptions for user mistakes and interruptions, and the exit statuses of all commands."""
+
+EXIT_BUG = 1
+EXIT_MISTAKE = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving everything; run the command again
+EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141  # what a shell reports for a program that wrote to a closed pipe
+
+
+class UserError(ValueError):
+    """A user's mistake (a flag, a file, an annotation). The message is one line that says what to do."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that the user has to provide does not exist."""
+
+
+class StoppedError(Exception):
+    """A signal asked the program to stop, and its work is saved."""

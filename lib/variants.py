@@ -1,0 +1,30 @@
+"""Names and sizes of the published models: the one place where each is written down."""
+
+IMG_SIZE = 480  # pixels per side of the resized square image
+MAX_TOKENS = 21  # token ids per sentence, [CLS] and [SEP] included
+BERT = "bert-base-uncased"
+BERT_VOCAB_SIZE = 30522
+
+# The Swin encoders. ``pretrained`` is the ImageNet file, whose window is used by default.
+SWIN_VARIANTS = {
+    "tiny": {
+        "embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window_size": 7,
+        "pretrained": "swin_tiny_patch4_window7_224.pth",
+    },
+    "small": {
+        "embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), "window_size": 7,
+        "pretrained": "swin_small_patch4_window7_224.pth",
+    },
+    "base": {
+        "embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "window_size": 12,
+        "pretrained": "swin_base_patch4_window12_384_22k.pth",
+    },
+    "large": {
+        "embed_dim": 192, "depths": (2, 2, 18, 2), "num_heads": (6, 12, 24, 48), "window_size": 12,
+        "pretrained": "swin_large_patch4_window12_384_22k.pth",
+    },
+}  # fmt: skip
+
+# The paper's ablations of cross-aware early fusion: (vision_to_language, language_to_vision in stages 1 to 3).
+# The last stage always fuses language into vision.
+FUSIONS = {"cross": (True, True), "vision": (False, True), "late": (False, False)}
