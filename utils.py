@@ -21,6 +21,8 @@ from lib.errors import EXIT_MISTAKE, UserError
 LOGGER = logging.getLogger("crossvlt")
 LEVEL_COLORS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
+_cpu_group: dist.ProcessGroup | None = None  # set by init_distributed; None: the default group is a gloo group itself
+
 
 class Distributed(NamedTuple):
     """This process and its place among all processes of the command."""
@@ -63,12 +65,14 @@ def init_distributed(device: str = "auto", *, tf32: bool = False) -> Distributed
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.cuda.set_device(selected)
     if world_size > 1:
+        global _cpu_group
         backend = "nccl" if selected.type == "cuda" else "gloo"
         store, rank, world_size = next(rendezvous("env://"))
         # torchrun --max-restarts reuses its store: without a prefix, keys of the previous processes would be read.
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         device_id = selected if backend == "nccl" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
+        _cpu_group = dist.new_group(backend="gloo") if backend == "nccl" else None
     return Distributed(launched_rank(), local_rank, world_size, selected)
 
 
@@ -145,25 +149,20 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
     return result, next(filter(None, gather(reason)), "")
 
 
-def sum_over_processes(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
+def cpu_group() -> None:
+    """Deprecated: callers no longer need to pass a group; removed when the last one is gone."""
+
+
+def sum_over_processes(values: list[float], group: None = None) -> list[float]:
     """Return the element-wise sums over all processes, in float64, identical on every process.
 
-    Args:
-        values: the same number on every process.
-        group: a gloo group (:func:`cpu_group`), so that the exchange does not wait for the GPU.
+    The numbers are exchanged between the CPUs, so that nobody waits for a GPU. All processes pass equally many values.
     """
     if not dist.is_initialized():
         return values
     sums = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(sums, group=group)
+    dist.all_reduce(sums, group=_cpu_group)
     return sums.tolist()
-
-
-def cpu_group() -> dist.ProcessGroup | None:
-    """Return a gloo group of all processes for exchanging numbers on the CPU; None if the default group is one."""
-    if not dist.is_initialized() or dist.get_backend() == "gloo":
-        return None
-    return dist.new_group(backend="gloo")
 
 
 class _ColoredFormatter(logging.Formatter):
