@@ -179,9 +179,9 @@ class Session(NamedTuple):
                 pin_memory=cfg.PIN_MEM,
                 rank=processes.rank,
                 world_size=processes.world_size,
-                truths=[protocol.truth for protocol in loaded.protocols],
+                targets=[protocol.truth for protocol in loaded.protocols],
                 indices=drawn[dataset.split] if only_drawn else None,
-                done=done,
+                evaluated=done,
             )
 
         return judge_splits(

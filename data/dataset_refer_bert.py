@@ -157,7 +157,7 @@ class ReferDataset(Dataset):
         """The picture file of a sample."""
         return self.image_dir / self._target(index).file_name
 
-    def picture(self, index: int) -> Image.Image:
+    def load_image(self, index: int) -> Image.Image:
         """The picture of a sample, RGB, at its own size."""
         return open_image(self.image_path(index))
 
@@ -192,7 +192,7 @@ class ReferDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         chosen = self.expression_of(index)
-        image, mask = self.picture(index), self.full_size_mask(index)
+        image, mask = self.load_image(index), self.full_size_mask(index)
         self.check_size(index, image, mask)
         return {
             "image": resize_image(image, self.img_size),

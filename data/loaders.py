@@ -1,6 +1,7 @@
-"""DataLoaders: shuffled shares for training, exact shares for evaluation, and their way to the model's device."""
+"""DataLoaders for training and evaluation, divided among processes, and transfer of batches to the model's device."""
 
 import gc
+import itertools
 import signal
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -10,22 +11,26 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.dataset_refer_bert import ReferDataset
 from data.image_batches import ImageBatches
+from data.mixed import MixedDataset
 from data.transforms import normalize_images
 from lib.errors import UserError
 from utils import derive_seed
 
+Batch = dict[str, Any]
 
-class TrainShare(Sampler[list[int]]):
-    """This process's micro-batches of a training epoch, from any of its steps on.
 
-    A step's samples are ``world_size``·``accum_steps``·``batch_size`` successive entries of a permutation that follows
-    from (seed, epoch) alone: the same ones however they are divided. What doesn't fill a step is left out.
+class TrainBatchSampler(Sampler[list[int]]):
+    """This process's micro-batches of a training epoch, starting at any of its optimizer steps.
+
+    An optimizer step uses ``world_size * accum_steps * batch_size`` consecutive entries of a permutation of the
+    dataset. The permutation depends only on (seed, epoch), so a step has the same samples for every division among
+    processes and micro-batches. Samples left over after the last full step are dropped.
 
     Args:
-        length: of the dataset.
-        batch_size: of one forward pass.
+        length: number of samples of the dataset.
+        batch_size: samples per forward pass.
         accum_steps: forward passes per process and optimizer step.
-        rank, world_size: this process, of how many.
+        rank, world_size: this process and the number of processes.
         seed: of the permutations.
     """
 
@@ -38,12 +43,12 @@ class TrainShare(Sampler[list[int]]):
         self.steps_per_epoch = length // (batch_size * accum_steps * world_size)
 
     def set_position(self, epoch: int, first_step: int = 0) -> None:
-        """Say which epoch comes next, and how many of its steps are done already."""
+        """Set the epoch, and the optimizer step within it, at which the next iteration starts."""
         self.epoch, self.first_step = epoch, first_step
 
     def __iter__(self) -> Iterator[list[int]]:
-        source = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
-        order = torch.randperm(self.length, generator=source)
+        generator = torch.Generator().manual_seed(derive_seed("order", self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
         per_step = self.world_size * self.accum_steps * self.batch_size
         steps = order[: self.steps_per_epoch * per_step].view(-1, self.accum_steps, self.world_size, self.batch_size)
         yield from steps[self.first_step :, :, self.rank].flatten(0, 1).tolist()
@@ -53,16 +58,16 @@ class TrainShare(Sampler[list[int]]):
 
 
 class DeviceBatches:
-    """A loader's batches as the model takes them, on its device; pictures and masks travel as bytes.
+    """A loader's batches on the model's device. Images and masks are transferred as uint8.
 
-    Each is the loader's dict, with ``image`` float32, normalised, and ``mask``, if there is one, int64. ``index`` stays
-    on the CPU.
+    Each batch is the loader's dict with ``image`` as normalized float32 and ``mask``, if present, as int64. ``index``
+    stays on the CPU.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
         self.loader, self.device = loader, device
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         for batch in self.loader:
             moved = self._moved({name: value for name, value in batch.items() if name != "index"})
             moved["image"] = normalize_images(moved["image"])
@@ -72,17 +77,40 @@ class DeviceBatches:
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, dict):
-            return {name: self._moved(one) for name, one in value.items()}
+            return {name: self._moved(item) for name, item in value.items()}
         if isinstance(value, list):
-            return [self._moved(one) for one in value]
+            return [self._moved(item) for item in value]
         return value.to(self.device, non_blocking=True)
 
     def __len__(self) -> int:
         return len(self.loader)
 
 
+class TrainLoader:
+    """The optimizer steps of a training split, as lists of micro-batches on the model's device.
+
+    Args:
+        loader: micro-batches of a dataset with ``set_epoch``; its ``batch_sampler`` is a :class:`TrainBatchSampler`.
+        device: of the model.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device) -> None:
+        self.micro_batches, self.dataset = DeviceBatches(loader, device), loader.dataset
+        self.sampler: TrainBatchSampler = loader.batch_sampler
+        self.steps_per_epoch, self.accum_steps = self.sampler.steps_per_epoch, self.sampler.accum_steps
+
+    def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
+        """Yield the steps of an epoch from number ``start`` on; each is a list of ``accum_steps`` micro-batches."""
+        self.dataset.set_epoch(epoch)
+        self.sampler.set_position(epoch, start)
+        micro_batches = iter(self.micro_batches)
+        while step := list(itertools.islice(micro_batches, self.accum_steps)):
+            yield step
+
+
 def build_train_loader(
-    dataset: Dataset,
+    dataset: ReferDataset | MixedDataset,
+    device: torch.device | None = None,
     *,
     batch_size: int,
     accum_steps: int = 1,
@@ -91,19 +119,29 @@ def build_train_loader(
     world_size: int,
     seed: int,
     pin_memory: bool = False,
-) -> DataLoader:
-    """Shuffled micro-batches; its ``batch_sampler`` is a :class:`TrainShare`.
+) -> TrainLoader | DataLoader:
+    """Build the shuffled loader of a training split.
+
+    Args:
+        dataset: the training split.
+        device: of the model. None returns the DataLoader itself, whose batches stay on the CPU.
+        batch_size, accum_steps, rank, world_size, seed: see :class:`TrainBatchSampler`.
+        workers: number of data-loading processes.
+        pin_memory: speeds up the transfer to a CUDA device.
 
     Raises:
-        UserError: the dataset doesn't fill a single step.
+        UserError: the dataset has too few samples for a single optimizer step.
     """
-    share = TrainShare(len(dataset), batch_size, accum_steps=accum_steps, rank=rank, world_size=world_size, seed=seed)
-    if not share.steps_per_epoch:
+    sampler = TrainBatchSampler(
+        len(dataset), batch_size, accum_steps=accum_steps, rank=rank, world_size=world_size, seed=seed
+    )
+    if not sampler.steps_per_epoch:
         raise UserError(
-            f"{len(dataset)} training samples don't fill one step of {world_size} process(es) × {batch_size} × "
-            f"{accum_steps} accumulated: lower --batch-size"
+            f"{len(dataset)} training samples are not enough for one optimizer step of {world_size} process(es) × "
+            f"{batch_size} × {accum_steps} accumulated. Lower --batch-size."
         )
-    return _loader(dataset, workers, pin_memory, seed=(seed, rank), batch_sampler=share)
+    loader = _build_loader(dataset, workers, pin_memory, seed=(seed, rank), batch_sampler=sampler)
+    return loader if device is None else TrainLoader(loader, device)
 
 
 def build_eval_batches(
@@ -115,47 +153,47 @@ def build_eval_batches(
     rank: int,
     world_size: int,
     pin_memory: bool = False,
-    truths: Iterable[tuple[str, str]] = (("paper", "resized"),),
+    targets: Iterable[tuple[str, str]] = (("paper", "resized"),),
     indices: Iterable[int] | None = None,
-    done: Collection[int] = (),
+    evaluated: Collection[int] = (),
 ) -> DeviceBatches:
-    """This process's share of a split's batches, on a device; they are cut first, then dealt out like cards.
+    """Build this process's share of an evaluation split's batches.
 
-    Nothing is padded or repeated: every expression is in exactly one process's share.
+    Process ``rank`` gets every ``world_size``-th batch. No expression is repeated or padded, so each is in exactly one
+    process's share.
 
     Args:
-        dataset, batch_size, truths, indices: see :class:`data.image_batches.ImageBatches`.
-        device: the model's.
-        workers, pin_memory: of the loader.
-        rank, world_size: this process, of how many.
-        done: batches whose expressions are all among these are left out.
+        dataset, batch_size, targets, indices, evaluated: see :class:`data.image_batches.ImageBatches`.
+        device: of the model.
+        workers: number of data-loading processes.
+        rank, world_size: this process and the number of processes.
+        pin_memory: speeds up the transfer to a CUDA device.
     """
-    batches = ImageBatches(dataset, batch_size, truths, indices)
-    own = batches.remaining(done)[rank::world_size]
-    how = {"sampler": own, "batch_size": None, "collate_fn": _as_it_is}
-    return DeviceBatches(_loader(batches, workers, pin_memory, seed=(0, rank), **how), device)
+    batches = ImageBatches(dataset, batch_size, targets, indices, evaluated)
+    share = range(len(batches))[rank::world_size]
+    loader = _build_loader(batches, workers, pin_memory, seed=(0, rank), sampler=share, batch_size=None)
+    return DeviceBatches(loader, device)
 
 
-def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
-    return batch
-
-
-def _loader(dataset: Dataset, workers: int, pin_memory: bool, *, seed: tuple[int, int], **order: Any) -> DataLoader:
-    generator = torch.Generator().manual_seed(
-        derive_seed("workers", *seed)
-    )  # else each iter() draws from the global one
+def _build_loader(
+    dataset: Dataset, workers: int, pin_memory: bool, *, seed: tuple[int, int], **kwargs: Any
+) -> DataLoader:
+    # Without a generator of its own, each iter() of a loader would draw a seed from the global one.
+    generator = torch.Generator().manual_seed(derive_seed("workers", *seed))
     return DataLoader(
         dataset,
         num_workers=workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
         generator=generator,
-        worker_init_fn=_set_up_worker,
-        **order,
+        worker_init_fn=_init_worker,
+        **kwargs,
     )
 
 
-def _set_up_worker(worker: int) -> None:
-    gc.freeze()  # to look for garbage among what the parent made would copy the memory that is shared with it
-    # Schedulers signal every process of a job: a worker that died of it would take the saving process along.
+def _init_worker(worker: int) -> None:
+    # Garbage collection writes to every object that it visits, which would copy the memory shared with the parent.
+    gc.freeze()
+    # Cluster schedulers signal all processes of a job. If a worker died of the signal, the training process would fail
+    # before it could save its checkpoint.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

@@ -195,9 +195,9 @@ def _judged(
     """The results of a batch, in its order."""
     results, indices = [], batch["index"].tolist()
     for rows, logits in _logits(model, batch, batch_size, share_images):
-        objects = batch["object"][rows]
+        objects = batch["object_index"][rows]
         for protocol in protocols:
-            truths = batch["truths"][protocol.truth]
+            truths = batch["targets"][protocol.truth]
             if protocol.eval_size == "resized":
                 parts = [(logits, truths[objects])]
             else:  # every picture has a size of its own
@@ -217,7 +217,7 @@ def _logits(
     model: nn.Module, batch: Batch, batch_size: int, share_images: bool
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Logits [b, 2, S, S] of at most ``batch_size`` successive expressions at a time."""
-    images, of = batch["image"], batch["picture"]
+    images, of = batch["image"], batch["image_index"]
     encoded = model.encode_images(images) if share_images else None
     for start in range(0, len(of), batch_size):
         rows = slice(start, start + batch_size)

@@ -12,7 +12,7 @@ from PIL import Image
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset, open_image
 from data.image_batches import ImageBatches
-from data.loaders import DeviceBatches, build_eval_batches, build_train_loader
+from data.loaders import TrainBatchSampler, build_eval_batches, build_train_loader
 from data.packed import PackedList
 from data.transforms import normalize_images, preprocess_image, preprocess_mask, resize_image
 from lib.errors import UserError
@@ -125,68 +125,70 @@ def batches_of(dataset, batch_size, *, rank=0, world_size=1, **how):
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (3, 2), (8, 3), (1000, 2)])
-def test_evaluation_shares_hold_every_expression_once_and_pictures_whole(make_dataset, batch_size, world_size):
+def test_each_expression_is_in_one_processs_share_and_images_are_not_divided(make_dataset, batch_size, world_size):
     dataset = make_dataset()
     shares = [batches_of(dataset, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
     batches = [batch["index"].tolist() for share in shares for batch in share]
     assert sorted(index for batch in batches for index in batch) == list(range(len(dataset)))
     alone = [batch["index"].tolist() for batch in batches_of(dataset, batch_size)]
-    assert sorted(batches) == sorted(alone)  # what is in a batch doesn't depend on the number of processes
+    assert sorted(batches) == sorted(alone)  # a batch's content does not depend on the number of processes
     images = [{dataset.expressions[index].image_id for index in batch} for batch in batches]
     assert sum(map(len, images)) == len({e.image_id for e in dataset.expressions})
-    for batch, pictures in zip(batches, images, strict=True):
-        assert len(batch) <= batch_size or len(pictures) == 1
+    for batch, image_ids in zip(batches, images, strict=True):
+        assert len(batch) <= batch_size or len(image_ids) == 1
 
 
-def test_a_batch_of_pictures_is_what_its_samples_are(make_dataset, refer):
-    dataset, truths = make_dataset(), [("paper", "resized"), ("union", "original")]
-    decoded = []
-    dataset.picture = lambda index: decoded.append(index) or ReferDataset.picture(dataset, index)
-    batches = batches_of(dataset, 30, truths=truths)
-    assert len(decoded) == 7  # each picture once
+def test_a_batch_of_images_equals_its_samples(make_dataset, refer):
+    dataset, targets = make_dataset(), [("paper", "resized"), ("union", "original")]
+    loaded = []
+    dataset.load_image = lambda index: loaded.append(index) or ReferDataset.load_image(dataset, index)
+    batches = batches_of(dataset, 30, targets=targets)
+    assert len(loaded) == 7  # each image once
     for batch in batches:
         for row, index in enumerate(batch["index"].tolist()):
             sample = ReferDataset.__getitem__(make_dataset(), index)
-            assert torch.equal(batch["image"][batch["picture"][row]], normalize_images(sample["image"]))
+            assert torch.equal(batch["image"][batch["image_index"][row]], normalize_images(sample["image"]))
             for name in ("input_ids", "attention_mask"):
                 assert torch.equal(batch[name][row], sample[name])
-            masks = {truth: batch["truths"][truth][batch["object"][row]] for truth in truths}
+            masks = {kind: batch["targets"][kind][batch["object_index"][row]] for kind in targets}
             assert torch.equal(masks["paper", "resized"], sample["mask"])
             ref_id = dataset.expressions[index].ref_id
             assert np.array_equal(masks["union", "original"].numpy(), refer.getMask(ref_id, "union")["mask"])
 
 
-def test_batches_that_are_done_are_left_out(make_dataset):
+def test_batches_that_are_evaluated_already_are_left_out(make_dataset):
     dataset = make_dataset()
-    batches = ImageBatches(dataset, 4)
-    done = set(batches.batches[0]) | set(batches.batches[2]) | {batches.batches[1][0]}
-    assert len(batches.batches[1]) > 1
-    assert batches.remaining(done) == [1, *range(3, len(batches))]  # a batch that misses one is done again as it was
-    some = [3, 5, 1]
-    assert sorted(i for batch in ImageBatches(dataset, 4, indices=some).batches for i in batch) == sorted(some)
+    batches = ImageBatches(dataset, 4).batches
+    assert len(batches[1]) > 1
+    evaluated = {*batches[0], *batches[2], batches[1][0]}  # of batch 1 only a part, so it is evaluated again as a whole
+    assert ImageBatches(dataset, 4, evaluated=evaluated).batches == [batches[1], *batches[3:]]
 
 
-def train_batches(rank=0, epoch=0, first_step=0, world_size=2, batch_size=3, accum_steps=1, length=20):
-    how = {"workers": 0, "rank": rank, "world_size": world_size, "seed": 0, "accum_steps": accum_steps}
-    loader = build_train_loader(list(range(length)), batch_size=batch_size, **how)
-    loader.batch_sampler.set_position(epoch, first_step)
-    assert len(loader) == len(list(loader))
-    return [batch.tolist() for batch in loader]
+def test_only_the_requested_expressions_are_evaluated(make_dataset):
+    batches = ImageBatches(make_dataset(), 4, indices=[3, 5, 1, 3]).batches
+    assert sorted(index for batch in batches for index in batch) == [1, 3, 5]
 
 
-def test_training_shares_differ_and_are_shuffled_by_epoch():
-    assert [len(batch) for batch in train_batches()] == [3, 3, 3]  # what doesn't fill a step is left out
-    first, second = ({i for batch in train_batches(rank) for i in batch} for rank in (0, 1))
+def train_order(rank=0, epoch=0, first_step=0, world_size=2, batch_size=3, accum_steps=1):
+    """The micro-batches of one process over 20 samples."""
+    sampler = TrainBatchSampler(20, batch_size, accum_steps=accum_steps, rank=rank, world_size=world_size, seed=0)
+    sampler.set_position(epoch, first_step)
+    batches = list(sampler)
+    assert len(sampler) == len(batches)
+    return batches
+
+
+def test_training_samples_are_divided_among_processes_and_shuffled_in_each_epoch():
+    assert [len(batch) for batch in train_order()] == [3, 3, 3]  # samples that do not fill a step are dropped
+    first, second = ({i for batch in train_order(rank) for i in batch} for rank in (0, 1))
     assert not first & second
-    assert train_batches() == train_batches() != train_batches(epoch=1)
-    with pytest.raises(UserError, match=r"20 training samples don't fill one step of 2 process\(es\) × 11 × 1"):
-        train_batches(batch_size=11)
+    assert train_order() == train_order() != train_order(epoch=1)
 
 
-def test_a_step_has_the_same_samples_however_they_are_divided():
+def test_a_step_has_the_same_samples_for_every_division_of_the_batch():
     def steps(world_size, batch_size, accum_steps):
         shares = [
-            train_batches(rank, 3, world_size=world_size, batch_size=batch_size, accum_steps=accum_steps)
+            train_order(rank, 3, world_size=world_size, batch_size=batch_size, accum_steps=accum_steps)
             for rank in range(world_size)
         ]
         number = len(shares[0]) // accum_steps
@@ -201,22 +203,48 @@ def test_a_step_has_the_same_samples_however_they_are_divided():
         assert steps(*division) == whole
 
 
-def test_an_epoch_goes_on_from_any_step():
-    whole = train_batches(epoch=2, accum_steps=2, batch_size=2)
+def test_an_epoch_can_be_resumed_at_any_step():
+    whole = train_order(epoch=2, accum_steps=2, batch_size=2)
     assert len(whole) == 4
-    for done in (0, 1, 2):
-        assert train_batches(epoch=2, first_step=done, accum_steps=2, batch_size=2) == whole[2 * done :]
+    for first_step in (0, 1, 2):
+        rest = train_order(epoch=2, first_step=first_step, accum_steps=2, batch_size=2)
+        assert rest == whole[2 * first_step :]
 
 
-def test_batches_reach_the_model_normalised(make_dataset):
+def train_loader(dataset, **kwargs):
+    kwargs = {"batch_size": 3, "accum_steps": 2, "workers": 0, "rank": 0, "world_size": 1, "seed": 0, **kwargs}
+    return build_train_loader(dataset, torch.device("cpu"), **kwargs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_training_step_is_a_list_of_normalized_micro_batches(make_dataset, workers):
     dataset = make_dataset(draw_sentences=True)
-    loader = build_train_loader(dataset, batch_size=3, workers=0, rank=0, world_size=1, seed=0)
-    batches = DeviceBatches(loader, torch.device("cpu"))
-    assert len(batches) == len(loader)
-    batch = next(iter(batches))
-    pictures = [preprocess_image(dataset.picture(index), 48) for index in batch["index"].tolist()]
-    assert torch.equal(batch["image"], torch.stack(pictures))
-    assert (batch["mask"].dtype, batch["mask"].shape) == (torch.int64, (3, 48, 48))
+    loader = train_loader(dataset, workers=workers)
+    steps = list(loader.steps(epoch=1))
+    assert len(steps) == loader.steps_per_epoch == len(dataset) // 6
+    assert [len(step) for step in steps] == [2] * len(steps)
+    sampler = TrainBatchSampler(len(dataset), 3, accum_steps=2, rank=0, world_size=1, seed=0)
+    sampler.set_position(epoch=1)
+    micro_batches = [micro_batch for step in steps for micro_batch in step]
+    assert [batch["index"].tolist() for batch in micro_batches] == list(sampler)
+    for batch in micro_batches:
+        indices = batch["index"].tolist()
+        assert torch.equal(batch["image"], torch.stack([preprocess_image(dataset.load_image(i), 48) for i in indices]))
+        assert torch.equal(batch["input_ids"], torch.stack([dataset[i]["input_ids"] for i in indices]))  # epoch 1's
+        assert (batch["mask"].dtype, batch["mask"].shape) == (torch.int64, (3, 48, 48))
+    (last,) = loader.steps(epoch=1, start=len(steps) - 1)
+    for batch, before in zip(last, steps[-1], strict=True):
+        assert all(torch.equal(batch[name], before[name]) for name in before)
+
+
+def test_too_few_training_samples_for_one_step(make_dataset):
+    dataset = make_dataset(draw_sentences=True)
+    with pytest.raises(UserError) as caught:
+        train_loader(dataset, batch_size=len(dataset), world_size=2)
+    assert str(caught.value) == (
+        f"{len(dataset)} training samples are not enough for one optimizer step of 2 process(es) × {len(dataset)} × "
+        "2 accumulated. Lower --batch-size."
+    )
 
 
 def test_missing_pictures_are_found_at_once(make_dataset, tmp_path):

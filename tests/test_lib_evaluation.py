@@ -52,9 +52,9 @@ def batch_of(indices, truths, predictions, objects=None, pictures=None, full_siz
         "input_ids": ids,
         "attention_mask": ids,
         "index": torch.tensor(indices),
-        "picture": every if pictures is None else torch.tensor(pictures),
-        "object": every if objects is None else torch.tensor(objects),
-        "truths": truths,
+        "image_index": every if pictures is None else torch.tensor(pictures),
+        "object_index": every if objects is None else torch.tensor(objects),
+        "targets": truths,
     }
 
 
@@ -118,7 +118,7 @@ def test_one_pass_scores_several_protocols():
     assert results["paper"].counts.tolist() == [[2, 2]]
     assert results["original"].counts.tolist() == [[4, 4]]
     assert decode_mask(results["paper"].masks[0]).shape == (2, 2)
-    batch["truths"]["paper", "original"] = [torch.tensor(paper)]
+    batch["targets"]["paper", "original"] = [torch.tensor(paper)]
     holes = Protocol("original+gt_mask=paper", "paper", "original")
     assert judge([batch], 1, protocols=[holes])[holes.name].counts.tolist() == [[2, 4]]
 

@@ -40,8 +40,8 @@ def judge(small_model, datasets):
 
         def make_batches(dataset, done):
             made = build_eval_batches(
-                dataset, torch.device("cpu"), batch_size=4, workers=0, rank=0, world_size=1, done=done,
-                truths=[protocol.truth for protocol in protocols],
+                dataset, torch.device("cpu"), batch_size=4, workers=0, rank=0, world_size=1, evaluated=done,
+                targets=[protocol.truth for protocol in protocols],
                 indices=drawn[dataset.split] if how.get("only_drawn") else None,
             )  # fmt: skip
             judged.append(len(made))

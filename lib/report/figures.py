@@ -67,7 +67,7 @@ def result_panel(judged: Sequence[Judged], index: int) -> Image.Image:
     ]
     truth = dataset.full_size_mask(index, judged[0].gt_mask).astype(bool)
     note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}"
-    return expression_panel(dataset.picture(index), truth, predictions, expression.sentence, note)
+    return expression_panel(dataset.load_image(index), truth, predictions, expression.sentence, note)
 
 
 def draw(judged: Sequence[Judged], indices: Sequence[int], folder: Path) -> Path:
