@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from data.refshapes.__main__ import write_refshapes
+from data.refshapes.dataset import write_refshapes
 from lib.cli import Parser, run_command
 from lib.errors import UserError
 from lib.files import atomic_write

@@ -11,13 +11,10 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import ConcatDataset
 
-from data.convert.copies import grouped
 from data.dataset_refer_bert import ReferDataset
 from lib.errors import UserError
-from lib.files import file_sha256
+from lib.files import duplicate_files
 from refer.refer import REFER
-
-File = tuple[str, Path]  # a picture's key and one of its files
 
 
 class Part(NamedTuple):
@@ -132,10 +129,14 @@ def _keys_by_content(refers: Sequence[REFER]) -> tuple[list[dict[int, str]], set
     keys = [refer.image_keys() for refer in refers]
     if all(refer.is_coco(image_id) for refer in refers for image_id in refer.imgToRefs):
         return keys, set()
-    files: dict[File, bool] = {}  # whether it is COCO's for certain
+    key_of_file: dict[Path, str] = {}
+    not_coco: set[Path] = set()
     for refer, key_of in zip(refers, keys, strict=True):
         for image_id in refer.imgToRefs:
-            files[key_of[image_id], refer.get_image_path(image_id)] = refer.is_coco(image_id)
+            path = refer.get_image_path(image_id)
+            key_of_file[path] = key_of[image_id]
+            if not refer.is_coco(image_id):
+                not_coco.add(path)
     same: dict[str, str] = {}
 
     def first_of(key: str) -> str:
@@ -143,11 +144,8 @@ def _keys_by_content(refers: Sequence[REFER]) -> tuple[list[dict[int, str]], set
             key = same[key]
         return key
 
-    by_size, absent = grouped(files, lambda file: file[1].stat().st_size)
-    for group in by_size:
-        if not all(files[file] for file in group):
-            for copies in grouped(group, lambda file: file_sha256(file[1]))[0]:
-                first, *others = sorted({first_of(key) for key, _ in copies})
-                same |= dict.fromkeys(others, first)
+    for copies in duplicate_files(key_of_file, suspects=not_coco):
+        first, *others = sorted({first_of(key_of_file[path]) for path in copies})
+        same |= dict.fromkeys(others, first)
     merged = [{image_id: first_of(key) for image_id, key in key_of.items()} for key_of in keys]
-    return merged, {first_of(key) for key, _ in absent}
+    return merged, {first_of(key) for path, key in key_of_file.items() if not path.exists()}

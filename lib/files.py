@@ -1,10 +1,13 @@
 """Reading and writing files safely: checksums, atomic writes, checks before long computations. Imports no torch."""
 
+import fcntl
 import hashlib
 import os
+import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lib.errors import UserError
@@ -17,6 +20,28 @@ def file_sha256(path: str | Path) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def duplicate_files(paths: Iterable[Path], *, suspects: Collection[Path] | None = None) -> list[list[Path]]:
+    """Return the groups of files with identical content. Only files of equal size are read.
+
+    Args:
+        paths: of the files. Files that are missing or unreadable are in no group.
+        suspects: only files that have the size of one of these are read; None: all of ``paths``.
+    """
+    same_size = _group(paths, lambda path: path.stat().st_size)
+    if suspects is not None:
+        same_size = [group for group in same_size if any(path in suspects for path in group)]
+    return [duplicates for group in same_size for duplicates in _group(group, file_sha256)]
+
+
+def _group(paths: Iterable[Path], key: Callable[[Path], object]) -> list[list[Path]]:
+    """Return the groups of two or more readable files with the same key."""
+    groups: dict[object, list[Path]] = defaultdict(list)
+    for path in paths:
+        with suppress(OSError):
+            groups[key(path)].append(path)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 @contextmanager
@@ -50,6 +75,62 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             fsync(path.parent)  # otherwise a power failure could undo the rename
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yield an empty temporary folder that replaces the folder ``path`` if the block succeeds.
+
+    ``path`` never has incomplete content, even if the process is killed. If that happens between the two renames of a
+    replacement, ``path`` is missing, and the next call restores the old folder first.
+
+    Raises:
+        UserError: the folder is not writable, the disk is full, or another process is writing the same folder.
+    """
+    path = Path(path)
+    new, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
+    with translate_write_errors(path):
+        new.mkdir(parents=True, exist_ok=True)
+        with _locked(new):
+            try:
+                _restore(path, old)
+                shutil.rmtree(old, ignore_errors=True)
+                for stale in new.iterdir():  # left by a process that was killed while writing
+                    shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+                yield new
+                if path.exists():
+                    path.rename(old)
+                new.rename(path)
+                shutil.rmtree(old, ignore_errors=True)
+            except BaseException:
+                _restore(path, old)
+                shutil.rmtree(new, ignore_errors=True)
+                raise
+
+
+def _restore(path: Path, old: Path) -> None:
+    if old.exists() and not os.path.lexists(path):
+        old.rename(path)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder. UserError: another process holds it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Between open() and flock(), another process may have finished and renamed the folder.
+            busy = not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder))
+        except BlockingIOError:
+            busy = True
+        except OSError:  # a file system without locks
+            busy = False
+        if busy:
+            raise UserError(f"another process is writing {folder}. Wait until it has finished.")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -104,7 +104,7 @@ def small_inputs():
 @pytest.fixture(scope="session")
 def refshapes_root(tmp_path_factory):
     """A data root with a small RefShapes set."""
-    from data.refshapes.__main__ import write_refshapes
+    from data.refshapes.dataset import write_refshapes
 
     root = tmp_path_factory.mktemp("data")
     write_refshapes(root, train_images=24, val_images=7, testA_images=3, testB_images=3)

@@ -8,7 +8,7 @@ import pytest
 from commands import run_in_process
 from PIL import Image
 
-from data import convert as tool
+from data.convert import __main__ as tool
 from data.convert.__main__ import convert
 
 WIDTH, HEIGHT = 40, 30

@@ -27,7 +27,7 @@ from own_data import (
 )
 from PIL import Image
 
-from data import convert as tool
+from data.convert import __main__ as tool
 from data.convert.__main__ import convert
 from data.convert.objects import read_mask
 from data.convert.sentences import words
@@ -347,12 +347,12 @@ TAKES = ["--name", "x", "--sentences", "s.csv", "--images", "photos", "--masks",
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--nane", "x"], "error: unknown flag --nane; did you mean --name?"),
+        (["--nane", "x"], "error: unknown flag --nane. Did you mean --name?"),
         (["--name", "x"], "error: --sentences is needed"),
         (["--name", "x", "--sentences", "s.csv", "--images", "i", "--samples", "-1"], "error: --samples -1: from 0"),
         (["--val-share", "x"], "error: argument --val-share: invalid float value: 'x'"),
-        ([*TAKES, "--sheet", "coco.json"], "error: can't write coco.json: must end in .png"),
-        ([*TAKES, "--sheet", "masks/1/0.png"], "error: can't write masks/1/0.png: it is one of the files that are"),
+        ([*TAKES, "--sheet", "coco.json"], "error: cannot write coco.json: the name must end in .png"),
+        ([*TAKES, "--sheet", "masks/1/0.png"], "error: cannot write masks/1/0.png: it is one of the input files"),
         ([*TAKES, "--sheet", "x.png", "--samples", "0"], "error: --sheet x.png does nothing with --samples 0"),
     ],
 )

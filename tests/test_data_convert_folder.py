@@ -10,10 +10,10 @@ import pytest
 from commands import contents
 from own_data import ONLY_TRAIN, by_id, file_name, rows_by_id
 
-from data import convert as tool
-from data import staging
+from data.convert import __main__ as tool
 from data.convert.__main__ import convert
 from lib.errors import UserError
+from lib.files import atomic_folder
 
 
 def test_an_existing_set_stays_without_force(source):
@@ -129,7 +129,7 @@ def test_killed_anywhere_the_old_set_is_whole_and_the_next_call_works(source):
 
 
 def test_two_processes_do_not_write_the_same_set(source):
-    with staging.made_aside(source / "data/mine") as new:
+    with atomic_folder(source / "data/mine") as new:
         with pytest.raises(UserError, match="another process is writing"):
             by_id(source, rows_by_id())
         assert new.is_dir()

@@ -1,16 +1,17 @@
-"""python -m data.refshapes: the same settings give the same bytes, and no folder is half made or lost."""
+"""python -m data.refshapes: the same settings give the same bytes, and no folder is incomplete or lost."""
 
-import itertools
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from commands import contents, run_in_process
+from PIL import Image
 
-from data import refshapes
-from data.refshapes.__main__ import render, write_refshapes
+from data.refshapes import __main__ as tool
+from data.refshapes.dataset import write_refshapes
 from lib.errors import UserError
 
 TINY = {"train_images": 5, "val_images": 3, "testA_images": 2, "testB_images": 2}
@@ -18,14 +19,14 @@ TINY_FLAGS = [f"--{name.replace('_', '-')}={count}" for name, count in TINY.item
 
 
 @pytest.fixture
-def make(monkeypatch, capsys):
+def run(monkeypatch, capsys):
     """Run the command in this process."""
-    return lambda *flags: run_in_process(refshapes.main, ["refshapes", *flags], monkeypatch, capsys)
+    return lambda *flags: run_in_process(tool.main, ["refshapes", *flags], monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """A small set made in another process, and what the command printed."""
+    """A small dataset that another process generated, and the output of the command."""
     root = tmp_path_factory.mktemp("tiny")
     command = [sys.executable, "-m", "data.refshapes", "--root", str(root / "new" / "root"), *TINY_FLAGS]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -44,107 +45,113 @@ def test_same_settings_same_bytes(tiny, tmp_path):
 
 def test_the_command_reports_counts_and_path(tiny):
     info = json.loads((tiny.folder / "refshapes.json").read_text())
-    *_, last = tiny.out.splitlines()
+    lines = tiny.out.splitlines()
     for split, images in (("train", 5), ("val", 3), ("testA", 2), ("testB", 2)):
-        counts = f"{split} {images} images, {info['refs'][split]} refs, {info['expressions'][split]} expressions"
-        assert counts in last
-    assert last.endswith(str(tiny.folder))
-    assert tiny.err == ""  # no bar where there is no terminal
+        assert (
+            f"{split}: {images} images, {info['refs'][split]} refs, {info['expressions'][split]} expressions" in lines
+        )
+    assert lines[-1] == f"in {tiny.folder}"
+    assert tiny.err == "", "no progress bar without a terminal"
 
 
-def test_a_second_run_does_nothing(tmp_path, make):
+def test_help_imports_neither_numpy_nor_pillow():
+    code = "import sys; from data.refshapes import __main__; __main__.get_parser(); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "numpy", "PIL"} & set(done.stdout.split())
+
+
+def test_a_complete_dataset_is_not_generated_again(tmp_path, run):
     folder = write_refshapes(tmp_path, **TINY)
-    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
-    again = make("--root", tmp_path, *TINY_FLAGS)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    again = run("--root", tmp_path, *TINY_FLAGS)
     assert again.status == 0
-    told = again.out.splitlines()
-    assert "nothing to do" in told[0]
-    assert len(told) == 2
-    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*")} == before
-    forced = make("--root", tmp_path, "--force", *TINY_FLAGS)
+    assert "nothing to do" in again.out.splitlines()[0]
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    forced = run("--root", tmp_path, "--force", *TINY_FLAGS)
     assert forced.status == 0
     assert "nothing to do" not in forced.out
     assert (folder / "instances.json").stat().st_mtime_ns != before[folder / "instances.json"]
-    assert [p.name for p in tmp_path.iterdir()] == ["refshapes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["refshapes"]
 
 
-def test_other_settings_and_damage_make_it_anew(tmp_path):
+def test_other_settings_or_a_missing_image_generate_it_again(tmp_path):
     folder = write_refshapes(tmp_path, **TINY)
-    good = contents(folder)
+    complete = contents(folder)
     next((folder / "images").iterdir()).unlink()
-    assert contents(write_refshapes(tmp_path, **TINY)) == good
+    assert contents(write_refshapes(tmp_path, **TINY)) == complete
     write_refshapes(tmp_path, level="full", **TINY)
     assert json.loads((folder / "refshapes.json").read_text())["level"] == "full"
-    assert [p.name for p in tmp_path.iterdir()] == ["refshapes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["refshapes"]
 
 
-def interrupt(monkeypatch, error):
-    calls = itertools.count()
+def fail_at_the_fourth_image(monkeypatch, error):
+    save, saved = Image.Image.save, []
 
-    def stop(scene):
-        if next(calls) == 4:
+    def failing_save(self, *args, **kwargs):
+        saved.append(args)
+        if len(saved) == 4:
             raise error
-        return render(scene)
+        return save(self, *args, **kwargs)
 
-    monkeypatch.setattr(refshapes, "render", stop)
+    monkeypatch.setattr(Image.Image, "save", failing_save)
 
 
-def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, make):
-    interrupt(monkeypatch, KeyboardInterrupt())
-    assert make("--root", tmp_path, *TINY_FLAGS) == (130, "", "interrupted\n")
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch, run):
+    fail_at_the_fourth_image(monkeypatch, KeyboardInterrupt())
+    assert run("--root", tmp_path, *TINY_FLAGS) == (130, "", "interrupted\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_run_keeps_the_old_set(tmp_path, monkeypatch, make):
+def test_a_full_disk_keeps_the_old_dataset(tmp_path, monkeypatch, run):
     folder = write_refshapes(tmp_path, **TINY)
     before = contents(folder)
-    interrupt(monkeypatch, OSError(28, "No space left on device"))
-    done = make("--root", tmp_path, "--seed", "1", *TINY_FLAGS)
+    fail_at_the_fourth_image(monkeypatch, OSError(28, "No space left on device"))
+    done = run("--root", tmp_path, "--seed", "1", *TINY_FLAGS)
     assert done.status == 2
-    assert done.err == f"error: can't write {folder}: No space left on device\n"
+    assert done.err == f"error: cannot write {folder}: No space left on device\n"
     assert contents(folder) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["refshapes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["refshapes"]
 
 
-def test_a_failed_rename_brings_the_old_set_back(tmp_path, monkeypatch):
+def test_a_failed_rename_restores_the_old_dataset(tmp_path, monkeypatch):
     folder = write_refshapes(tmp_path, **TINY)
     before = contents(folder)
-    path_type, rename = type(folder), type(folder).rename
+    rename = Path.rename
 
     def refuse(self, target):
         if target == folder and not self.name.endswith(".old"):
             raise PermissionError(13, "Permission denied", str(self))
         return rename(self, target)
 
-    monkeypatch.setattr(path_type, "rename", refuse)
+    monkeypatch.setattr(type(folder), "rename", refuse)
     with pytest.raises(UserError, match="Permission denied"):
         write_refshapes(tmp_path, seed=1, **TINY)
     assert contents(folder) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["refshapes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["refshapes"]
 
 
-def test_killed_between_two_renames_the_old_set_comes_back(tmp_path, monkeypatch):
+def test_the_old_dataset_is_restored_after_a_kill_between_two_renames(tmp_path, monkeypatch):
     folder = write_refshapes(tmp_path, **TINY)
     before = contents(folder)
     folder.rename(tmp_path / ".refshapes.old")  # what kill -9 leaves there
     (tmp_path / ".refshapes.part").mkdir()
-    interrupt(monkeypatch, OSError(28, "No space left on device"))
+    fail_at_the_fourth_image(monkeypatch, OSError(28, "No space left on device"))
     with pytest.raises(UserError, match="No space left"):
         write_refshapes(tmp_path, seed=1, **TINY)
     assert contents(folder) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["refshapes"]
+    assert [path.name for path in tmp_path.iterdir()] == ["refshapes"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--force"]])
-def test_what_is_not_refshapes_is_left_alone(tmp_path, make, flags):
+def test_another_folder_of_that_name_is_not_replaced(tmp_path, run, flags):
     folder = tmp_path / "refshapes"
     folder.mkdir()
     (folder / "refshapes.json").write_text('{"name": "my holidays"}')
-    assert "not a RefShapes set" in make("--root", tmp_path, *TINY_FLAGS, *flags).err
+    assert "is not a RefShapes dataset" in run("--root", tmp_path, *TINY_FLAGS, *flags).err
     assert contents(folder) == {"refshapes.json": b'{"name": "my holidays"}'}
 
 
-def test_strangers_in_the_folder_are_not_deleted(tmp_path):
+def test_other_files_in_the_folder_are_not_deleted(tmp_path):
     folder = write_refshapes(tmp_path, **TINY)
     (folder / "notes.txt").write_text("mine")
     assert write_refshapes(tmp_path, **TINY) == folder
@@ -156,25 +163,23 @@ def test_strangers_in_the_folder_are_not_deleted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
-        (["--level", "hard"], "unknown level 'hard': choose basic or full"),
-        (["--seed", "-1"], "the seed must be 0 or more"),
-        (["--val-images", "-3"], "number of val images must be from 0"),
-        (["--testB-images", "1000000"], "number of testB images must be from 0"),
+        (["--level", "hard"], "argument --level: invalid choice: 'hard'"),
+        (["--seed", "-1"], "--seed -1: must be 0 or more."),
+        (["--val-images", "-3"], "--val-images -3: must be from 0 to 999999."),
+        (["--testB-images", "1000000"], "--testB-images 1000000: must be from 0 to 999999."),
         ([f"--{split}-images=0" for split in ("train", "val", "testA", "testB")], "nothing to write"),
-        (["--root", "{file}"], "can't write"),
-        (["--trian-images", "3"], "unknown flag --trian-images; did you mean --train-images?"),
+        (["--root", "{file}"], "cannot write"),
+        (["--trian-images", "3"], "unknown flag --trian-images. Did you mean --train-images?"),
         (["--lev", "basic"], "unknown flag --lev"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, make, flags, told):
-    (tmp_path / "file").write_text("in the way")
-    flags = [flag.format(file=tmp_path / "file") for flag in flags]
-    shown = make("--root", tmp_path, *flags)
-    assert shown.status == 2
-    assert shown.out == ""
-    assert shown.err.startswith("error: ")
-    assert shown.err.count("\n") == 1
-    assert told in shown.err
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+def test_mistakes_are_reported_in_one_line(tmp_path, run, flags, message):
+    (tmp_path / "file").write_text("a file instead of a folder")
+    done = run("--root", tmp_path, *(flag.format(file=tmp_path / "file") for flag in flags))
+    assert done.status == 2
+    assert done.out == ""
+    assert done.err.startswith(f"error: {message}")
+    assert done.err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

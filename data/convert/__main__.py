@@ -26,16 +26,14 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data.convert.copies import first_names
 from data.convert.folder import INFO_FILE, MADE_BY, SHEET_FILE, check_names, check_replaceable
 from data.convert.objects import Objects, Pictures, coco_objects, mask_objects
 from data.convert.refs import Refs, group, splits_of
 from data.convert.sentences import read_sentences
 from data.dataset_refer_bert import open_image
-from data.staging import made_aside
 from lib.cli import run_command
 from lib.errors import MissingFileError, UserError
-from lib.files import atomic_write, check_writable, translate_write_errors, write_text
+from lib.files import atomic_folder, atomic_write, check_writable, duplicate_files, translate_write_errors, write_text
 from refer.counts import Counts, counts_of
 from refer.datasets import COCO_IMAGES
 from refer.refer import REFER
@@ -92,7 +90,7 @@ def convert(
         if not source.is_dir():
             raise MissingFileError(f"{flag} {source}: no such folder")
     folder = root / name
-    with made_aside(folder) as new:
+    with atomic_folder(folder) as new:
         check_replaceable(folder, force, (sentences, images, objects_in))
         rows, warnings = read_sentences(sentences, "mask" if instances is None else "annotation_id")
         pictures = Pictures(images)
@@ -114,6 +112,15 @@ def convert(
         write_text(new / INFO_FILE, json.dumps(settings, indent=1) + "\n")
     refer = REFER(root, name, split_by)
     return Converted(refer, folder, counts_of(refer), [*warnings, *objects.warnings, *refs.warnings])
+
+
+def first_names(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """{file name: the first name of the same content}; only files of equal size are read."""
+    first = {name: name for name in names}
+    for copies in duplicate_files(folder / name for name in first):
+        same = [str(path.relative_to(folder)) for path in copies]
+        first |= dict.fromkeys(same, same[0])
+    return first
 
 
 def _picture_names(objects: Objects) -> list[str]:

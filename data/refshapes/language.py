@@ -1,161 +1,269 @@
-"""RefShapes, its language: descriptions that are true of exactly one object of a scene.
+"""Sentences of RefShapes, each of which is true of exactly one object of a scene.
 
-Every property is judged with three values: true, false and unclear (an object near the middle is neither on
-the left nor not on the left). A description is used only if it is true of its target and false of the others.
+Every property has three values: true, false and unclear (an object near the center is neither clearly on the left nor
+clearly not on the left). A description is used only if it is true of its target and false of all other objects.
 """
 
+import string
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from data.refshapes.objects import (
-    AREA_FACTOR,
-    DIRECTIONS,
-    EDGE_MARGIN,
-    FULL_ONLY,
-    MOST,
-    PLACE_MAYBE,
-    PLACE_SURE,
-    PLACES,
-    RELATION_MARGIN,
-    RELATIONS,
-    SIZES,
-    Scene,
-    SceneObject,
-)
+import numpy as np
+
+from data.refshapes.objects import COLORS, SHAPES, SIZES, Scene, SceneObject, choose
+
+CENTER_START, CENTER_END = 0.4, 0.51  # "on the left": true for cx < 0.4 W, false from 0.51 W on
+EXTREME_MARGIN = 0.08  # distance of the leftmost object from all others, as a fraction of W
+AREA_FACTOR = 1.25  # by which the biggest object is larger than all others
+RELATION_MARGIN = 0.12  # "left of": true from a distance of 0.12 W on, false from 0 on
+MIN_VISIBLE_SIZE = 0.96  # visible share of the image area, relative to the smallest area of the object's size word
+
+PLACES = ("left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
+SUPERLATIVES = ("biggest", "smallest", "leftmost", "rightmost", "topmost", "bottommost")
+RELATIONS = ("left of", "right of", "above", "below", "behind", "in front of")
+# The axis (0 x, 1 y) along which the target lies before (1) or after (-1) the other objects.
+DIRECTIONS = {
+    "leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1),
+    "left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1),
+}  # fmt: skip
+FULL_ONLY = ("medium", "topmost", "bottommost")  # words of level full only, as are all relations
+
+# How often a kind of description is chosen where the scene allows it.
+KIND_WEIGHTS = {
+    "basic": {"color": 9, "shape": 3, "color+shape": 14, "size": 5, "extent": 1, "place": 1.5, "position": 0.4},
+    "full": {"color": 4, "shape": 4, "color+shape": 5, "size": 5, "extent": 1.5, "place": 3, "position": 1.5,
+             "relation": 7, "overlap": 10},
+}  # fmt: skip
+REDUNDANT_WEIGHT = 0.5  # factor for redundant descriptions, such as "the small red circle" if there is one red circle
+PHRASES: dict[str, tuple[str, ...]] = {  # ways to say a property; any other property is said by its own name
+    "large": ("large", "big"),
+    "biggest": ("biggest", "largest"),
+    "left": ("on the left",),
+    "right": ("on the right",),
+    "top": ("at the top",),
+    "bottom": ("at the bottom",),
+    **{corner: (f"in the {corner}",) for corner in PLACES if " " in corner},
+    "left of": ("left of", "to the left of"),
+    "right of": ("right of", "to the right of"),
+    "below": ("below", "under"),
+}
+ANY_SHAPE = {"basic": ("shape", "one"), "full": ("shape", "one", "object")}
 
 
 class Description(NamedTuple):
-    """The properties that an expression names; None where it is silent."""
+    """The properties of the target that a sentence names; None: not named."""
 
     color: str | None = None
     shape: str | None = None
     size: str | None = None
     place: str | None = None
-    most: str | None = None
+    superlative: str | None = None
     relation: str | None = None
-    landmark: "Description | None" = None
+    landmark: "Description | None" = None  # the object to which the relation refers
+    redundant: bool = False  # color and shape alone are unambiguous
 
     def kind(self) -> str:
-        """What kind of expression it makes."""
+        """Return the kind of description, a key of KIND_WEIGHTS."""
         if self.relation:
             return "overlap" if self.relation in ("behind", "in front of") else "relation"
-        if self.most:
-            return "biggest" if self.most in ("biggest", "smallest") else "leftmost"
-        if self.place or self.size:
-            return "place" if self.place else "size"
+        if self.superlative:
+            return "extent" if self.superlative in ("biggest", "smallest") else "position"
+        if self.place:
+            return "place"
+        if self.size:
+            return "size"
         return "+".join(name for name in ("color", "shape") if getattr(self, name))
 
 
+def describe(scene: Scene, target: int, rng: np.random.Generator) -> list[str]:
+    """Return up to three sentences of different kinds, each true of the target only. The list may be empty."""
+    count = choose(rng, {1: 0.6, 2: 0.3, 3: 0.1})
+    concise, redundant = defaultdict(list), defaultdict(list)
+    for description in candidates(scene, target):
+        (redundant if description.redundant else concise)[description.kind()].append(description)
+    weights = {
+        kind: weight if kind in concise else weight * REDUNDANT_WEIGHT
+        for kind, weight in KIND_WEIGHTS[scene.level].items()
+        if kind in concise or kind in redundant
+    }
+    sentences: list[str] = []
+    while weights and len(sentences) < count:
+        kind = choose(rng, weights)
+        del weights[kind]
+        descriptions = concise.get(kind) or redundant[kind]
+        sentences.append(say(descriptions[rng.integers(len(descriptions))], rng, scene.level))
+    return sentences
+
+
+def say(description: Description, rng: np.random.Generator, level: str) -> str:
+    """Return the description in words, with random synonyms."""
+
+    def pick(phrases: tuple[str, ...]) -> str:
+        return phrases[rng.integers(len(phrases))]
+
+    def pick_phrases(*properties: str | None) -> list[str]:
+        return [pick(PHRASES.get(name, (name,))) for name in properties if name]
+
+    words = ["the"] if rng.random() < 0.5 else []
+    words += pick_phrases(description.superlative, description.size)
+    words += [description.color] if description.color else []
+    words.append(description.shape or pick(ANY_SHAPE[level]))
+    words += pick_phrases(description.place, description.relation)
+    if description.landmark:
+        words += ["the", say(description.landmark, rng, level).removeprefix("the ")]
+    return " ".join(words)
+
+
+def vocabulary() -> list[str]:
+    """Return a WordPiece vocabulary: special tokens, the words of both levels, single characters for other words."""
+    names = ("the", *COLORS, *SHAPES, *SIZES, *SUPERLATIVES, *PLACES, *RELATIONS)
+    phrases = [phrase for name in names for phrase in PHRASES.get(name, (name,))]
+    words = sorted({word for phrase in (*phrases, *ANY_SHAPE["full"]) for word in phrase.split()})
+    characters = string.ascii_lowercase + string.digits + string.punctuation
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *characters, *(f"##{c}" for c in characters)]
+
+
+def candidates(scene: Scene, target: int) -> list[Description]:
+    """Return all descriptions that are true of the target and false of every other object of the scene."""
+    facts = _facts_of(scene)
+    words = [word for word in (*SIZES, *PLACES) if facts.has_word(word) and target in facts.certain[word]]
+    descriptions = list(_without_relation(facts, target, words))
+    if scene.level == "full":
+        descriptions += _with_relation(facts, target, [word for word in words if word in SIZES])
+    return descriptions
+
+
 class _Facts:
-    """What is true in a scene. Sets of objects are the bits of an integer. For every word `sure` holds the
-    objects it is clearly true of, and `maybe` those it is not clearly false of."""
+    """What is true in a scene. Objects are given by their indices.
+
+    ``certain`` holds, for each word, the objects of which it is clearly true; ``possible`` those of which it is not
+    clearly false.
+    """
 
     def __init__(self, scene: Scene) -> None:
         self.objects, self.level = scene.objects, scene.level
-        self.sure: dict[str, int] = {}
-        self.maybe: dict[str, int] = {}
-        self.whole = [obj.area for obj in self.objects]
-        self.seen = [obj.area * obj.visible for obj in self.objects]
-        self.unit = [(o.cx / scene.width, o.cy / scene.height) for o in self.objects]
-        for i, (obj, (u, v)) in enumerate(zip(self.objects, self.unit, strict=True)):
-            self._note(i, obj.color, True, True)
-            self._note(i, obj.shape, True, True)
-            # What an overlap leaves of an object may look a size smaller: then no size word is clear.
-            clear = obj.visible * obj.area >= 0.96 * SIZES[obj.size][0] * scene.width * scene.height
+        self.visible_areas = [obj.area * obj.visible for obj in self.objects]
+        self.centers = [(obj.cx / scene.width, obj.cy / scene.height) for obj in self.objects]
+        self.certain: dict[str, set[int]] = defaultdict(set)
+        self.possible: dict[str, set[int]] = defaultdict(set)
+        for i, obj in enumerate(self.objects):
+            self._add(i, obj.color, certain=True, possible=True)
+            self._add(i, obj.shape, certain=True, possible=True)
+            # A partly hidden object may look a size smaller, so that no size word is clear.
+            min_area = MIN_VISIBLE_SIZE * SIZES[obj.size][0] * scene.width * scene.height
+            clear = self.visible_areas[i] >= min_area
             for size in SIZES:
-                self._note(i, size, clear and size == obj.size, not clear or size == obj.size)
-            sides = {"left": u, "right": 1 - u, "top": v, "bottom": 1 - v}
+                self._add(i, size, certain=clear and size == obj.size, possible=not clear or size == obj.size)
+            x, y = self.centers[i]
+            distance_from = {"left": x, "right": 1 - x, "top": y, "bottom": 1 - y}
             for place in PLACES:
-                far = max(sides[side] for side in place.split())
-                self._note(i, place, far < PLACE_SURE, far < PLACE_MAYBE)
+                distance = max(distance_from[edge] for edge in place.split())
+                self._add(i, place, certain=distance < CENTER_START, possible=distance < CENTER_END)
 
-    def _note(self, i: int, word: str, sure: bool, maybe: bool) -> None:
-        self.sure[word] = self.sure.get(word, 0) | (sure << i)
-        self.maybe[word] = self.maybe.get(word, 0) | (maybe << i)
+    def _add(self, i: int, word: str, *, certain: bool, possible: bool) -> None:
+        if certain:
+            self.certain[word].add(i)
+        if possible:
+            self.possible[word].add(i)
 
-    def meant(self, description: Description) -> int:
-        """The objects that colour, shape, size and place of the description may mean."""
-        bits = (1 << len(self.objects)) - 1
-        for word in description[:4]:
+    def has_word(self, word: str) -> bool:
+        return self.level == "full" or word not in FULL_ONLY
+
+    def matches(self, description: Description) -> set[int]:
+        """Return the objects that the color, shape, size and place of the description may refer to."""
+        matches = set(range(len(self.objects)))
+        for word in (description.color, description.shape, description.size, description.place):
             if word:
-                bits &= self.maybe[word]
-        return bits
+                matches &= self.possible[word]
+        return matches
 
-    def is_most(self, most: str, target: int, others: list[int]) -> bool:
-        """Whether the target leads all others clearly; in size both as a whole and as far as visible."""
-        if most == "biggest":
-            return self.seen[target] >= AREA_FACTOR * max(self.whole[j] for j in others)
-        if most == "smallest":
-            return min(self.seen[j] for j in others) >= AREA_FACTOR * self.whole[target]
-        axis, sign = DIRECTIONS[most]
-        return all(sign * (self.unit[j][axis] - self.unit[target][axis]) >= EDGE_MARGIN for j in others)
+    def leads(self, superlative: str, target: int, others: set[int]) -> bool:
+        """Return whether a superlative is clearly true of the target. Hidden parts of objects must not matter."""
+        if superlative == "biggest":
+            return self.visible_areas[target] >= AREA_FACTOR * max(self.objects[i].area for i in others)
+        if superlative == "smallest":
+            return min(self.visible_areas[i] for i in others) >= AREA_FACTOR * self.objects[target].area
+        axis, sign = DIRECTIONS[superlative]
+        return all(sign * (self.centers[i][axis] - self.centers[target][axis]) >= EXTREME_MARGIN for i in others)
 
-    def related(self, relation: str, landmark: int) -> tuple[int, int]:
-        """The objects of which "<relation> the landmark" is sure, and those of which it may be true."""
-        sure = maybe = 0
-        for i, place in enumerate(self.unit):
-            if relation in DIRECTIONS:
-                axis, sign = DIRECTIONS[relation]
-                along = sign * (self.unit[landmark][axis] - place[axis])
-                across = abs(self.unit[landmark][1 - axis] - place[1 - axis])
-                yes, could = along >= max(RELATION_MARGIN, across), along > 0
-            else:
-                rear, front = (i, landmark) if relation == "behind" else (landmark, i)
-                yes = could = front in self.objects[rear].hidden_by
-            sure |= yes << i
-            maybe |= could << i
-        return sure, maybe
+    def related(self, relation: str, landmark: int) -> tuple[set[int], set[int]]:
+        """Return the objects that certainly are, and those that possibly are, in this relation to the landmark."""
+        everything = range(len(self.objects))
+        if relation == "behind":
+            behind = {i for i in everything if landmark in self.objects[i].hidden_by}
+            return behind, behind
+        if relation == "in front of":
+            in_front = set(self.objects[landmark].hidden_by)
+            return in_front, in_front
+        certain, possible = set(), set()
+        axis, sign = DIRECTIONS[relation]
+        for i in everything:
+            along = sign * (self.centers[landmark][axis] - self.centers[i][axis])
+            across = abs(self.centers[landmark][1 - axis] - self.centers[i][1 - axis])
+            if along > 0:
+                possible.add(i)
+            if along >= max(RELATION_MARGIN, across):
+                certain.add(i)
+        return certain, possible
 
 
 @lru_cache(maxsize=4)
-def _facts(scene: Scene) -> _Facts:
+def _facts_of(scene: Scene) -> _Facts:
     return _Facts(scene)
 
 
-def candidates(scene: Scene, target: int) -> list[tuple[Description, bool]]:
-    """All descriptions that single the target out, each with whether it says more than it needs to."""
-    return list(_candidates(_facts(scene), target))
+def _simple_descriptions(obj: SceneObject, sizes: list[str]) -> list[Description]:
+    """Return all combinations of the object's color, its shape and one of ``sizes``, the empty one included."""
+    pairs = [(color, shape) for color in (None, obj.color) for shape in (None, obj.shape)]
+    return [Description(color, shape, size) for color, shape in pairs for size in (None, *sizes)]
 
 
-def _heads(obj: SceneObject, sizes: list[str]) -> list[Description]:
-    """What colour, shape and one of these sizes make together, "shape" or "one" first."""
-    named = [(c, s) for c in (None, obj.color) for s in (None, obj.shape)]
-    return [Description(c, s, size) for c, s in named for size in [None, *sizes]]
+def _without_relation(facts: _Facts, target: int, words: list[str]) -> Iterator[Description]:
+    """Yield color and shape of the target, combined with one of its size and place ``words`` or a superlative."""
+    for simple in _simple_descriptions(facts.objects[target], []):
+        matches = facts.matches(simple)
+        unique = matches == {target}
+        if unique and any(simple):
+            yield simple
+        for word in words:
+            if matches & facts.possible[word] == {target}:
+                yield simple._replace(**{"size" if word in SIZES else "place": word}, redundant=unique)
+        others = matches - {target}
+        for superlative in SUPERLATIVES if others else ():
+            if facts.has_word(superlative) and facts.leads(superlative, target, others):
+                yield simple._replace(superlative=superlative)
 
 
-def _candidates(facts: _Facts, target: int) -> Iterator[tuple[Description, bool]]:
-    me = 1 << target
-    allowed = [word for word in (*SIZES, *PLACES) if facts.level == "full" or word not in FULL_ONLY]
-    true = [word for word in allowed if facts.sure[word] & me]
-    sizes = [size for size in SIZES if size in true]
-    for head in _heads(facts.objects[target], []):
-        bits = facts.meant(head)
-        unique = bits == me
-        if unique and any(head):
-            yield head, False
-        for word in true:
-            if bits & facts.maybe[word] == me:
-                yield head._replace(**{"size" if word in SIZES else "place": word}), unique
-        others = [j for j in range(len(facts.objects)) if bits >> j & 1 and j != target]
-        for most in MOST if others else ():
-            if (facts.level == "full" or most not in FULL_ONLY) and facts.is_most(most, target, others):
-                yield head._replace(most=most), False
-    if facts.level == "full":
-        yield from _relational(facts, target, sizes)
+def _with_relation(facts: _Facts, target: int, sizes: list[str]) -> Iterator[Description]:
+    """Yield descriptions that are unambiguous only because of a relation to another object, the landmark."""
+    ambiguous = []
+    for simple in _simple_descriptions(facts.objects[target], sizes):
+        matches = facts.matches(simple)
+        if matches != {target}:
+            ambiguous.append((simple, matches))
+    for landmark in range(len(facts.objects)):
+        if landmark == target:
+            continue
+        landmarks = _landmark_descriptions(facts, landmark)
+        for relation in RELATIONS if landmarks else ():
+            certain, possible = facts.related(relation, landmark)
+            if target not in certain:
+                continue
+            for simple, matches in ambiguous:
+                if matches & possible == {target}:
+                    for description in landmarks:
+                        yield simple._replace(relation=relation, landmark=description)
 
 
-def _relational(facts: _Facts, target: int, sizes: list[str]) -> Iterator[tuple[Description, bool]]:
-    me = 1 << target
-    heads = [(head, facts.meant(head)) for head in _heads(facts.objects[target], sizes)]
-    heads = [(head, bits) for head, bits in heads if bits != me]  # the relation is to be what decides
-    for other, obj in enumerate(facts.objects):
-        it = 1 << other
-        marks = _heads(obj, [size for size in SIZES if facts.sure[size] & it]) if other != target else []
-        marks = [m for m in marks if (m.color or m.shape) and facts.meant(m) == it
-                 and (m.size is None or facts.meant(m._replace(size=None)) != it)]  # fmt: skip
-        for relation in RELATIONS if marks else ():
-            sure, maybe = facts.related(relation, other)
-            for head, bits in heads if sure & me else ():
-                if bits & maybe == me:
-                    yield from ((head._replace(relation=relation, landmark=mark), False) for mark in marks)
+def _landmark_descriptions(facts: _Facts, landmark: int) -> list[Description]:
+    """Return the unambiguous descriptions of a landmark that name its color or shape, and its size only if needed."""
+    sizes = [size for size in SIZES if landmark in facts.certain[size]]
+    return [
+        simple
+        for simple in _simple_descriptions(facts.objects[landmark], sizes)
+        if (simple.color or simple.shape)
+        and facts.matches(simple) == {landmark}
+        and (simple.size is None or facts.matches(simple._replace(size=None)) != {landmark})
+    ]

@@ -1,140 +1,181 @@
-"""RefShapes, its scenes: which objects a picture has, and where."""
+"""Random scenes of RefShapes: which objects an image shows, and where."""
 
 import math
 from dataclasses import replace
 
 import numpy as np
 
+from data.refshapes.drawing import GAP, centroid, full_mask, stamp_of
 from data.refshapes.language import candidates
-from data.refshapes.objects import (
-    ALL_COLORS_DIFFER,
-    COLORS,
-    GAP,
-    HELD_OUT,
-    HIDDEN,
-    MAX_SHARE,
-    MAX_TOTAL,
-    OFF_AXIS,
-    SHAPES,
-    SIZES,
-    Scene,
-    SceneObject,
-    _middle,
-    draw,
-    random_stream,
-    stamp,
-    whole_mask,
-)
+from data.refshapes.objects import COLORS, HELD_OUT, SHAPES, SIZES, Scene, SceneObject, choose, random_stream
+
+MAX_OBJECT_SHARE = 0.12  # of the image area, for one object
+MAX_TOTAL_SHARE = 0.37  # of the image area, for all objects together; more leaves no room to place them
+DISTINCT_COLORS = 0.6  # fraction of scenes of level basic in which all objects have different colors
+HIDDEN_SHARE = (0.12, 0.36)  # fraction of the rear object that an overlap hides (level full)
+MIN_OFFSET = 0.25  # of the front object from the rear one along both axes, as a fraction of the rear object's side
+FREE_TRIES, OVERLAP_TRIES = 150, 400  # random positions that are tried for an object
+Position = tuple[int, int]  # top and left of an object's box
 
 
 def generate_scene(seed: int, split: str, index: int, level: str) -> Scene:
-    """The scene with this number. At least one of its targets can be told apart in words."""
+    """Return the scene with this index. At least one of its targets can be described unambiguously."""
     rng = random_stream(seed, split, index, level, purpose=0)
     while True:
         width, height = rng.integers(96, 129, size=2).tolist()
-        tint, slopes = rng.uniform(-6, 6, size=3).tolist(), rng.uniform(-14, 14, size=2).tolist()
-        background = (rng.uniform(95, 190), *tint, *slopes)
-        cast = _draw_cast(rng, split, level, width * height)
-        overlap = level == "full" and rng.random() < 0.5 and cast[0].color != cast[1].color
-        placed = _place(rng, cast, (height, width), overlap)
+        offsets, gradient = rng.uniform(-6, 6, size=3).tolist(), rng.uniform(-14, 14, size=2).tolist()
+        background = (rng.uniform(95, 190), *offsets, *gradient)
+        objects = _choose_objects(rng, split, level, width * height)
+        overlap = level == "full" and rng.random() < 0.5 and objects[0].color != objects[1].color
+        placed = _place_objects(rng, objects, (height, width), overlap)
         if placed is None:
             continue
-        order = rng.permutation(len(placed)).tolist()  # so that the numbers say nothing about size or depth
-        objects = [placed[i] for i in order]
-        if overlap:
-            objects = [replace(o, hidden_by=tuple(order.index(j) for j in o.hidden_by)) for o in objects]
-        scene = Scene(seed, split, index, level, width, height, background, tuple(objects))
+        order = rng.permutation(len(placed)).tolist()  # so that the order does not depend on size or depth
+        shuffled = (
+            replace(placed[i], hidden_by=tuple(order.index(front) for front in placed[i].hidden_by)) for i in order
+        )
+        scene = Scene(seed, split, index, level, width, height, background, tuple(shuffled))
         if any(candidates(scene, target) for target in scene.targets()):
             return scene
 
 
-def _draw_cast(rng: np.random.Generator, split: str, level: str, picture_area: int) -> list[SceneObject]:
-    """3–6 objects without places. Few colours and shapes per scene, so that one alone is often not enough; but at level
-    basic most scenes have a colour for each object."""
-    count = draw(rng, {3: 0.1, 4: 0.3, 5: 0.35, 6: 0.25})
+def _choose_objects(rng: np.random.Generator, split: str, level: str, image_area: int) -> list[SceneObject]:
+    """Return 3 to 6 objects without positions.
+
+    A scene has few colors and shapes, so that one property alone is often ambiguous. In most scenes of level basic,
+    however, every object has another color.
+    """
+    count = choose(rng, {3: 0.1, 4: 0.3, 5: 0.35, 6: 0.25})
+    pairs = _choose_pairs(rng, split, level, count)
+    shares = [1.0]
+    while sum(shares) > MAX_TOTAL_SHARE:
+        sizes = [choose(rng, {"small": 1, "medium": 1.2, "large": 1.8}) for _ in range(count)]
+        lowest, highest = zip(*(SIZES[size] for size in sizes), strict=True)
+        shares = rng.uniform(lowest, highest).tolist()
+    objects = []
+    for (color, shape), size, share in zip(pairs, sizes, shares, strict=True):
+        shift = rng.integers(-12, 13, size=3).tolist()
+        rgb = tuple(min(max(value + change, 0), 255) for value, change in zip(COLORS[color], shift, strict=True))
+        side = round(2 * math.sqrt(share * image_area)) / 2  # few different values, because stamps are cached
+        angle = 0.0 if shape == "circle" else 0.04 * int(rng.integers(-4, 4)) + 0.02
+        objects.append(SceneObject(shape, color, size, rgb, side, angle))
+    return objects
+
+
+def _choose_pairs(rng: np.random.Generator, split: str, level: str, count: int) -> list[tuple[str, str]]:
+    """Return the color and shape of ``count`` objects. In testB, some but not all of them are held-out pairs."""
     colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[: rng.integers(3, 7)]]
-    few = rng.integers(1, 3) if split == "testA" else rng.integers(2, 5)
-    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:few]]
-    usual = [(c, s) for c in colors for s in shapes if (c, s) not in HELD_OUT]
-    pairs = [usual[i] for i in rng.integers(len(usual), size=count)]
+    num_shapes = rng.integers(1, 3) if split == "testA" else rng.integers(2, 5)
+    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:num_shapes]]
+    allowed = [(color, shape) for color in colors for shape in shapes if (color, shape) not in HELD_OUT]
+    pairs = [allowed[i] for i in rng.integers(len(allowed), size=count)]
     if split == "testB":
         for i in range(min(count - 1, int(rng.integers(1, 4)))):
             pairs[i] = HELD_OUT[rng.integers(len(HELD_OUT))]
         pairs = [pairs[i] for i in rng.permutation(count)]
-    if level == "basic" and rng.random() < ALL_COLORS_DIFFER:
-        pairs = _with_other_colors(rng, pairs, shapes)
-    shares = [1.0]
-    while sum(shares) > MAX_TOTAL:
-        sizes = [draw(rng, {"small": 1, "medium": 1.2, "large": 1.8}) for _ in range(count)]
-        shares = rng.uniform(*zip(*(SIZES[size] for size in sizes), strict=True)).tolist()
-    cast = []
-    for (color, shape), size, share in zip(pairs, sizes, shares, strict=True):
-        shift = rng.integers(-12, 13, size=3).tolist()
-        rgb = tuple(min(max(v + d, 0), 255) for v, d in zip(COLORS[color], shift, strict=True))
-        side = round(2 * math.sqrt(share * picture_area)) / 2  # few values: stamps are used again
-        angle = 0.0 if shape == "circle" else 0.04 * int(rng.integers(-4, 4)) + 0.02
-        cast.append(SceneObject(shape, color, size, rgb, side, angle))
-    return cast
+    if level == "basic" and rng.random() < DISTINCT_COLORS:
+        pairs = _make_colors_distinct(rng, pairs, shapes)
+    return pairs
 
 
-def _with_other_colors(
+def _make_colors_distinct(
     rng: np.random.Generator, pairs: list[tuple[str, str]], shapes: list[str]
 ) -> list[tuple[str, str]]:
-    """The pairs, with each colour once: the first to have it keeps it, the later ones get one that is left."""
-    free = [list(COLORS)[i] for i in rng.permutation(len(COLORS))]
+    """Return the pairs with every color used once: where a color repeats, it is replaced by an unused one."""
+    unused = [list(COLORS)[i] for i in rng.permutation(len(COLORS))]
     for color, _ in pairs:
-        if color in free:
-            free.remove(color)
+        if color in unused:
+            unused.remove(color)
     seen: set[str] = set()
-    different = []
+    distinct = []
     for color, shape in pairs:
         if color in seen:
-            color = free.pop()
-            if (color, shape) in HELD_OUT:  # only those drawn on purpose are in a scene
-                shape = next((other for other in shapes if (color, other) not in HELD_OUT), SHAPES[0])
-                shape = shape if (color, shape) not in HELD_OUT else SHAPES[1]
+            color = unused.pop()
+            if (color, shape) in HELD_OUT:  # a new pair must not be a held-out one
+                others = [other for other in (*shapes, *SHAPES[:2]) if (color, other) not in HELD_OUT]
+                shape = others[0]
         seen.add(color)
-        different.append((color, shape))
-    return different
+        distinct.append((color, shape))
+    return distinct
 
 
-def _place(
-    rng: np.random.Generator, cast: list[SceneObject], shape: tuple[int, int], overlap: bool
+def _place_objects(
+    rng: np.random.Generator, objects: list[SceneObject], image_shape: tuple[int, int], overlap: bool
 ) -> list[SceneObject] | None:
-    """Give every object a place inside the picture of this (H, W), apart from the others; with `overlap` the
-    second one covers a part of the first. None if there is no room."""
-    pair = 2 if overlap else 0
-    cast = cast[:pair] + sorted(cast[pair:], key=lambda obj: -obj.area)  # the large ones while there is room
+    """Return the objects with positions inside an image of shape (H, W), at least GAP pixels apart.
+
+    With ``overlap``, the second object covers a part of the first one. None: there is no room for all objects.
+    """
+    unsorted = 2 if overlap else 0
+    objects = objects[:unsorted] + sorted(objects[unsorted:], key=lambda obj: -obj.area)  # large ones need more room
     placed: list[SceneObject] = []
-    taken = np.zeros((shape[0] + 2 * GAP, shape[1] + 2 * GAP), bool)  # the objects so far, GAP pixels thicker
-    for obj in cast:
-        _, drawn = stamp(obj)
-        assert drawn.pixels <= MAX_SHARE * shape[0] * shape[1]
-        height, width = drawn.solid.shape
-        rear = whole_mask(placed[0], shape) if overlap and len(placed) == 1 else None
-        room = (shape[0] - height + 1, shape[1] - width + 1)
-        spots = rng.integers(room, size=(150 if rear is None else 400, 2))
-        if placed and rear is None:  # most of the spots that won't do are out at a glance
-            far = np.array([(obj.side + o.side) / 2 + GAP for o in placed])
-            rows = spots[:, :1] + height / 2 - [o.cy for o in placed]
-            columns = spots[:, 1:] + width / 2 - [o.cx for o in placed]
-            spots = spots[(rows**2 + columns**2 >= far**2).all(axis=1)]
-        for top, left in spots.tolist():
-            if rear is not None:
-                hidden = np.count_nonzero(rear[top : top + height, left : left + width] & drawn.solid)
-                off = min(abs(left + width / 2 - placed[0].cx), abs(top + height / 2 - placed[0].cy))
-                if HIDDEN[0] <= hidden / stamp(placed[0])[1].pixels <= HIDDEN[1] and off >= OFF_AXIS * placed[0].side:
-                    break
-            elif not (taken[top + GAP :, left + GAP :][:height, :width] & drawn.solid).any():
-                break
+    # Pixels within GAP of the objects placed so far. The array extends GAP pixels beyond the image on each side.
+    occupied = np.zeros((image_shape[0] + 2 * GAP, image_shape[1] + 2 * GAP), bool)
+    for obj in objects:
+        stamp = stamp_of(obj)
+        assert stamp.area <= MAX_OBJECT_SHARE * image_shape[0] * image_shape[1]
+        in_front = overlap and len(placed) == 1
+        if in_front:
+            position = _overlapping_position(rng, obj, placed[0], image_shape)
         else:
+            position = _free_position(rng, obj, placed, occupied)
+        if position is None:
             return None
-        cx, cy = drawn.middle
+        top, left = position
+        cx, cy = stamp.centroid
         placed.append(replace(obj, left=left, top=top, cx=left + cx, cy=top + cy))
-        if rear is not None:
-            rest = rear & ~whole_mask(placed[1], shape)
-            visible = int(np.count_nonzero(rest)) / stamp(placed[0])[1].pixels
-            cx, cy = _middle(rest)
-            placed[0] = replace(placed[0], hidden_by=(1,), visible=visible, cx=cx, cy=cy)
-        taken[top:, left:][: height + 2 * GAP, : width + 2 * GAP] |= drawn.thick
+        if in_front:
+            placed[0] = _partly_hidden(*placed, image_shape)
+        height, width = stamp.dilated.shape
+        occupied[top:, left:][:height, :width] |= stamp.dilated
     return placed
+
+
+def _random_positions(
+    rng: np.random.Generator, mask: np.ndarray, image_shape: tuple[int, int], count: int
+) -> np.ndarray:
+    """Return random positions, int [count, 2], at which a box with the shape of ``mask`` lies inside the image."""
+    height, width = mask.shape
+    return rng.integers((image_shape[0] - height + 1, image_shape[1] - width + 1), size=(count, 2))
+
+
+def _free_position(
+    rng: np.random.Generator, obj: SceneObject, placed: list[SceneObject], occupied: np.ndarray
+) -> Position | None:
+    """Return a position at which the object touches no occupied pixel, or None if none of the tries is free."""
+    mask = stamp_of(obj).mask
+    height, width = mask.shape
+    image_shape = (occupied.shape[0] - 2 * GAP, occupied.shape[1] - 2 * GAP)
+    positions = _random_positions(rng, mask, image_shape, FREE_TRIES)
+    if placed:  # discard the positions that are too close to another object, which is faster than comparing pixels
+        min_distance = np.array([(obj.side + other.side) / 2 + GAP for other in placed])
+        dy = positions[:, :1] + height / 2 - [other.cy for other in placed]
+        dx = positions[:, 1:] + width / 2 - [other.cx for other in placed]
+        positions = positions[(dy**2 + dx**2 >= min_distance**2).all(axis=1)]
+    for top, left in positions.tolist():
+        if not (occupied[top + GAP :, left + GAP :][:height, :width] & mask).any():
+            return top, left
+    return None
+
+
+def _overlapping_position(
+    rng: np.random.Generator, obj: SceneObject, rear: SceneObject, image_shape: tuple[int, int]
+) -> Position | None:
+    """Return a position at which the object hides a share of ``rear`` within HIDDEN_SHARE, or None."""
+    mask, rear_mask = stamp_of(obj).mask, full_mask(rear, image_shape)
+    height, width = mask.shape
+    for top, left in _random_positions(rng, mask, image_shape, OVERLAP_TRIES).tolist():
+        hidden = np.count_nonzero(rear_mask[top : top + height, left : left + width] & mask)
+        offset = min(abs(left + width / 2 - rear.cx), abs(top + height / 2 - rear.cy))
+        lowest, highest = HIDDEN_SHARE
+        if lowest <= hidden / stamp_of(rear).area <= highest and offset >= MIN_OFFSET * rear.side:
+            return top, left
+    return None
+
+
+def _partly_hidden(rear: SceneObject, front: SceneObject, image_shape: tuple[int, int]) -> SceneObject:
+    """Return ``rear`` with the properties of what ``front``, the object with index 1, leaves visible of it."""
+    visible = full_mask(rear, image_shape) & ~full_mask(front, image_shape)
+    cx, cy = centroid(visible)
+    share = int(np.count_nonzero(visible)) / stamp_of(rear).area
+    return replace(rear, hidden_by=(1,), visible=share, cx=cx, cy=cy)
