@@ -1,7 +1,7 @@
-"""CrossVLT: a Swin and a BERT encoder, both in four stages, that look at each other at every stage.
+"""CrossVLT: a Swin and a BERT encoder that exchange features at every stage by cross-attention (paper, figure 2).
 
-Letters: B batch, H×W picture, N tokens, T text width, A width of the alignment space, C = embed_dim·2^i channels
-of vision stage i, whose map has h×w = H/2^(i+2) × W/2^(i+2) positions.
+Shapes: B batch size, H×W image size, N tokens, T text width, A width of the alignment space, C = embed_dim·2^i
+channels of vision stage i = 0…3, whose map has h×w = H/2^(i+2) × W/2^(i+2) positions.
 """
 
 from typing import NamedTuple
@@ -11,23 +11,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from bert.language_encoder import LanguageStage1, VisionToLanguageStage, bert_config, initialize_language
-from lib.fusion import padding_bias
+from lib.fusion import FUSION_LAYERS, padding_bias
 from lib.seg_decoder import SegDecoder
-from lib.variants import BERT_VOCAB_SIZE, FUSIONS, SWIN_VARIANTS
-from lib.vision_encoder import VisionStage, initialize_vision
-
-NUM_STAGES = 4
+from lib.variants import BERT_VOCAB_SIZE, FUSIONS, NUM_STAGES, SWIN_VARIANTS
+from lib.vision_encoder import PATCH_SIZE, VisionStage, initialize_vision
 
 
 class CrossVLTOutput(NamedTuple):
-    """``mask_logits`` [B, 2, H, W] (class 1 is the object); ``similarities``: four maps [B, 1, h, w], or None."""
+    """Outputs of the network."""
 
-    mask_logits: torch.Tensor
-    similarities: tuple[torch.Tensor, ...] | None
+    mask_logits: torch.Tensor  # [B, 2, H, W]; class 1 is the referred object
+    similarities: tuple[torch.Tensor, ...] | None  # one map [B, 1, h, w] per stage; None unless requested
 
 
 class CrossVLT(nn.Module):
-    """The network of the paper's figure 2. Build it with :func:`build_crossvlt`.
+    """The network of the paper's figure 2. Use :func:`build_crossvlt` to build it.
 
     Args:
         vision_stages: four :class:`VisionStage`, finest first.
@@ -41,7 +39,7 @@ class CrossVLT(nn.Module):
         self.lang_stage1, self.lang_stage2, self.lang_stage3, self.lang_stage4 = language_stages
         self.classifier = decoder
         self.temp = nn.Parameter(torch.ones(NUM_STAGES))
-        self.config: dict = {}  # what build_crossvlt was called with, all defaults resolved; saved in checkpoints
+        self.config: dict = {}  # arguments of build_crossvlt, defaults included; saved in checkpoints
 
     def forward(
         self,
@@ -51,16 +49,16 @@ class CrossVLT(nn.Module):
         *,
         return_similarities: bool | None = None,
     ) -> CrossVLTOutput:
-        """Segment what each sentence means.
+        """Segment the object that each sentence refers to.
 
         Args:
-            images: [B, 3, H, W], normalised, in the model's dtype; any H×W whose last stage has at least two positions.
+            images: [B, 3, H, W], normalized, in the model's dtype; H or W must be more than 32.
             input_ids: [B, N] token ids, [CLS] first, padded with 0.
             attention_mask: [B, N], 1 on tokens and 0 on padding.
-            return_similarities: give the alignment maps too; None: in training mode only.
+            return_similarities: compute the alignment's similarity maps. None: in training mode only.
 
         Raises:
-            ValueError: the picture is so small that the last stage has a single position.
+            ValueError: the images are too small.
         """
         return self.segment(
             self.encode_images(images),
@@ -71,76 +69,77 @@ class CrossVLT(nn.Module):
         )
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
-        """Stage 0's blocks, which see the pictures alone: [B, 3, H, W] → [B, h, w, C].
+        """Apply the first stage's Swin blocks: [B, 3, H, W] → [B, H/4, W/4, C].
 
-        Several sentences of a picture need it once; evaluation makes use of that.
+        They depend on the image only, so that evaluation computes them once for all sentences of an image.
         """
-        _check_size(*images.shape[-2:])
+        height, width = images.shape[-2:]
+        coarsest = PATCH_SIZE * 2 ** (NUM_STAGES - 1)
+        if height <= coarsest and width <= coarsest:
+            raise ValueError(
+                f"An image of {height}×{width} pixels is too small: one side must be longer than {coarsest}, "
+                "because the last stage's InstanceNorm needs two positions."
+            )
         return self.backbone[0].encode(images)
 
     def segment(
         self,
-        encoded: torch.Tensor,
+        encoded_images: torch.Tensor,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         *,
         size: tuple[int, int],
         return_similarities: bool | None = None,
     ) -> CrossVLTOutput:
-        """The rest of :meth:`forward`, with each sentence's picture encoded by :meth:`encode_images`.
+        """Run the network on images that :meth:`encode_images` has encoded.
 
         Args:
-            encoded: [B, h, w, C]; ``encoded[picture]`` gives several sentences of a picture theirs.
-            input_ids, attention_mask, return_similarities: as for :meth:`forward`.
-            size: (H, W) of the logits, that is of the pictures.
+            encoded_images: [B, H/4, W/4, C], one per sentence; ``encoded[image_index]`` repeats images.
+            input_ids, attention_mask, return_similarities: as in :meth:`forward`.
+            size: (H, W), the size of the images and of the logits.
         """
+        if return_similarities is None:
+            return_similarities = self.training
         bias = padding_bias(attention_mask, self.temp.dtype)  # [B, 1, 1, N]
-        text = self.lang_stage1.encoder(self.lang_stage1.embed(input_ids), bias)
-        vision = self.backbone[0](encoded, text.hidden_states, attention_mask, encoded=True)
-        aligned, features = [(vision, text)], [vision.decoder_feature]
-        for language_stage, vision_stage in zip(
-            (self.lang_stage2, self.lang_stage3, self.lang_stage4), self.backbone[1:], strict=True
-        ):
-            text = language_stage(text.hidden_states, bias, vision.passed_on.flatten(1, 2))
-            vision = vision_stage(vision.passed_on, text.hidden_states, attention_mask)
-            aligned.append((vision, text))
-            features.append(vision.decoder_feature)
-        logits = self.classifier(features)
+
+        pixels = encoded_images  # [B, h, w, C]
+        words = self.lang_stage1(input_ids, bias)  # [B, N, T]
+        features, similarities, x = [], [], None
+        for i, (vision_stage, language_stage) in enumerate(zip(self.backbone, self.language_stages, strict=True)):
+            if i > 0:  # x: output of the previous vision stage
+                words = language_stage(words, bias, x)
+                pixels = vision_stage.encode(x)
+            if return_similarities:
+                aligned_pixels = vision_stage.layers.proj(pixels)  # [B, h, w, A]
+                sentence = language_stage.proj(words[:, 0])  # [B, A], from [CLS]
+                similarities.append(similarity_map(aligned_pixels, sentence) / self.temp[i])
+            decoder_feature, x = vision_stage(pixels, words, attention_mask)
+            features.append(decoder_feature)
+
+        logits = self.classifier(features)  # [B, 2, H/4, W/4]
         logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True)
-        if not (self.training if return_similarities is None else return_similarities):
-            return CrossVLTOutput(logits, None)
-        similarities = tuple(
-            similarity_map(v.alignment_feature, t.alignment_feature) / temperature
-            for (v, t), temperature in zip(aligned, self.temp, strict=True)
-        )
-        return CrossVLTOutput(logits, similarities)
+        return CrossVLTOutput(logits, tuple(similarities) if return_similarities else None)
+
+    @property
+    def language_stages(self) -> tuple[nn.Module, ...]:
+        """The four language stages without the word embeddings; each has BERT layers ``layer`` and ``proj``."""
+        return self.lang_stage1.encoder, self.lang_stage2, self.lang_stage3, self.lang_stage4
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only what enters the encoders' layers, and compute the rest again for backward: same gradients."""
+        """Enable gradient checkpointing in both encoders. The gradients stay the same."""
         for part in self.modules():
             if hasattr(part, "grad_checkpointing"):
                 part.grad_checkpointing = enable
 
     def blocks(self) -> list[nn.Module]:
-        """The repeated layers of both encoders, Swin's and BERT's: what is worth compiling one by one."""
-        stages = (self.lang_stage1.encoder, self.lang_stage2, self.lang_stage3, self.lang_stage4)
-        swin = [block for stage in self.backbone for block in stage.layers.blocks]
-        return swin + [layer for stage in stages for layer in stage.layer]
+        """Return the repeated layers of both encoders, Swin blocks and BERT layers, which are compiled one by one."""
+        swin_blocks = [block for stage in self.backbone for block in stage.layers.blocks]
+        return swin_blocks + [layer for stage in self.language_stages for layer in stage.layer]
 
 
 def similarity_map(pixels: torch.Tensor, sentence: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of every position [B, h, w, A] with its sentence [B, A] → [B, 1, h, w]."""
+    """Return the cosine similarity of each position [B, h, w, A] and its sentence [B, A]: [B, 1, h, w]."""
     return F.cosine_similarity(pixels, sentence[:, None, None, :], dim=-1)[:, None]
-
-
-def _check_size(height: int, width: int) -> None:
-    """InstanceNorm in the last stage needs two positions: refuse pictures of at most 32×32."""
-    coarsest = 4 * 2 ** (NUM_STAGES - 1)
-    if height <= coarsest and width <= coarsest:
-        raise ValueError(
-            f"a picture of {height}×{width} leaves the last stage a single position: "
-            f"one side must be longer than {coarsest} pixels"
-        )
 
 
 def build_crossvlt(
@@ -159,26 +158,26 @@ def build_crossvlt(
     vocab_size: int = BERT_VOCAB_SIZE,
     align_dim: int = 256,
 ) -> CrossVLT:
-    """Build a CrossVLT with the published start of every weight; reads no file.
+    """Build a CrossVLT with randomly initialized weights. Reads no file.
 
     Args:
-        swin_type: ``tiny``, ``small``, ``base`` or ``large``; gives what the next four leave at None.
+        swin_type: a name in ``lib.variants.SWIN_VARIANTS``, which has the defaults of the next four.
         window_size, embed_dim, depths, num_heads: of the Swin encoder (depths and num_heads: one per stage).
-        drop_path_rate: reached linearly at the last block.
-        fusion: ``cross`` (published), ``vision`` (language sees no picture) or ``late`` (in addition, vision sees
-            language in the last stage only): the paper's ablations.
+        drop_path_rate: of the last Swin block; it increases linearly from 0 in the first one.
+        fusion: a name in ``lib.variants.FUSIONS``: ``cross`` (published) or an ablation, ``vision`` (no
+            vision-to-language attention) or ``late`` (in addition, language-to-vision fusion in the last stage only).
         text_dim, text_heads, text_dropout: width, heads and dropout of every language layer.
-        text_layers: BERT layers in language stage 1; stages 2–4 have one vision→language and one BERT layer each.
+        text_layers: BERT layers in language stage 1. Stages 2 to 4 have two layers each.
         vocab_size: rows of the word embedding.
-        align_dim: width of the space in which pixels and sentence are aligned.
+        align_dim: A, width of the space in which pixels and sentence are aligned.
 
     Raises:
-        ValueError: an unknown name, or sizes that don't fit each other.
+        ValueError: an unknown name, or sizes that do not fit each other.
     """
     if swin_type not in SWIN_VARIANTS:
-        raise ValueError(f"swin_type must be one of {', '.join(SWIN_VARIANTS)}, not {swin_type!r}")
+        raise ValueError(f"swin_type must be one of {', '.join(SWIN_VARIANTS)}, not {swin_type!r}.")
     if fusion not in FUSIONS:
-        raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, not {fusion!r}")
+        raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, not {fusion!r}.")
     variant = SWIN_VARIANTS[swin_type]
     embed_dim = variant["embed_dim"] if embed_dim is None else embed_dim
     depths = tuple(variant["depths"] if depths is None else depths)
@@ -191,15 +190,14 @@ def build_crossvlt(
     drop_path = [rates[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(NUM_STAGES)]
     vision_stages = [
         VisionStage(
-            i,
+            index=i,
             embed_dim=embed_dim,
             num_heads=num_heads[i],
             window_size=window_size,
             drop_path=drop_path[i],
             text_dim=text_dim,
             align_dim=align_dim,
-            fuse=language_to_vision or i == NUM_STAGES - 1,
-            last=i == NUM_STAGES - 1,
+            fusion_layer=FUSION_LAYERS[fusion] if language_to_vision or i == NUM_STAGES - 1 else None,
         )
         for i in range(NUM_STAGES)
     ]
@@ -234,12 +232,12 @@ def build_crossvlt(
 
 def _check_sizes(embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...], window_size: int) -> None:
     if len(depths) != NUM_STAGES or len(num_heads) != NUM_STAGES:
-        raise ValueError(f"depths and num_heads need {NUM_STAGES} entries each, not {depths} and {num_heads}")
+        raise ValueError(f"depths and num_heads must have {NUM_STAGES} entries each, not {depths} and {num_heads}.")
     if window_size < 2 or min(depths) < 1 or min(num_heads) < 1:
         raise ValueError(
             "window_size must be at least 2, every depth and number of heads at least 1, "
-            f"not {window_size}, {depths} and {num_heads}"
+            f"not {window_size}, {depths} and {num_heads}."
         )
     for i, heads in enumerate(num_heads):
         if (embed_dim * 2**i) % heads:
-            raise ValueError(f"stage {i} has {embed_dim * 2**i} channels, which {heads} heads can't share equally")
+            raise ValueError(f"stage {i} has {embed_dim * 2**i} channels, which {heads} heads cannot share equally.")

@@ -1,11 +1,10 @@
-"""The language encoder in four stages: BERT's embeddings and first layers, then three stages that look at the picture.
+"""Language encoder, stage by stage: BERT layers, from stage 2 on with cross-attention to vision (paper, section III).
 
-Letters: B batch, N tokens, T text width, L positions of the vision map, V its channels, A width of the alignment space.
-The layers are transformers'; the division into stages and the vision→language layer are the paper's (section III).
+Shapes: B batch size, N tokens, T text width, h×w size of the vision map, V its channels.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,17 +19,14 @@ from transformers.models.bert.modeling_bert import (
 )
 
 
-class LanguageStageOutput(NamedTuple):
-    """What one language stage hands out."""
-
-    hidden_states: torch.Tensor  # [B, N, T]
-    alignment_feature: torch.Tensor  # c  [B, A], from the [CLS] state
-
-
 def bert_config(text_dim: int, text_heads: int, dropout: float, vocab_size: int) -> BertConfig:
-    """BERT-base's settings with the given sizes (published: 768, 12, 0.1, 30522); the FFN is 4·text_dim wide."""
+    """Return BERT-base's configuration with other sizes; the hidden layer of its MLPs is 4·text_dim wide.
+
+    Raises:
+        ValueError: ``text_heads`` does not divide ``text_dim``.
+    """
     if text_heads < 1 or text_dim % text_heads:
-        raise ValueError(f"text_dim {text_dim} can't be divided into {text_heads} equal heads")
+        raise ValueError(f"text_dim {text_dim} cannot be divided into {text_heads} equal heads.")
     return BertConfig(
         vocab_size=vocab_size,
         hidden_size=text_dim,
@@ -42,81 +38,102 @@ def bert_config(text_dim: int, text_heads: int, dropout: float, vocab_size: int)
     )
 
 
-class _Checkpointing(nn.Module):
-    """Can compute a part's inner activations again for backward instead of keeping them."""
+class _CheckpointedModule(nn.Module):
+    """Module that can recompute the activations of its parts in the backward pass instead of storing them."""
 
     grad_checkpointing = False
 
     def _run(self, part: Callable[..., Any], *inputs: torch.Tensor) -> Any:
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, *inputs, use_reentrant=False)
-        return part(*inputs)
+        return checkpoint(part, *inputs, use_reentrant=False) if self.grad_checkpointing else part(*inputs)
 
 
-class LanguageEncoder(_Checkpointing):
-    """The BERT layers of stage 1 and its alignment projection (``lang_stage1.encoder``)."""
+class LanguageEncoder(_CheckpointedModule):
+    """BERT layers of stage 1 and the projection of [CLS] for the alignment, ``lang_stage1.encoder``."""
 
     def __init__(self, config: BertConfig, num_layers: int, align_dim: int) -> None:
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(num_layers))
         self.proj = nn.Linear(config.hidden_size, align_dim)
 
-    def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> LanguageStageOutput:
-        """hidden [B, N, T], bias [B, 1, 1, N] added to the scores → the stage's output."""
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Return hidden states [B, N, T] of hidden states [B, N, T] and the padding bias [B, 1, 1, N]."""
         for layer in self.layer:
             hidden = self._run(layer, hidden, bias)
-        return LanguageStageOutput(hidden, self.proj(hidden[:, 0]))
+        return hidden
 
 
 class LanguageStage1(nn.Module):
-    """Words alone: BERT's embeddings and its first layers (``lang_stage1``)."""
+    """Stage 1, ``lang_stage1``: BERT's embeddings and first layers, without vision."""
 
     def __init__(self, config: BertConfig, num_layers: int, align_dim: int) -> None:
         super().__init__()
         self.embeddings = BertEmbeddings(config)
         self.encoder = LanguageEncoder(config, num_layers, align_dim)
 
-    def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, N] → [B, N, T]."""
-        longest = self.embeddings.position_embeddings.num_embeddings
-        if input_ids.shape[1] > longest:
-            raise ValueError(f"{input_ids.shape[1]} tokens, but the language encoder has positions for {longest}")
-        return self.embeddings(input_ids)
+    def forward(self, input_ids: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Return the words' hidden states.
+
+        Args:
+            input_ids: [B, N].
+            bias: [B, 1, 1, N], added to the attention scores.
+
+        Returns:
+            [B, N, T].
+
+        Raises:
+            ValueError: more tokens than position embeddings.
+        """
+        max_tokens = self.embeddings.position_embeddings.num_embeddings
+        if input_ids.shape[1] > max_tokens:
+            raise ValueError(
+                f"{input_ids.shape[1]} tokens per sentence, but BERT has embeddings for {max_tokens} positions."
+            )
+        return self.encoder(self.embeddings(input_ids), bias)
 
 
-class VisionToLanguageStage(_Checkpointing):
-    """One of ``lang_stage{2,3,4}``: a BERT layer whose attention looks at the picture, then an ordinary BERT layer.
+class VisionToLanguageStage(_CheckpointedModule):
+    """Stage 2, 3 or 4, ``lang_stage{2,3,4}``: a BERT layer with cross-attention to vision, then an ordinary BERT layer.
 
     Args:
         config: of the BERT layers.
-        vision_dim: V, channels of the vision map looked at; None makes the first layer an ordinary self-attention
-            BERT layer too (the ``vision`` and ``late`` ablations), named ``attention`` as in BERT.
-        align_dim: A.
+        vision_dim: V. With None the first layer is an ordinary BERT layer, too (ablations ``vision`` and ``late``).
+        align_dim: width of the space in which pixels and sentence are aligned.
     """
 
     def __init__(self, config: BertConfig, vision_dim: int | None, align_dim: int) -> None:
         super().__init__()
+        self.attention, self.crossattention = None, None
         if vision_dim is None:
             self.attention = BertAttention(config)
         else:
             self.crossattention = BertAttention(config, is_cross_attention=True)
-            for name in ("key", "value"):  # the picture is not as wide as the text
-                setattr(self.crossattention.self, name, nn.Linear(vision_dim, config.hidden_size))
+            # Vision maps are not as wide as BERT.
+            self.crossattention.self.key = nn.Linear(vision_dim, config.hidden_size)
+            self.crossattention.self.value = nn.Linear(vision_dim, config.hidden_size)
         self.intermediate = BertIntermediate(config)
         self.output = BertOutput(config)
         self.layer = nn.ModuleList([BertLayer(config)])
         self.proj = nn.Linear(config.hidden_size, align_dim)
 
-    def forward(self, hidden: torch.Tensor, bias: torch.Tensor, vision: torch.Tensor) -> LanguageStageOutput:
-        """hidden [B, N, T], bias [B, 1, 1, N], vision [B, L, V] (every position is seen) → the stage's output."""
-        hidden = self._run(self._look, hidden, bias, vision)
+    def forward(self, hidden: torch.Tensor, bias: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
+        """Return the words' hidden states.
+
+        Args:
+            hidden: of the previous stage, [B, N, T].
+            bias: [B, 1, 1, N], added to the scores of self-attention. Cross-attention has no mask.
+            vision: map of the previous vision stage, [B, h, w, V].
+
+        Returns:
+            [B, N, T].
+        """
+        hidden = self._run(self._cross_attend, hidden, bias, vision.flatten(1, 2))
         for layer in self.layer:
             hidden = self._run(layer, hidden, bias)
-        return LanguageStageOutput(hidden, self.proj(hidden[:, 0]))
+        return hidden
 
-    def _look(self, hidden: torch.Tensor, bias: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
-        """The layer whose attention sees the picture."""
-        if hasattr(self, "crossattention"):
+    def _cross_attend(self, hidden: torch.Tensor, bias: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
+        """Apply the stage's first layer; vision is [B, h·w, V]."""
+        if self.crossattention is not None:
             attended, _ = self.crossattention(hidden, encoder_hidden_states=vision)
         else:
             attended, _ = self.attention(hidden, bias)
@@ -125,7 +142,7 @@ class VisionToLanguageStage(_Checkpointing):
 
 @torch.no_grad()
 def initialize_language(module: nn.Module) -> None:
-    """BERT's own start: Linear and Embedding normal(0, 0.02) with [PAD] at zero, biases 0, LayerNorm 1/0."""
+    """Initialize as BERT: Linear and Embedding normal (0.02) with zero bias and a zero vector for [PAD]."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             part.weight.normal_(std=0.02)

@@ -1,6 +1,6 @@
-"""Language→vision fusion: where a stage's pixels look at the words (paper, section III).
+"""Language-to-vision fusion: cross-attention from the positions of a vision map to the words (paper, section III).
 
-Letters: B batch, L positions of the map, C vision channels, N tokens, T text width, D inner width.
+Shapes: B batch size, L positions of the map, C vision channels, N tokens, T text width, D inner width, h heads.
 """
 
 from contextlib import nullcontext
@@ -9,39 +9,49 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-HEAD_WIDTH = 64
-MASKED_SCORE = -1e4  # added to the scores of padded tokens
+from lib.variants import FUSIONS
+
+HEAD_DIM = 64
+PADDING_SCORE = -1e4  # added to the attention scores of padded tokens
 
 
 def padding_bias(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Turn a text mask [B, N] of 0/1 into what is added to attention scores: [B, 1, 1, N] in ``dtype``.
+    """Return the bias that masks padded tokens when it is added to attention scores.
 
-    ``dtype`` must be the query's: scaled_dot_product_attention on CPU is silently wrong where they differ.
+    Args:
+        attention_mask: [B, N], 1 on tokens and 0 on padding.
+        dtype: of the query. On CPU, scaled_dot_product_attention returns wrong values without an error if they differ.
+
+    Returns:
+        [B, 1, 1, N]: 0 on tokens, -10000 on padding.
     """
-    return ((1.0 - attention_mask[:, None, None, :].to(dtype)) * MASKED_SCORE).to(dtype)
+    return ((1.0 - attention_mask[:, None, None, :].to(dtype)) * PADDING_SCORE).to(dtype)
 
 
-def gate(width: int) -> nn.Sequential:
-    """The language gate g of a fusion: [..., width] → [..., width] in (−1, 1), so that x ← x + g(r)·r."""
-    return nn.Sequential(nn.Linear(width, width, bias=False), nn.ReLU(), nn.Linear(width, width, bias=False), nn.Tanh())
+def gate(dim: int) -> nn.Sequential:
+    """Build the gate g of the residual connection x + g(r)·r, with values between −1 and 1: [..., dim] → [..., dim]."""
+    return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh())
 
 
 class LanguageToVisionFusion(nn.Module):
-    """Every position of a vision map gathers from the words what concerns it.
+    """Cross-attention layer in which every position of a vision map attends to the words.
 
     Args:
         vision_dim: C, channels of the map.
-        inner_dim: D, width of the attention; it has D // 64 heads (at least one), 64 wide where 64 divides D.
-        text_dim: T, width of the language states.
+        inner_dim: D, width of the attention, which has max(1, D // 64) heads.
+        text_dim: T, width of the language features.
+
+    Raises:
+        ValueError: ``inner_dim`` cannot be divided into that many heads.
     """
 
     def __init__(self, vision_dim: int, inner_dim: int, text_dim: int) -> None:
         super().__init__()
-        self.num_heads = max(1, inner_dim // HEAD_WIDTH)
+        self.num_heads = max(1, inner_dim // HEAD_DIM)
         if inner_dim % self.num_heads:
             raise ValueError(
-                f"a fusion of inner width {inner_dim} can't be divided into {self.num_heads} equal heads: "
-                f"choose an embed_dim that is a multiple of {HEAD_WIDTH // 2}"
+                f"a fusion layer of width {inner_dim} cannot be divided into {self.num_heads} equal heads. "
+                f"Choose an embed_dim that is a multiple of {HEAD_DIM // 2}."
             )
         self.v_q = nn.Sequential(nn.Conv1d(vision_dim, inner_dim, 1), nn.InstanceNorm1d(inner_dim))
         self.l_q = nn.Linear(text_dim, inner_dim)
@@ -50,20 +60,36 @@ class LanguageToVisionFusion(nn.Module):
         self.project_mm = nn.Sequential(nn.Conv1d(vision_dim, vision_dim, 1), nn.GELU())
 
     def forward(self, v: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """v [B, L, C], text [B, N, T], attention_mask [B, N] → r [B, L, C]; L must be at least 2 (InstanceNorm)."""
-        v = v.transpose(1, 2)  # [B, C, L]: the convolutions' layout
-        query = self._heads(self.v_q(v).transpose(1, 2))  # [B, h, L, D/h]
-        key, value = self._heads(self.l_q(text)), self._heads(self.values_l(text))  # [B, h, N, D/h]
+        """Return the fused map r.
+
+        Args:
+            v: vision map [B, ..., C] with at least two positions, which InstanceNorm needs.
+            text: language features [B, N, T].
+            attention_mask: [B, N], 1 on tokens and 0 on padding.
+
+        Returns:
+            [B, ..., C], the shape of ``v``.
+        """
+        map_shape = v.shape[1:-1]
+        v = v.flatten(1, -2).transpose(1, 2)  # [B, C, L], the layout of Conv1d
+        query = self._split_heads(self.v_q(v).transpose(1, 2))  # [B, h, L, D/h]
+        key, value = self._split_heads(self.l_q(text)), self._split_heads(self.values_l(text))  # [B, h, N, D/h]
         dtype = self.w_v[0].weight.dtype
         bias = padding_bias(attention_mask, dtype)
-        # Mixed precision stops here: where words differ little the gathered map is nearly constant, and InstanceNorm
-        # would blow up its rounding to the size of a signal.
-        kind = v.device.type
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            gathered = F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask=bias)
-            gathered = self.w_v(gathered.transpose(-1, -2).flatten(1, 2))  # [B, h, D/h, L] → [B, D, L] → [B, C, L]
-        return self.project_mm(gathered + v).transpose(1, 2)
+        # No mixed precision here: if the words differ little, the attended map is nearly constant, and InstanceNorm
+        # would amplify its rounding errors to the size of a signal.
+        device = v.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            attended = F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask=bias)
+            attended = self.w_v(attended.transpose(-1, -2).flatten(1, 2))  # [B, h, D/h, L] → [B, D, L] → [B, C, L]
+        fused = self.project_mm(attended + v)
+        return fused.transpose(1, 2).unflatten(1, map_shape)
 
-    def _heads(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, S, D] → [B, h, S, D/h]."""
+    def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] → [B, h, S, D/h] for S positions or tokens."""
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+# The language-to-vision layer of each design in lib.variants.FUSIONS. The paper's ablations differ in where the layer
+# is used, not in the layer.
+FUSION_LAYERS: dict[str, type[nn.Module]] = {**dict.fromkeys(FUSIONS, LanguageToVisionFusion)}

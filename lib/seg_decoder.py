@@ -1,4 +1,7 @@
-"""The decoder: from the four stages' features to two-class logits (``classifier`` in the state dict)."""
+"""Segmentation decoder: from the features of the four vision stages to two-class logits (paper, section III).
+
+Shapes: B batch size, H×W image size, C channels of the finest feature (embed_dim).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,31 +9,58 @@ from torch import nn
 
 
 class SegDecoder(nn.Module):
-    """Top-down: up-sample, concatenate the next finer feature, two 3×3 convolutions, three times; then a 1×1.
+    """Top-down decoder, ``classifier`` in the state dict.
+
+    Three times: up-sample, concatenate the next finer feature, two 3×3 convolutions. Then a 1×1 convolution.
+    ``conv1_4`` to ``bn2_4`` merge stages 4 and 3, ``…_3`` add stage 2, ``…_2`` add stage 1.
 
     Args:
-        embed_dim: channels C0 of the finest feature; feature i has C0·2^i, the hidden width is 4·C0.
+        embed_dim: C; the feature of stage i = 0…3 has C·2^i channels, all hidden layers have 4·C.
     """
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
         hidden = 4 * embed_dim
-        running = 8 * embed_dim
-        for level, skip in ((4, 4 * embed_dim), (3, 2 * embed_dim), (2, embed_dim)):
-            for k, width in ((1, running + skip), (2, hidden)):
-                self.add_module(f"conv{k}_{level}", nn.Conv2d(width, hidden, 3, padding=1, bias=False))
-                self.add_module(f"bn{k}_{level}", nn.BatchNorm2d(hidden))
-            running = hidden
+        self.conv1_4 = nn.Conv2d(8 * embed_dim + 4 * embed_dim, hidden, 3, padding=1, bias=False)
+        self.bn1_4 = nn.BatchNorm2d(hidden)
+        self.conv2_4 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
+        self.bn2_4 = nn.BatchNorm2d(hidden)
+
+        self.conv1_3 = nn.Conv2d(hidden + 2 * embed_dim, hidden, 3, padding=1, bias=False)
+        self.bn1_3 = nn.BatchNorm2d(hidden)
+        self.conv2_3 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
+        self.bn2_3 = nn.BatchNorm2d(hidden)
+
+        self.conv1_2 = nn.Conv2d(hidden + embed_dim, hidden, 3, padding=1, bias=False)
+        self.bn1_2 = nn.BatchNorm2d(hidden)
+        self.conv2_2 = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
+        self.bn2_2 = nn.BatchNorm2d(hidden)
+
         self.conv1_1 = nn.Conv2d(hidden, 2, 1)
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
-        """features y1…y4, each [B, C0·2^i, H/2^(i+2), W/2^(i+2)] → logits [B, 2, H/4, W/4]; class 1 is the object."""
+        """Return logits [B, 2, H/4, W/4]; class 1 is the referred object.
+
+        Args:
+            features: y1 to y4, one per vision stage, [B, C·2^i, H/2^(i+2), W/2^(i+2)].
+        """
         y1, y2, y3, y4 = features
-        x = y4
-        for level, skip in ((4, y3), (3, y2), (2, y1)):
-            x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=True)
-            x = torch.cat([x, skip], dim=1)
-            for k in (1, 2):
-                x = getattr(self, f"conv{k}_{level}")(x)
-                x = F.relu(getattr(self, f"bn{k}_{level}")(x))
+        x = _upsample_and_concatenate(y4, y3)  # [B, 8C + 4C, H/16, W/16]
+        x = F.relu(self.bn1_4(self.conv1_4(x)))
+        x = F.relu(self.bn2_4(self.conv2_4(x)))
+
+        x = _upsample_and_concatenate(x, y2)  # [B, 4C + 2C, H/8, W/8]
+        x = F.relu(self.bn1_3(self.conv1_3(x)))
+        x = F.relu(self.bn2_3(self.conv2_3(x)))
+
+        x = _upsample_and_concatenate(x, y1)  # [B, 4C + C, H/4, W/4]
+        x = F.relu(self.bn1_2(self.conv1_2(x)))
+        x = F.relu(self.bn2_2(self.conv2_2(x)))
+
         return self.conv1_1(x)
+
+
+def _upsample_and_concatenate(x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    """Resize x [B, Cx, h, w] to skip [B, Cs, H, W] and concatenate the channels: [B, Cx + Cs, H, W]."""
+    x = F.interpolate(x, size=skip.shape[-2:], mode="bilinear", align_corners=True)
+    return torch.cat([x, skip], dim=1)

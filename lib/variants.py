@@ -4,6 +4,7 @@ IMG_SIZE = 480  # pixels per side of the resized square image
 MAX_TOKENS = 21  # token ids per sentence, [CLS] and [SEP] included
 BERT = "bert-base-uncased"
 BERT_VOCAB_SIZE = 30522
+NUM_STAGES = 4  # of either encoder
 
 # The Swin encoders. ``pretrained`` is the ImageNet file, whose window is used by default.
 SWIN_VARIANTS = {

@@ -1,7 +1,7 @@
-"""The vision encoder, one stage at a time: Swin blocks, then fusion with language, gates and down-sampling.
+"""Vision encoder, stage by stage: Swin blocks, fusion with language, down-sampling (paper, section III).
 
-Letters: B batch, H×W the stage's map, C = embed_dim·2^stage its channels, N tokens, T text width, w window size.
-Maps are channels-last ([B, H, W, C]) inside; what leaves for the decoder and the alignment is channels-first.
+Shapes: B batch size, H×W size of the stage's map, C = embed_dim·2^index its channels, N tokens, T text width,
+w window size. Maps are channels-last, [B, H, W, C]; features for the decoder are channels-first.
 """
 
 from collections.abc import Callable
@@ -14,41 +14,49 @@ from timm.models.swin_transformer import PatchMerging, WindowAttention, window_p
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lib.fusion import LanguageToVisionFusion, gate
+from lib.fusion import gate
+from lib.variants import NUM_STAGES
 
-PATCH = 4
-SHIFT_MASKED_SCORE = -100.0  # added to scores between regions that only the cyclic shift brought together
+PATCH_SIZE = 4
+SHIFT_SCORE = -100.0  # added to the attention scores between regions that only the cyclic shift made neighbors
 
 
 class VisionStageOutput(NamedTuple):
-    """What one vision stage hands out (``passed_on`` is None after the last stage)."""
+    """Outputs of one vision stage."""
 
-    decoder_feature: torch.Tensor  # y  [B, C, H, W]
-    alignment_feature: torch.Tensor  # p  [B, H, W, A]
-    passed_on: torch.Tensor | None  # v  [B, H/2, W/2, 2C]
+    decoder_feature: torch.Tensor  # y [B, C, H, W]
+    next_input: torch.Tensor | None  # v [B, H/2, W/2, 2C]; None in the last stage
 
 
-def shift_bias(height: int, width: int, window: int, like: torch.Tensor) -> torch.Tensor:
-    """What shifted windows add to their scores: [windows, w², w²] for a padded map height×width, in like's dtype.
+def shifted_window_bias(height: int, width: int, window_size: int, like: torch.Tensor) -> torch.Tensor:
+    """Return the bias that is added to the attention scores of shifted windows.
 
-    Only positions that lay in different regions before the shift are masked; zero-padded ones are ordinary tokens.
+    Only positions of different regions before the shift are masked. Zero-padded positions are ordinary tokens.
+
+    Args:
+        height, width: of the padded map, multiples of ``window_size``.
+        window_size: w.
+        like: tensor with the device and dtype of the result.
+
+    Returns:
+        [windows, w², w²]: 0 within a region, -100 between two regions.
     """
-    shift = window // 2
+    shift = window_size // 2
     regions = torch.zeros((1, height, width, 1), dtype=torch.int32, device=like.device)
-    cuts = (slice(0, -window), slice(-window, -shift), slice(-shift, None))
-    for i, rows in enumerate(cuts):
-        for j, columns in enumerate(cuts):
+    bands = (slice(0, -window_size), slice(-window_size, -shift), slice(-shift, None))
+    for i, rows in enumerate(bands):
+        for j, columns in enumerate(bands):
             regions[:, rows, columns] = 3 * i + j
-    regions = window_partition(regions, (window, window)).flatten(1)  # [windows, w²]
+    regions = window_partition(regions, (window_size, window_size)).flatten(1)  # [windows, w²]
     differ = regions[:, None, :] != regions[:, :, None]
-    return differ.to(like.dtype) * SHIFT_MASKED_SCORE
+    return differ.to(like.dtype) * SHIFT_SCORE
 
 
 class SwinBlock(nn.Module):
-    """Pre-norm Swin block with the official order: norm → pad to whole windows → shift → attend → shift back → crop.
+    """Swin block as in the official repository: norm → pad to whole windows → shift → attention → shift back → crop.
 
-    (timm's own block rolls before it pads, which gives other numbers on maps that don't divide by the window.)
-    The window never shrinks: a smaller map is padded up to one window and still shifted.
+    timm's own block shifts before it pads, which gives other numbers if the window does not divide the map.
+    A map smaller than the window is padded to one window, which is still shifted.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, *, shifted: bool, drop_path: float) -> None:
@@ -57,13 +65,21 @@ class SwinBlock(nn.Module):
         self.shift = window_size // 2 if shifted else 0
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads=num_heads, window_size=window_size)
-        self.attn.fused_attn = True  # timm would decide by an environment variable; ours does not depend on one
+        self.attn.fused_attn = True  # timm's default depends on an environment variable
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden_features=4 * dim)
 
     def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
-        """x [B, H, W, C], attn_mask of :func:`shift_bias` (used by shifted blocks only) → [B, H, W, C]."""
+        """Return the block's output.
+
+        Args:
+            x: [B, H, W, C].
+            attn_mask: of :func:`shifted_window_bias`; ignored unless the block is shifted.
+
+        Returns:
+            [B, H, W, C].
+        """
         x = x + self.drop_path(self._window_attention(self.norm1(x), attn_mask if self.shift else None))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -75,157 +91,131 @@ class SwinBlock(nn.Module):
         if self.shift:
             x = torch.roll(x, shifts=(-self.shift, -self.shift), dims=(1, 2))
         windows = window_partition(x, window).flatten(1, 2)  # [B·windows, w², C]
-        windows = self.attn(windows, mask=attn_mask).unflatten(1, window)
-        x = window_reverse(windows, window, padded_height, padded_width)  # [B, H', W', C]
+        windows = self.attn(windows, mask=attn_mask).unflatten(1, window)  # [B·windows, w, w, C]
+        x = window_reverse(windows, window, padded_height, padded_width)
         if self.shift:
             x = torch.roll(x, shifts=(self.shift, self.shift), dims=(1, 2))
         return x[:, :height, :width]
 
 
-class VisionStageLayers(nn.Module):
-    """The parts of a stage that the state dict calls ``backbone.{i}.layers``."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: int,
-        drop_path: list[float],
-        *,
-        fusion_dim: int,
-        text_dim: int,
-        align_dim: int,
-        fuse: bool,
-        downsample: bool,
-    ) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(
-            SwinBlock(dim, num_heads, window_size, shifted=j % 2 == 1, drop_path=rate)
-            for j, rate in enumerate(drop_path)
-        )
-        self.proj = nn.Linear(dim, align_dim)
-        if fuse:
-            self.attn1 = LanguageToVisionFusion(dim, fusion_dim, text_dim)
-            # The last stage's gate exists in the released files but acts on nothing: no map follows it.
-            self.linear1 = gate(dim)
-        if downsample:
-            self.downsample = PatchMerging(dim)
-        if fuse and downsample:
-            self.attn2 = LanguageToVisionFusion(2 * dim, 2 * dim, text_dim)
-            self.linear2 = gate(2 * dim)
-
-
 class VisionStage(nn.Module):
-    """Stage ``index`` (0…3) of the vision encoder: ``backbone.{index}``.
+    """One stage of the vision encoder, ``backbone.{index}`` in the state dict.
 
     Args:
-        index: position among the stages; stage 0 embeds the picture.
-        embed_dim: channels of stage 0; this stage has C = embed_dim·2^index.
+        index: 0 to 3. Stage 0 embeds the image; the last stage is not down-sampled.
+        embed_dim: channels of stage 0.
         num_heads, window_size: of the Swin blocks.
         drop_path: one rate per block.
-        text_dim: T, width of the language states.
-        align_dim: A, width of the alignment space.
-        fuse: False leaves fusion and gates out (the ``late`` ablation); the decoder feature is then the norm of
-            the blocks' output.
-        last: the last stage is not down-sampled.
+        text_dim: T, width of the language features.
+        align_dim: width of the space in which pixels and sentence are aligned.
+        fusion_layer: class of the language-to-vision layers, called as :class:`lib.fusion.LanguageToVisionFusion`.
+            With None the stage has no fusion and no gates (ablation ``late``).
     """
 
     def __init__(
         self,
         index: int,
-        *,
         embed_dim: int,
         num_heads: int,
         window_size: int,
         drop_path: list[float],
         text_dim: int,
         align_dim: int,
-        fuse: bool,
-        last: bool,
+        fusion_layer: type[nn.Module] | None,
     ) -> None:
         super().__init__()
         dim = embed_dim * 2**index
+        inner_dim = 2 * embed_dim if index == 0 else dim
+        last = index == NUM_STAGES - 1
+        self.patch_embed = None
         if index == 0:
             self.patch_embed = PatchEmbed(
                 img_size=None,
-                patch_size=PATCH,
+                patch_size=PATCH_SIZE,
                 embed_dim=embed_dim,
                 norm_layer=nn.LayerNorm,
                 output_fmt="NHWC",
                 strict_img_size=False,
                 dynamic_img_pad=True,
             )
-        self.layers = VisionStageLayers(
-            dim,
-            num_heads,
-            window_size,
-            drop_path,
-            fusion_dim=2 * embed_dim if index == 0 else dim,
-            text_dim=text_dim,
-            align_dim=align_dim,
-            fuse=fuse,
-            downsample=not last,
+        blocks = [
+            SwinBlock(dim, num_heads, window_size, shifted=j % 2 == 1, drop_path=rate)
+            for j, rate in enumerate(drop_path)
+        ]
+        # The last stage's gate linear1 is part of the released weights but unused: no map follows it.
+        self.layers = nn.ModuleDict(
+            {
+                "blocks": nn.ModuleList(blocks),
+                "proj": nn.Linear(dim, align_dim),
+                "attn1": fusion_layer(dim, inner_dim, text_dim) if fusion_layer else None,
+                "linear1": gate(dim) if fusion_layer else None,
+                "downsample": None if last else PatchMerging(dim),
+                "attn2": fusion_layer(2 * dim, 2 * dim, text_dim) if fusion_layer and not last else None,
+                "linear2": gate(2 * dim) if fusion_layer and not last else None,
+            }
         )
-        self.norm_name = f"norm{index}"
-        self.add_module(self.norm_name, nn.LayerNorm(dim))
+        # The released weights name the norm of the decoder feature after its stage.
+        self.norm0 = nn.LayerNorm(dim) if index == 0 else None
+        self.norm1 = nn.LayerNorm(dim) if index == 1 else None
+        self.norm2 = nn.LayerNorm(dim) if index == 2 else None
+        self.norm3 = nn.LayerNorm(dim) if index == 3 else None
         self.window_size = window_size
-        self.fuse = fuse
-        self.last = last
         self.grad_checkpointing = False
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
-        """The part that sees no language: picture [B, 3, H₀, W₀] (stage 0) or map [B, H, W, C] → [B, H, W, C]."""
-        if hasattr(self, "patch_embed"):
+        """Apply the Swin blocks, which depend on the image only.
+
+        Args:
+            x: the image [B, 3, 4·H, 4·W] in stage 0, else the previous stage's ``next_input`` [B, H, W, C].
+
+        Returns:
+            [B, H, W, C].
+        """
+        if self.patch_embed is not None:
             x = self.patch_embed(x)
         _, height, width, _ = x.shape
-        padded = (height + -height % self.window_size, width + -width % self.window_size)
-        any_shifted = any(block.shift for block in self.layers.blocks)
-        attn_mask = shift_bias(*padded, self.window_size, like=x) if any_shifted else None
+        attn_mask = None
+        if any(block.shift for block in self.layers.blocks):
+            padded_height, padded_width = height + -height % self.window_size, width + -width % self.window_size
+            attn_mask = shifted_window_bias(padded_height, padded_width, self.window_size, like=x)
         for block in self.layers.blocks:
             x = self._run(block, x, attn_mask)
         return x
 
-    def _run(self, part: Callable[..., Any], *inputs: torch.Tensor | None) -> Any:
-        """Call a part of the stage; with gradient checkpointing what it computes is computed again for backward."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(part, *inputs, use_reentrant=False)
-        return part(*inputs)
+    def forward(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
+        """Fuse language into the encoded map and down-sample it.
 
-    def forward(
-        self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor, *, encoded: bool = False
-    ) -> VisionStageOutput:
-        """x as for :meth:`encode`, or with ``encoded`` what it gave; text [B, N, T] with its mask [B, N] → features."""
-        return self._run(self._fuse_language, x if encoded else self.encode(x), text, attention_mask)
+        Args:
+            x: output of :meth:`encode`, [B, H, W, C].
+            text: language features of the same stage, [B, N, T].
+            attention_mask: [B, N], 1 on tokens and 0 on padding.
+        """
+        return self._run(self._fuse, x, text, attention_mask)
 
-    def _fuse_language(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
-        """The rest of the stage, on encoded x [B, H, W, C]: fusion, gate, down-sampling, fusion, gate."""
+    def _fuse(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
         layers = self.layers
-        alignment_feature = layers.proj(x)  # before fusion: what the picture alone says
-        if self.fuse:
-            gathered = _on_map(layers.attn1, x, text, attention_mask)
-            if not self.last:
-                x = x + layers.linear1(gathered) * gathered
-        else:
-            gathered = x
-        decoder_feature = getattr(self, self.norm_name)(gathered).permute(0, 3, 1, 2)
-        if self.last:
-            return VisionStageOutput(decoder_feature, alignment_feature, None)
+        fused = x
+        if layers.attn1 is not None:
+            fused = layers.attn1(x, text, attention_mask)
+            if layers.downsample is not None:
+                x = x + layers.linear1(fused) * fused
+        norm = self.norm0 or self.norm1 or self.norm2 or self.norm3
+        decoder_feature = norm(fused).permute(0, 3, 1, 2)
+        if layers.downsample is None:
+            return VisionStageOutput(decoder_feature, None)
         x = layers.downsample(x)  # [B, H/2, W/2, 2C]
-        if self.fuse:
-            gathered = _on_map(layers.attn2, x, text, attention_mask)
-            x = x + layers.linear2(gathered) * gathered
-        return VisionStageOutput(decoder_feature, alignment_feature, x)
+        if layers.attn2 is not None:
+            fused = layers.attn2(x, text, attention_mask)
+            x = x + layers.linear2(fused) * fused
+        return VisionStageOutput(decoder_feature, x)
 
-
-def _on_map(
-    fusion: LanguageToVisionFusion, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor
-) -> torch.Tensor:
-    """Apply a fusion, which knows positions but no rows, to a map [B, H, W, C]."""
-    return fusion(x.flatten(1, 2), text, attention_mask).unflatten(1, x.shape[1:3])
+    def _run(self, part: Callable[..., Any], *inputs: torch.Tensor | None) -> Any:
+        """Call a part of the stage, with gradient checkpointing if it is enabled."""
+        return checkpoint(part, *inputs, use_reentrant=False) if self.grad_checkpointing else part(*inputs)
 
 
 def initialize_vision(module: nn.Module) -> None:
-    """Published start of the vision side: Linear trunc-normal 0.02 with zero bias, convolutions Kaiming normal."""
+    """Initialize as published: Linear and bias tables truncated normal (0.02), convolutions Kaiming normal."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)

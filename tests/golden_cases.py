@@ -1,4 +1,4 @@
-"""The recipe of the golden cases: weights and inputs that anyone can make again from the names alone."""
+"""Weights and inputs of the golden cases. They are generated from names, so that only the outputs are stored."""
 
 import hashlib
 from typing import NamedTuple
@@ -27,7 +27,7 @@ def normals(source: np.random.Generator, shape: tuple[int, ...]) -> torch.Tensor
 
 
 def golden_value(key: str, entry: torch.Tensor) -> torch.Tensor:
-    """The made-up value of one state-dict entry."""
+    """Generate the value of one state-dict entry from its key."""
     if key.endswith(("num_batches_tracked", "relative_position_index")):
         return entry
     n = torch.from_numpy(np.asarray(generator(key).standard_normal(tuple(entry.shape), dtype=np.float32)))
@@ -51,8 +51,8 @@ def set_golden_weights(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def _up_sampled(low: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bilinear, as recorded: by several threads. A single one takes another path, which rounds the last digit apart."""
+def _upsample(low: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Resize as for the recorded numbers: with one thread, PyTorch uses another kernel that rounds differently."""
     threads = torch.get_num_threads()
     torch.set_num_threads(max(2, threads))
     try:
@@ -65,7 +65,7 @@ def golden_inputs(name: str, batch: int, height: int, width: int) -> GoldenInput
     source = generator(f"input:{name}")
     low = normals(source, (batch, 3, height // 16, width // 16))
     noise = normals(source, (batch, 3, height, width))
-    images = _up_sampled(low, height, width) + 0.1 * noise
+    images = _upsample(low, height, width) + 0.1 * noise
     lengths = source.integers(4, 21, size=batch)
     lengths[0] = NUM_TOKENS
     ids = np.zeros((batch, NUM_TOKENS), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""The network: recorded numbers of the published one, its state dict, sizes, dtypes and ablations."""
+"""The network: recorded numbers of the published one, state dict, image sizes, dtypes and ablations."""
 
 import json
 
@@ -28,7 +28,7 @@ def no_dropout(model):
     return model
 
 
-def test_golden_recipe_gives_the_recorded_check_values():
+def test_golden_inputs_and_weights_have_the_recorded_checksums():
     proj = golden_value("backbone.0.patch_embed.proj.weight", torch.empty(128, 3, 4, 4))
     assert proj.flatten()[0].item() == pytest.approx(0.0446475, abs=1e-7)
     assert proj.sum().item() == pytest.approx(1.97962, abs=1e-4)
@@ -41,7 +41,7 @@ def test_golden_recipe_gives_the_recorded_check_values():
 
 @pytest.mark.usefixtures("every_thread")
 @pytest.mark.parametrize(("swin_type", "size", "batch"), [("tiny", 224, 3), ("base", 480, 2)])
-def test_eval_logits_are_the_published_ones(swin_type, size, batch):
+def test_logits_equal_the_published_ones(swin_type, size, batch):
     name = f"eval_{swin_type}_{size}"
     golden = np.load(GOLDEN / f"{name}.npz")
     model = set_golden_weights(build_crossvlt(swin_type)).eval()
@@ -58,7 +58,7 @@ def test_eval_logits_are_the_published_ones(swin_type, size, batch):
 
 
 @pytest.mark.usefixtures("every_thread")
-def test_three_training_steps_are_the_published_ones():
+def test_three_training_steps_equal_the_published_ones():
     golden = json.loads((GOLDEN / "train_tiny_224.json").read_text())
     recorded = np.load(GOLDEN / "train_tiny_224.npz")
     model = no_dropout(set_golden_weights(build_crossvlt("tiny")).double().train())
@@ -104,8 +104,8 @@ def test_three_training_steps_are_the_published_ones():
             assert (direction * update).sum().item() == pytest.approx(want["projection"], abs=1e-3 * want["norm"]), name
 
 
-def test_shapes_without_memory():
-    """On the meta device, as counters of operations and planners of memory run a model."""
+def test_output_shapes_on_the_meta_device():
+    """The model runs on the meta device, where tools count operations and estimate memory."""
     with torch.device("meta"):
         model = build_crossvlt("base")
         output = model(torch.empty(2, 3, 480, 480), torch.empty(2, 21).long(), torch.empty(2, 21).long())
@@ -113,11 +113,11 @@ def test_shapes_without_memory():
     assert [tuple(s.shape) for s in output.similarities] == [(2, 1, side, side) for side in (120, 60, 30, 15)]
 
 
-def test_base_state_dict_is_the_released_one():
+def test_state_dict_of_base_equals_the_released_one():
     released = json.loads((ROOT / "tests" / "data" / "state_dict_base.json").read_text())
     assert len(released) == 693
     ours = build_crossvlt("base").state_dict()
-    buffers = {key for key in released if key.endswith("relative_position_index")}  # rebuilt, not stored
+    buffers = {key for key in released if key.endswith("relative_position_index")}  # computed, not stored
     assert len(buffers) == sum(SWIN_VARIANTS["base"]["depths"])
     assert set(ours) == set(released) - buffers
     for key, entry in ours.items():
@@ -127,7 +127,7 @@ def test_base_state_dict_is_the_released_one():
 
 
 @pytest.mark.parametrize("size", [(64, 64), (33, 32), (32, 33), (70, 101), (50, 130)])
-def test_any_size_and_any_batch(small_model, small_inputs, size):
+def test_any_image_size_and_any_batch_size(small_model, small_inputs, size):
     model = small_model().eval()
     images, ids, text_mask, _ = small_inputs(3, *size)
     with torch.inference_mode():
@@ -135,18 +135,18 @@ def test_any_size_and_any_batch(small_model, small_inputs, size):
         assert together.mask_logits.shape == (3, 2, *size)
         stages = [(-(-size[0] // s), -(-size[1] // s)) for s in (4, 8, 16, 32)]
         assert [tuple(s.shape) for s in together.similarities] == [(3, 1, *stage) for stage in stages]
-        for b in range(3):  # results don't depend on what else is in the batch
+        for b in range(3):  # results do not depend on the rest of the batch
             alone = model(images[b : b + 1], ids[b : b + 1], text_mask[b : b + 1])
             torch.testing.assert_close(alone.mask_logits[0], together.mask_logits[b], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (5, 30), (1, 1)])
-def test_a_picture_of_one_last_position_is_refused(small_model, small_inputs, size):
-    with pytest.raises(ValueError, match=rf"{size[0]}×{size[1]}.*longer than 32"):
+def test_too_small_images_are_rejected(small_model, small_inputs, size):
+    with pytest.raises(ValueError, match=rf"An image of {size[0]}×{size[1]} pixels is too small.*longer than 32"):
         small_model()(*small_inputs(1, *size)[:3])
 
 
-def test_padding_tokens_change_nothing(small_model, small_inputs):
+def test_padding_tokens_do_not_change_the_logits(small_model, small_inputs):
     model = small_model().eval()
     images, ids, text_mask, _ = small_inputs(tokens=7)
     longer_ids = torch.nn.functional.pad(ids, (0, 6), value=0)
@@ -156,7 +156,7 @@ def test_padding_tokens_change_nothing(small_model, small_inputs):
     torch.testing.assert_close(short.mask_logits, long.mask_logits, atol=2e-5, rtol=0)
 
 
-def test_dtypes(small_model, small_inputs):
+def test_float64_float32_and_bfloat16_agree(small_model, small_inputs):
     double = small_model().double().eval()
     inputs = small_inputs(dtype=torch.float64)[:3]
     with torch.inference_mode():
@@ -168,8 +168,8 @@ def test_dtypes(small_model, small_inputs):
     assert (half.double() - want).abs().mean() < 0.1 * want.abs().mean()
 
 
-def test_float64_attention_masks_what_it_should(small_model, small_inputs):
-    """A mask in another dtype than the query is silently wrong on CPU: hold it against plain arithmetic."""
+def test_fusion_layer_in_float64_equals_plain_arithmetic(small_model, small_inputs):
+    """A mask of another dtype than the query would give wrong values on CPU without an error."""
     fusion = small_model().double().backbone[0].layers.attn1
     v = torch.randn(2, 12, 32, dtype=torch.float64)
     text = torch.randn(2, 5, 32, dtype=torch.float64)
@@ -183,25 +183,38 @@ def test_float64_attention_masks_what_it_should(small_model, small_inputs):
     torch.testing.assert_close(fusion(v, text, mask), want, atol=1e-10, rtol=0)
 
 
-def test_a_language_free_model_part_stays_language_free(small_model, small_inputs):
-    """In `vision` the language stages see no picture; in `late` the first three vision stages see no sentence."""
+@pytest.mark.parametrize(
+    ("fusion", "language_depends_on_the_image", "first_stage_depends_on_the_sentence"),
+    [("cross", True, True), ("vision", False, True), ("late", False, False)],
+)
+def test_ablations_cut_the_right_connections(
+    small_model, small_inputs, fusion, language_depends_on_the_image, first_stage_depends_on_the_sentence
+):
     images, ids, text_mask, _ = small_inputs()
     other_ids = (ids + 1) % SMALL["vocab_size"]
-    sentence = {}
+    model = small_model(fusion=fusion).eval()
+    words, features = [], []
+    model.lang_stage4.register_forward_hook(lambda module, inputs, output: words.append(output))
+    model.backbone[0].register_forward_hook(lambda module, inputs, output: features.append(output.decoder_feature))
     with torch.inference_mode():
-        for fusion in ("cross", "vision", "late"):
-            model = small_model(fusion=fusion).eval()
-            model.lang_stage4.register_forward_hook(
-                lambda m, i, out, key=fusion: sentence.setdefault(key, []).append(out)
-            )
-            first_feature = []
-            model.backbone[0].register_forward_hook(lambda m, i, out, seen=first_feature: seen.append(out))
-            for pictures, words in ((images, ids), (images.flip(0), ids), (images, other_ids)):
-                model(pictures, words, text_mask)
-            blind = torch.equal(sentence[fusion][0].hidden_states, sentence[fusion][1].hidden_states)
-            assert blind == (fusion != "cross")
-            deaf = torch.equal(first_feature[0].decoder_feature, first_feature[2].decoder_feature)
-            assert deaf == (fusion == "late")
+        model(images, ids, text_mask)
+        model(images.flip(0), ids, text_mask)
+        model(images, other_ids, text_mask)
+    assert torch.equal(words[0], words[1]) != language_depends_on_the_image
+    assert torch.equal(features[0], features[2]) != first_stage_depends_on_the_sentence
+
+
+def test_similarities_are_computed_only_on_request(small_model, small_inputs):
+    model, computed = small_model(), []
+    for projection in [stage.layers.proj for stage in model.backbone] + [stage.proj for stage in model.language_stages]:
+        projection.register_forward_hook(lambda *_: computed.append(1))
+    images, ids, text_mask, _ = small_inputs()
+    for training, requested, expected in (
+        (True, None, True), (False, None, False), (True, False, False), (False, True, True),
+    ):  # fmt: skip
+        computed.clear()
+        output = model.train(training)(images, ids, text_mask, return_similarities=requested)
+        assert (output.similarities is not None, len(computed)) == (expected, 8 if expected else 0)
 
 
 def test_ablations_have_no_unused_modules(small_model):
@@ -213,7 +226,7 @@ def test_ablations_have_no_unused_modules(small_model):
     assert late < vision
 
 
-def test_published_defaults_and_bad_sizes():
+def test_defaults_are_the_published_ones():
     assert build_crossvlt("tiny").config == {
         "swin_type": "tiny",
         "window_size": 7,
@@ -229,7 +242,11 @@ def test_published_defaults_and_bad_sizes():
         "vocab_size": 30522,
         "align_dim": 256,
     }
-    for changes, message in (
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
         ({"swin_type": "huge"}, "tiny, small, base, large"),
         ({"fusion": "early"}, "cross, vision, late"),
         ({"num_heads": (5, 6, 12, 24)}, "stage 0"),
@@ -237,11 +254,13 @@ def test_published_defaults_and_bad_sizes():
         ({"text_heads": 7}, "7 equal heads"),
         ({"window_size": 1}, "window_size"),
         ({"embed_dim": 116, "num_heads": (4, 4, 4, 4)}, "multiple of 32"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build_crossvlt(**{"swin_type": "tiny", **changes})
+    ],
+)
+def test_invalid_sizes_are_rejected(changes, message):
+    with pytest.raises(ValueError, match=message):
+        build_crossvlt(**{"swin_type": "tiny", **changes})
 
 
-def test_drop_path_rises_to_its_rate(small_model):
+def test_drop_path_increases_linearly(small_model):
     rates = [m.drop_prob for m in small_model(drop_path_rate=0.4).modules() if isinstance(m, DropPath)]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
