@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lib.metrics import SegmentationMetrics, intersection_and_union
+from lib.metrics import compute_metrics, intersection_and_union
 from lib.protocols import Protocol
 from refer.masks import resize_mask
 
@@ -25,7 +25,8 @@ def baseline_metrics(
         object_ids: per expression, its object.
         get_mask: the true mask [S, S] of an expression's object.
     """
-    everything, best_object = SegmentationMetrics(), SegmentationMetrics()
+    everything: list[tuple[int, int]] = []  # intersections and unions
+    best_object: list[tuple[int, int]] = []
     by_picture = defaultdict(list)
     for index, picture in enumerate(groups):
         by_picture[picture].append(index)
@@ -33,15 +34,15 @@ def baseline_metrics(
         first_of = {object_ids[index]: index for index in reversed(indices)}
         masks = {object_id: get_mask(index).bool() for object_id, index in first_of.items()}
         truths = torch.stack([masks[object_ids[index]] for index in indices])
-        everything.add(truths.sum((1, 2)).tolist(), [truths[0].numel()] * len(indices))
+        everything += [(area, truths[0].numel()) for area in truths.sum((1, 2)).tolist()]
         answers = []
         for mask in masks.values():
             intersections, unions = intersection_and_union(mask.expand_as(truths), truths)
             answers.append(
                 (float((intersections / unions.clamp(min=1)).mean()), intersections.tolist(), unions.tolist())
             )
-        best_object.add(*max(answers, key=lambda answer: answer[0])[1:])
-    return {"all foreground": everything.compute(), "best object": best_object.compute()}
+        best_object += zip(*max(answers, key=lambda answer: answer[0])[1:], strict=True)
+    return {"all foreground": compute_metrics(everything), "best object": compute_metrics(best_object)}
 
 
 def baselines_of(dataset: Any, protocol: Protocol) -> dict[str, dict[str, float]]:

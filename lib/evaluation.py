@@ -14,7 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lib.errors import StoppedError, UserError
-from lib.metrics import intersection_and_union, iou, metrics_of
+from lib.metrics import compute_metrics, intersection_and_union, iou
 from lib.protocols import PAPER, Protocol
 from refer.masks import encode_mask
 from utils import gather, sum_over_processes
@@ -275,7 +275,7 @@ class _Tally:
             raise RuntimeError(f"{never} of {len(self.indices)} expressions were never judged")
         found = {}
         for name, counts in zip(self.names, self.counts, strict=True):
-            found[name] = EvaluationResult(self.indices, counts, metrics_of(counts), masks.get(name, {}))
+            found[name] = EvaluationResult(self.indices, counts, compute_metrics(counts), masks.get(name, {}))
         return found
 
 

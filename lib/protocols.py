@@ -10,10 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from lib.errors import UserError
-from lib.variants import MAX_TOKENS
-from refer.masks import MASK_MODES
+from lib.variants import EVAL_SIZES, MASK_MODES, MAX_TOKENS
 
-EVAL_SIZES = ("resized", "original")
 # What the loop over expressions always does; part of every result file, so that a number says how it came about.
 FIXED = {"text": "raw", "sentences": "all", "precision": ">="}
 

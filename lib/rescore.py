@@ -1,309 +1,232 @@
-"""Score result files again without the model: parts of them, other thresholds, other true masks, and differences.
+"""Compute metrics from result files again, without the model.
 
-    python -m lib.rescore out.jsonl --split val,testA --words 1-3
+    python -m lib.rescore out.jsonl --split val,testA --words 1-3                         # some of the expressions
     python -m lib.rescore out.jsonl --precision_at 0.5,0.75,0.95 --strict --sentences first
-    python -m lib.rescore out.jsonl --gt_mask union --refer_data_root refer/data
+    python -m lib.rescore out.jsonl --gt_mask union --refer_data_root refer/data          # other target masks
     python -m lib.rescore --compare baseline.jsonl ours.jsonl --most 10 --json difference.json
 
-Result files are what test.py --predictions writes. Intervals are 95 %, by a bootstrap over images
-(lib/report/bootstrap.py).
+test.py --predictions writes result files. Every metric is printed with its 95 % interval (bootstrap over images).
 """
 
 import functools
 import json
 import logging
+import re
 import sys
-from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lib.cli import Parser, run_command
-from lib.config import DEFAULTS
-from lib.errors import UserError
+from lib.errors import MissingFileError, UserError
 from lib.files import check_writable, write_text
-from lib.metrics import THRESHOLDS, iou, metric_names, metrics_of
-from lib.protocols import EVAL_SIZES
-from lib.report.bootstrap import intervals, paired_intervals
-from lib.report.rejudge import NEEDS_MODEL, Results, check_names, check_switches, choose, parse_subset, read, rejudge
-from lib.report.results import Line, counts_of, settings_path
-from refer.masks import MASK_MODES
-from refer.refer import REFER
-from utils import set_up_logging
+from lib.tables import to_text
+from lib.variants import EVAL_SIZES, MASK_MODES
 
 LOG = logging.getLogger("crossvlt")
-SHARED = ("dataset", "split_by", "img_size", "shuffle_sentences")  # of two headers, where nothing but the model differs
 CONDITIONS = ("split", "protocol", "sentences", "sentence", "words", "ids", "gt_mask", "precision_at", "strict")
 Row = dict[str, Any]
 
 
-class Scoring(NamedTuple):
-    """How metrics and intervals are computed; see :mod:`lib.report.bootstrap`."""
-
-    thresholds: tuple[float, ...] = THRESHOLDS
-    strict: bool = False
-    draws: int = 2000
-    seed: int = 0
-
-
-def score(results: Results, scoring: Scoring) -> list[Row]:
-    """A row per split and protocol, as --json writes it: metrics in percent, None where the subset leaves nothing."""
-    rows = []
-    for split, whole in results.splits.items():
-        for protocol in results.protocols:
-            lines = [line for line in results.lines if (line["split"], line["protocol"]) == (split, protocol)]
-            images = [line["image_id"] for line in lines]
-            row = {"file": results.path, "split": split, "protocol": protocol, "num_expressions": len(lines)}
-            row |= {"of": whole, "num_images": len(set(images)), "metrics": None, "interval_95": None}
-            if lines:
-                row["metrics"] = _metrics(lines, scoring)
-                row["interval_95"] = intervals(images, counts_of(lines), **scoring._asdict())
-            rows.append(row)
-    return rows
-
-
-def _metrics(lines: Sequence[Line], scoring: Scoring) -> dict[str, float]:
-    return metrics_of(counts_of(lines), scoring.thresholds, strict=scoring.strict)
-
-
-def protocol_pairs(a: Results, b: Results) -> list[tuple[str, str]]:
-    """Which protocol of A is compared with which of B: the only ones, or those of one name."""
-    if len(a.protocols) == len(b.protocols) == 1:
-        return [(*a.protocols, *b.protocols)]
-    return [(name, name) for name in a.protocols if name in b.protocols]
-
-
-def header_notes(a: Results, b: Results) -> list[str]:
-    """A line for everything besides the model in which two files differ."""
-
-    def described(results: Results, pair: int) -> dict[str, str]:
-        settings = {key: results.header.get(key) for key in SHARED}
-        settings["splits"] = ", ".join(f"{name} ({count})" for name, count in results.splits.items())
-        settings["protocols"] = ", ".join(results.protocols)
-        for names in protocol_pairs(a, b):
-            of = f" of {names[0]}" if names[0] == names[1] else ""
-            settings |= {f"{key}{of}": one for key, one in results.protocols[names[pair]].items() if key != "name"}
-        return {key: str(value) for key, value in settings.items()}
-
-    in_a, in_b = described(a, 0), described(b, 1)
-    return [
-        f"not the same {key} in both: A {in_a.get(key)}, B {in_b.get(key)}"
-        for key in {**in_a, **in_b}
-        if in_a.get(key) != in_b.get(key)
-    ]
-
-
-def compare(a: Results, b: Results, scoring: Scoring, most: int) -> tuple[list[Row], list[Row]]:
-    """B's metrics less A's on the expressions that both have, and the ``most`` expressions whose IoU changed most.
-
-    Returns:
-        a row per split and pair of protocols, in percent; a row per expression, its IoUs from 0 to 1. As --json
-        writes them.
-
-    Raises:
-        UserError: nothing is in both, or an expression isn't on the same image in both.
-    """
-    by_place: list[dict[tuple[str, str], dict[tuple[int, int], Line]]] = [defaultdict(dict), defaultdict(dict)]
-    for places, results in zip(by_place, (a, b), strict=True):
-        for line in results.lines:
-            places[line["split"], line["protocol"]][line["ref_id"], line["sent_id"]] = line
-    rows, changes = [], []
-    for split in dict.fromkeys([*a.splits, *b.splits]):
-        for pair in protocol_pairs(a, b):
-            in_a, in_b = (places[split, name] for places, name in zip(by_place, pair, strict=True))
-            keys = sorted(in_a.keys() & in_b.keys())
-            row = {"split": split, "protocols": list(pair), "num_expressions": len(keys)}
-            rows.append(row | {"only_in_a": len(in_a) - len(keys), "only_in_b": len(in_b) - len(keys)})
-            if not keys:
-                continue
-            lines_a, lines_b = [in_a[key] for key in keys], [in_b[key] for key in keys]
-            images = [line["image_id"] for line in lines_a]
-            changes += [_change(*lines) for lines in zip(lines_a, lines_b, strict=True)]
-            found = paired_intervals(images, counts_of(lines_a), counts_of(lines_b), **scoring._asdict())
-            rows[-1] |= {
-                "metrics_a": _metrics(lines_a, scoring),
-                "metrics_b": _metrics(lines_b, scoring),
-                "difference": {name: difference for name, (difference, _, _) in found.items()},
-                "interval_95": {name: (low, high) for name, (_, low, high) in found.items()},
-                "excludes_0": [name for name, (_, low, high) in found.items() if low > 0 or high < 0],
-            }
-    if not changes:
-        raise UserError(f"--compare: {a.path} and {b.path} have no expression in common under one protocol")
-    changes = [change for change in changes if change["difference"]]
-    return rows, sorted(changes, key=lambda change: -abs(change["difference"]))[:most]
-
-
-def _change(a: Line, b: Line) -> Row:
-    if a["image_id"] != b["image_id"]:
-        raise UserError(
-            f"--compare: ref_id {a['ref_id']}, sent_id {a['sent_id']} is on image {a['image_id']} in A and on "
-            f"{b['image_id']} in B: the files are of different annotations"
-        )
-    iou_a, iou_b = (iou(line["intersection"], line["union"]) for line in (a, b))
-    row = {"iou_a": iou_a, "iou_b": iou_b, "difference": iou_b - iou_a, "protocols": [a["protocol"], b["protocol"]]}
-    return row | {key: a[key] for key in ("split", "image_id", "ref_id", "sent_id", "sentence")}
-
-
-def score_table(rows: list[Row], names: Sequence[str]) -> str:
-    """The metrics, with each one's interval below it."""
-    cells = [["split", "protocol", *names, "expressions"]]
-    for row in rows:
-        metrics, between = row["metrics"], row["interval_95"]
-        values = [f"{metrics[name]:.2f}" if metrics else "–" for name in names]
-        cells.append([row["split"], row["protocol"], *values, f"{row['num_expressions']} of {row['of']}"])
-        if metrics:
-            cells.append(["", "", *("{:.2f}…{:.2f}".format(*between[name]) for name in names), ""])
-    return _aligned(cells)
-
-
-def difference_table(rows: list[Row], names: Sequence[str]) -> str:
-    """A, B and B − A with its interval; a star where that excludes 0."""
-    cells = [["split", "", *names, "expressions"]]
-    for row in rows:
-        found = "difference" in row
-        for side in "ab":
-            values = [f"{row[f'metrics_{side}'][name]:.2f}" if found else "–" for name in names]
-            what = f"{row['num_expressions']} in both" if side == "a" else f"{row['only_in_a']} in A only"
-            name = f"{side.upper()} {row['protocols'][side == 'b']}"
-            cells.append([row["split"] if side == "a" else "", name, *values, what])
-        difference, between = row.get("difference", {}), row.get("interval_95", {})
-        values = [_signed(difference[name]) + "*" * (name in row["excludes_0"]) if found else "–" for name in names]
-        cells.append(["", "B − A", *values, f"{row['only_in_b']} in B only"])
-        if found:
-            cells.append(["", "", *("…".join(map(_signed, between[name])) for name in names), ""])
-    return _aligned(cells)
-
-
-def change_table(changes: list[Row]) -> str:
-    """The expressions that changed, their IoUs in percent."""
-    ids = ("image_id", "ref_id", "sent_id")
-    cells = [["split", "protocol", "IoU A", "IoU B", "B − A", *ids, "sentence"]]
-    for change in changes:
-        where = [change["split"], " → ".join(dict.fromkeys(change["protocols"]))]
-        values = [f"{100 * change['iou_a']:.2f}", f"{100 * change['iou_b']:.2f}", _signed(100 * change["difference"])]
-        cells.append([*where, *values, *(str(change[key]) for key in ids), " ".join(change["sentence"].split())])
-    return _aligned(cells, left=(0, 1, 8))
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")
-
-
-def _aligned(cells: list[list[str]], left: Collection[int] = (0, 1)) -> str:
-    """Columns of even width, those of ``left`` flush left."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = [[f"{row[i]:{'<' if i in left else '>'}{width}}" for i, width in enumerate(widths)] for row in cells]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
-
-
-def parse_thresholds(text: str) -> tuple[float, ...]:
-    """``0.5,0.75`` → (0.5, 0.75). UserError: no IoUs."""
-    try:
-        thresholds = tuple(dict.fromkeys(float(part) for part in text.split(",")))
-    except ValueError:
-        thresholds = ()
-    if not thresholds or not all(0 <= threshold <= 1 for threshold in thresholds):
-        raise UserError(f"--precision_at {text}: give IoUs from 0 to 1, such as 0.5,0.75")
-    return thresholds
-
-
 def get_parser() -> Parser:
+    from refer.datasets import ROOT
+
     parser = Parser(prog="python -m lib.rescore", description=__doc__)
     add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help="result file(s)")
-    add("--compare", nargs=2, metavar=("A", "B"), help="instead: what B is better than A by, on what both have")
-    add("--most", type=int, default=10, metavar="N", help="with --compare: show the N most changed expressions (10)")
-    add("--split", metavar="NAMES", help="these splits only, such as val,testA")
-    add("--protocol", metavar="NAMES", help="these protocols only, by their names in the files")
-    add("--sentence", metavar="REGEX", help="expressions in which this is found, in upper or lower case")
-    add("--words", metavar="MIN-MAX", help="expressions of so many words; MIN- has no upper end")
-    add("--ids", metavar="TXT", help="expressions whose sent_id is a line of this file")
-    add("--sentences", choices=("all", "first"), default="all", help="first: one per object, before any other choice")
-    add("--precision_at", metavar="X,X", help="the X of P@X (default: 0.5 to 0.9)")
-    add("--strict", action="store_true", help="P@X counts IoU > X, not IoU ≥ X")
-    add("--gt_mask", choices=MASK_MODES, help="judge the stored masks against these true masks")
+    add("files", nargs="*", metavar="FILE", help="result files")
+    add("--compare", nargs=2, metavar=("A", "B"), help="compare two result files on the expressions that both have")
+    add("--most", type=int, default=10, metavar="N", help="with --compare: print the N most changed expressions (10)")
+    add("--split", metavar="NAMES", help="only these splits, such as val,testA")
+    add("--protocol", metavar="NAMES", help="only these protocols, by their names in the files")
+    add("--sentence", metavar="REGEX", help="only expressions that match this regular expression, ignoring case")
+    add("--words", metavar="MIN-MAX", help="only expressions with this number of words; MIN- has no upper limit")
+    add("--ids", metavar="TXT", help="only expressions whose sent_id is a line of this file")
     add(
-        "--refer_data_root", default=DEFAULTS.DATA.ROOT, metavar="DIR", help="folder of the REFER layout, for --gt_mask"
-    )
-    add("--eval_size", choices=EVAL_SIZES, help="must be the file's: other sizes need the model")
-    add("--threshold", type=float, help="must be the file's: other thresholds need the model")
-    add("--max_tokens", type=int, help="must be the file's: other lengths need the model")
-    add("--draws", type=int, default=Scoring().draws, help="of the bootstrap (2000)")
-    add("--seed", type=int, default=Scoring().seed, help="of the bootstrap (0)")
-    add("--json", metavar="OUT", help="write everything shown as JSON")
+        "--sentences", choices=("all", "first"), default="all",
+        help="first: only the first expression of each object; applied before --sentence, --words and --ids",
+    )  # fmt: skip
+    add("--precision_at", metavar="X,X", help="the X of P@X (0.5,0.6,0.7,0.8,0.9)")
+    add("--strict", action="store_true", help="P@X counts IoU > X instead of IoU ≥ X")
+    add("--gt_mask", choices=MASK_MODES, help="compare the stored masks with these target masks")
+    add("--refer_data_root", default=str(ROOT), metavar="DIR", help="dataset folder, for --gt_mask (%(default)s)")
+    add("--eval_size", choices=EVAL_SIZES, help="must be that of the file; another size needs the model")
+    add("--threshold", type=float, help="must be that of the file; another threshold needs the model")
+    add("--max_tokens", type=int, help="must be that of the file; another length needs the model")
+    add("--draws", type=int, default=2000, help="number of bootstrap draws (%(default)s)")
+    add("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
+    add("--json", metavar="OUT", help="also write everything that is printed as JSON")
     return parser
 
 
 def main() -> None:
     parser = get_parser()
     args = parser.parse_args(sys.argv[1:])
+
+    from lib.metrics import THRESHOLDS, metric_names
+    from lib.report import analysis
+    from lib.report.intervals import Scoring
+    from lib.report.results import settings_path
+    from refer.refer import REFER
+    from utils import set_up_logging
+
     set_up_logging()
     paths = args.compare or args.files
     if bool(args.compare) == bool(args.files):
-        raise UserError("give result files, or two of them with --compare A B; see --help")
-    for name, least in (("draws", 1), ("seed", 0), ("most", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {least}")
-    subset = parse_subset(
-        split=args.split,
-        protocol=args.protocol,
-        sentences=args.sentences,
-        sentence=args.sentence,
-        words=args.words,
-        ids=args.ids,
+        raise UserError("Give result files, or two of them with --compare A B. See --help.")
+    for name, minimum in (("draws", 1), ("seed", 0), ("most", 0)):
+        if getattr(args, name) < minimum:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {minimum}.")
+    filters = analysis.Filters(
+        splits=_parse_names("--split", args.split),
+        protocols=_parse_names("--protocol", args.protocol),
+        first_sentences=args.sentences == "first",
+        sentence=None if args.sentence is None else _parse_regex(args.sentence),
+        words=None if args.words is None else _parse_words(args.words),
+        sent_ids=None if args.ids is None else _read_ids(args.ids),
     )
-    thresholds = parse_thresholds(args.precision_at) if args.precision_at is not None else THRESHOLDS
+    thresholds = THRESHOLDS if args.precision_at is None else _parse_thresholds(args.precision_at)
     scoring = Scoring(thresholds, args.strict, args.draws, args.seed)
     if args.json:
-        used = [Path(part).resolve() for path in paths for part in (path, settings_path(path))]
-        if Path(args.json).resolve() in used:
-            raise UserError(f"--json {args.json} is a result file: it would be lost; name another file")
-        check_writable(args.json)
+        inputs = [file for path in paths for file in (path, settings_path(path))] + [args.ids] * bool(args.ids)
+        check_writable(args.json, inputs=inputs)
 
-    found = [read(path) for path in paths]
-    check_names("--split", subset.splits, {results.path: results.splits for results in found})
-    check_names("--protocol", subset.protocols, {results.path: results.protocols for results in found})
-    found = [choose(results, subset) for results in found]
-    for results in found:
-        check_switches(results, {name: getattr(args, name) for name in NEEDS_MODEL})
+    files = [analysis.load_results(path) for path in paths]
+    analysis.check_names("--split", filters.splits, {results.path: results.splits for results in files})
+    analysis.check_names("--protocol", filters.protocols, {results.path: results.protocols for results in files})
+    files = [analysis.select(results, filters) for results in files]
+    for results in files:
+        analysis.check_model_settings(results, {name: getattr(args, name) for name in analysis.MODEL_SETTINGS})
     if args.gt_mask:
         get_refer = functools.cache(functools.partial(REFER, args.refer_data_root))
-        found = [rejudge(results, args.gt_mask, get_refer) for results in found]
-    warnings = [results.note for results in found if results.note]
-    warnings += header_notes(*found) if args.compare else []
+        files = [analysis.evaluate_masks(results, args.gt_mask, get_refer) for results in files]
+    warnings = [results.warning for results in files if results.warning]
+    if args.compare:
+        warnings += analysis.setting_differences(*files)
     for warning in warnings:
         LOG.warning(warning)
 
-    names = metric_names(thresholds)
-    files = [{"file": one.path, **{key: one.header.get(key) for key in SHARED}} for one in found]
-    report: dict[str, Any] = {"flags": vars(args), "files": files, "warnings": warnings}
-    given = [(name, getattr(args, name)) for name in CONDITIONS if getattr(args, name) != parser.get_default(name)]
-    conditions = "".join(f" --{name}" + f" {value}" * (value is not True) for name, value in given)
+    report: dict[str, Any] = {
+        "flags": vars(args),
+        "files": [
+            {"file": results.path, **{key: results.header.get(key) for key in analysis.SHARED_SETTINGS}}
+            for results in files
+        ],
+        "warnings": warnings,
+    }
+    given = {name: getattr(args, name) for name in CONDITIONS if getattr(args, name) != parser.get_default(name)}
+    conditions = "".join(f" --{name}" if value is True else f" --{name} {value}" for name, value in given.items())
+    titles = [f"{one.path}, {one.header.get('dataset')} ({one.header.get('split_by')}){conditions}" for one in files]
+    names, bootstrap = metric_names(thresholds), f"{args.draws} draws over images, seed {args.seed}"
     if args.compare:
-        report["comparison"], report["most_changed"] = compare(*found, scoring, args.most)
-        print("\n".join(f"{side}: {_title(results)}{conditions}" for side, results in zip("AB", found, strict=True)))
-        print(f"\n{difference_table(report['comparison'], names)}")
-        print(f"\n*: the 95 % interval of the difference excludes 0 ({_how(scoring)})")
+        report["comparison"], report["most_changed"] = analysis.compare(*files, scoring, args.most)
+        print(f"A: {titles[0]}\nB: {titles[1]}\n\n{difference_table(report['comparison'], names)}\n")
+        print(f"* The 95 % interval of the difference excludes 0 ({bootstrap}).")
         if report["most_changed"]:
             print(f"\n{change_table(report['most_changed'])}")
     else:
         report["results"] = []
-        for results in found:
-            rows = score(results, scoring)
+        for title, results in zip(titles, files, strict=True):
+            rows = analysis.score(results, scoring)
             report["results"] += rows
-            print(f"{_title(results)}{conditions}\n{score_table(rows, names)}\n")
-        print(f"below each metric its 95 % interval ({_how(scoring)})")
+            print(f"{title}\n{score_table(rows, names)}\n")
+        print(f"Below each metric: its 95 % interval ({bootstrap}).")
     if args.json:
         write_text(args.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         print(args.json)
 
 
-def _title(results: Results) -> str:
-    return f"{results.path}, {results.header.get('dataset')} ({results.header.get('split_by')})"
+def score_table(rows: list[Row], names: Sequence[str]) -> str:
+    """Return the metrics of each split and protocol (rows of lib.report.analysis.score) and their intervals."""
+    table = [["split", "protocol", *names, "expressions"]]
+    for row in rows:
+        metrics, bounds = row["metrics"], row["interval_95"]
+        values = [f"{metrics[name]:.2f}" if metrics else "–" for name in names]
+        table.append([row["split"], row["protocol"], *values, f"{row['num_expressions']} of {row['of']}"])
+        if metrics:
+            table.append(["", "", *("{:.2f}…{:.2f}".format(*bounds[name]) for name in names), ""])
+    return to_text(table, left=(0, 1))
 
 
-def _how(scoring: Scoring) -> str:
-    return f"{scoring.draws} draws over images, seed {scoring.seed}"
+def difference_table(rows: list[Row], names: Sequence[str]) -> str:
+    """Return the metrics of A, of B, and B − A with its interval (rows of lib.report.analysis.compare)."""
+    table = [["split", "", *names, "expressions"]]
+    for row in rows:
+        a, b, difference = (row.get(key) for key in ("metrics_a", "metrics_b", "difference"))
+        a_values, b_values = ([f"{values[name]:.2f}" if values else "–" for name in names] for values in (a, b))
+        differences = [
+            f"{_signed(difference[name])}{'*' if name in row['excludes_0'] else ''}" if difference else "–"
+            for name in names
+        ]
+        protocol_a, protocol_b = row["protocols"]
+        table.append([row["split"], f"A {protocol_a}", *a_values, f"{row['num_expressions']} in both"])
+        table.append(["", f"B {protocol_b}", *b_values, f"{row['only_in_a']} in A only"])
+        table.append(["", "B − A", *differences, f"{row['only_in_b']} in B only"])
+        if difference:
+            table.append(["", "", *("…".join(map(_signed, row["interval_95"][name])) for name in names), ""])
+    return to_text(table, left=(0, 1))
+
+
+def change_table(changes: list[Row]) -> str:
+    """Return the expressions that changed most, with their IoUs in percent."""
+    ids = ("image_id", "ref_id", "sent_id")
+    table = [["split", "protocol", "IoU A", "IoU B", "B − A", *ids, "sentence"]]
+    for change in changes:
+        protocol = " → ".join(dict.fromkeys(change["protocols"]))
+        ious = [f"{100 * change['iou_a']:.2f}", f"{100 * change['iou_b']:.2f}", _signed(100 * change["difference"])]
+        sentence = " ".join(change["sentence"].split())
+        table.append([change["split"], protocol, *ious, *(str(change[key]) for key in ids), sentence])
+    return to_text(table, left=(0, 1, 8))
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _parse_names(flag: str, text: str | None) -> tuple[str, ...]:
+    """Split ``val,testA`` into (val, testA). Returns () if the flag was not given."""
+    names = tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    if text is not None and not names:
+        raise UserError(f"{flag} {text!r} contains no name.")
+    return names
+
+
+def _parse_regex(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text, re.IGNORECASE)
+    except re.error as error:
+        raise UserError(f"--sentence {text}: not a regular expression ({error}).") from error
+
+
+def _parse_words(text: str) -> tuple[float, float]:
+    """Parse ``2-4`` into (2, 4) and ``5-`` into (5, infinity)."""
+    match = re.fullmatch(r"(\d+)-(\d*)", text, re.ASCII)
+    if match is None or (match[2] and int(match[1]) > int(match[2])):
+        raise UserError(f"--words {text}: not a range. Give MIN-MAX, such as 1-3, or MIN- for no upper limit.")
+    return float(match[1]), float(match[2] or "inf")
+
+
+def _parse_thresholds(text: str) -> tuple[float, ...]:
+    try:
+        thresholds = tuple(dict.fromkeys(float(part) for part in text.split(",")))
+    except ValueError:
+        thresholds = ()
+    if not thresholds or not all(0 <= threshold <= 1 for threshold in thresholds):
+        raise UserError(f"--precision_at {text}: not a list of IoUs from 0 to 1, such as 0.5,0.75.")
+    return thresholds
+
+
+def _read_ids(path: str) -> frozenset[int]:
+    """Read the sent_ids of a text file with one id per line; empty lines are allowed."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise MissingFileError(f"--ids {path}: there is no such file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--ids {path}: cannot read the file: {error}") from error
+    for number, line in enumerate(lines, 1):
+        if line.strip() and not line.strip().isdecimal():
+            raise UserError(f"--ids {path}: line {number} is not a sent_id: {line.strip()[:40]!r}.")
+    return frozenset(int(line) for line in lines if line.strip())
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from lib.errors import UserError
+from lib.variants import MASK_MODES
 
-MASK_MODES = ("paper", "union")
 MAX_SIDE = 2**14  # of a picture, in pixels; COCO's are 640 at most
 MAX_PIXELS = 100_000_000  # of a picture; PIL takes larger ones for decompression bombs
 MAX_OUTLINE = 2_000_000  # pixels along an object's polygons: pycocotools allocates for each of them

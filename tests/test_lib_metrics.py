@@ -1,25 +1,19 @@
-"""The metrics, against values worked out by hand."""
+"""The metrics, against values computed by hand."""
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from lib.baselines import baseline_metrics
-from lib.metrics import METRIC_NAMES, SegmentationMetrics, intersection_and_union
-
-
-def metrics_of(*pairs):
-    metrics = SegmentationMetrics()
-    metrics.add([i for i, _ in pairs], [u for _, u in pairs])
-    return metrics
+from lib.metrics import METRIC_NAMES, compute_metrics, expression_terms, intersection_and_union, metrics_from_sums
 
 
 def test_metrics_by_hand():
-    # IoU 1, 0.5, 0.7, 0, and 0 for a union of nothing
-    values = metrics_of((10, 10), (5, 10), (7, 10), (0, 30), (0, 0)).compute()
+    values = compute_metrics([(10, 10), (5, 10), (7, 10), (0, 30), (0, 0)])  # IoU 1, 0.5, 0.7, 0, and 0 without union
     assert list(values) == list(METRIC_NAMES)
-    assert values["P@0.5"] == pytest.approx(60)  # ≥, so 0.5 counts
+    assert values["P@0.5"] == pytest.approx(60)  # 0.5 counts
     assert values["P@0.6"] == pytest.approx(40)
     assert values["P@0.7"] == pytest.approx(40)
     assert values["P@0.8"] == values["P@0.9"] == pytest.approx(20)
@@ -28,46 +22,52 @@ def test_metrics_by_hand():
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9])
-def test_an_iou_on_the_threshold_counts(threshold):
+def test_an_iou_equal_to_the_threshold_counts_unless_strict(threshold):
     for scale in (1, 3, 7, 1001):
-        exact = (round(threshold * 10) * scale, 10 * scale)
-        below = (exact[0] - 1, exact[1])
-        assert metrics_of(exact).compute()[f"P@{threshold}"] == 100
-        assert metrics_of(below).compute()[f"P@{threshold}"] == 0
+        intersection, union = round(threshold * 10) * scale, 10 * scale
+        name = f"P@{threshold}"
+        assert compute_metrics([(intersection, union)])[name] == 100
+        assert compute_metrics([(intersection, union)], strict=True)[name] == 0
+        assert compute_metrics([(intersection - 1, union)])[name] == 0
 
 
-def test_merging_and_order_change_nothing():
-    source = random.Random(0)
-    pairs = [(source.randrange(u), u) for u in (source.randrange(1, 5000) for _ in range(500))]
-    whole = metrics_of(*pairs).compute()
-    source.shuffle(pairs)
-    parts = metrics_of(*pairs[:123])
-    parts.merge(metrics_of(*pairs[123:]))
-    assert parts.compute() == whole
+def test_the_order_of_expressions_does_not_change_a_digit():
+    generator = random.Random(0)
+    counts = [(generator.randrange(union), union) for union in (generator.randrange(1, 5000) for _ in range(500))]
+    values = compute_metrics(counts)
+    generator.shuffle(counts)
+    assert compute_metrics(np.array(counts)) == values
 
 
-def test_all_empty_is_zero_and_nothing_is_an_error():
-    assert set(metrics_of((0, 0)).compute().values()) == {0.0}
-    with pytest.raises(ValueError, match="no expression"):
-        SegmentationMetrics().compute()
-    with pytest.raises(ValueError, match="can't be"):
-        metrics_of((3, 2))
+def test_metrics_of_several_sums_at_once():
+    counts = [(5, 10), (9, 10), (0, 0), (1, 1)]
+    sums = np.stack([expression_terms(part, (0.5, 0.9), strict=False).sum(0) for part in (counts[:2], counts[2:])])
+    assert metrics_from_sums(sums).tolist() == [pytest.approx([100, 50, 70, 70]), pytest.approx([50, 50, 50, 100])]
+
+
+def test_empty_masks_have_iou_0_and_impossible_counts_are_errors():
+    assert set(compute_metrics([(0, 0)]).values()) == {0.0}
+    with pytest.raises(ValueError, match="no expressions"):
+        compute_metrics([])
+    for impossible in ((3, 2), (-1, 2)):
+        with pytest.raises(ValueError, match=f"intersection of {impossible[0]} pixels"):
+            compute_metrics([(1, 2), impossible])
 
 
 def test_intersection_and_union():
     predicted = torch.tensor([[[1, 1], [0, 0]], [[0, 0], [0, 0]]]).bool()
-    truth = torch.tensor([[[1, 0], [1, 0]], [[0, 0], [0, 0]]])
-    intersections, unions = intersection_and_union(predicted, truth)
+    target = torch.tensor([[[1, 0], [1, 0]], [[0, 0], [0, 0]]])
+    intersections, unions = intersection_and_union(predicted, target)
     assert (intersections.tolist(), unions.tolist()) == ([1, 0], [3, 0])
 
 
 def test_baselines_by_hand():
-    # One picture of 10 pixels, three expressions: two mean object a (4 pixels), one object b (2 other pixels).
+    # One image of 10 pixels with three expressions: two refer to object a (4 pixels), one to object b (2 other pixels).
     masks = {"a": torch.zeros(1, 10).long(), "b": torch.zeros(1, 10).long()}
     masks["a"][0, :4] = 1
     masks["b"][0, 4:6] = 1
     objects = ["b", "a", "a"]
-    values = baseline_metrics(["picture"] * 3, objects, lambda index: masks[objects[index]])
+    values = baseline_metrics(["image"] * 3, objects, lambda index: masks[objects[index]])
     assert values["all foreground"]["mIoU"] == pytest.approx(100 * (0.2 + 0.4 + 0.4) / 3)
     assert values["all foreground"]["oIoU"] == pytest.approx(100 * 10 / 30)
     assert values["best object"]["mIoU"] == pytest.approx(100 * 2 / 3)

@@ -5,9 +5,8 @@ from typing import Any
 
 from lib.cli import Parser
 from lib.errors import UserError
-from lib.protocols import EVAL_SIZES
 from lib.report.results import PARTIAL, settings_path
-from refer.masks import MASK_MODES
+from lib.variants import EVAL_SIZES, MASK_MODES
 
 PROTOCOL = ("protocol", "gt_mask", "eval_size", "threshold")
 # The ways of using test.py: the flags that each needs, and those it takes besides.

@@ -12,7 +12,7 @@ from lib.errors import StoppedError
 from lib.evaluation import Batch, EvaluationResult, ExpressionResult, evaluate
 from lib.metrics import iou
 from lib.protocols import Protocol
-from lib.report.bootstrap import intervals
+from lib.report.intervals import intervals
 from lib.report.results import Line, ResultFile
 from utils import on_main
 

@@ -11,8 +11,8 @@ import yaml
 from lib.cli import did_you_mean
 from lib.errors import MissingFileError, UserError
 from lib.files import write_text
-from lib.metrics import METRIC_NAMES, metrics_of
-from lib.report.bootstrap import intervals
+from lib.metrics import METRIC_NAMES, compute_metrics
+from lib.report.intervals import intervals
 from lib.report.results import ResultFile, counts_of, read_results
 
 MINUS = "−"
@@ -73,7 +73,7 @@ def measured_rows(published: PublishedRow, file: ResultFile) -> list[MeasuredRow
         own = [line for line in lines if line["protocol"] == protocol]
         counts = counts_of(own)
         interval = intervals([line["image_id"] for line in own], counts)
-        rows.append(MeasuredRow(published, protocol, metrics_of(counts), interval, len(own), header["checkpoint"]))
+        rows.append(MeasuredRow(published, protocol, compute_metrics(counts), interval, len(own), header["checkpoint"]))
     return rows
 
 
