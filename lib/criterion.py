@@ -1,15 +1,20 @@
-"""The learning signal: weighted cross-entropy on the mask and, per stage, alignment of pixels with the sentence."""
+"""Training loss: cross-entropy of the mask, and alignment of pixels and sentence at each stage (paper, section III).
+
+Shapes: B batch size, H×W image size, h×w size of a stage's map.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from CrossVLT import CrossVLTOutput
+
 
 class CrossVLTCriterion(nn.Module):
-    """Loss = 2·CE + Σ of the four alignment terms (spec of the published recipe; paper, section III).
+    """Published loss: 2 · cross-entropy + sum of the alignment terms of the four stages.
 
     Args:
-        alignment: False trains by the mask alone (the paper's ablation).
+        alignment: False removes the alignment terms (the paper's ablation).
         segmentation_weight: factor of the cross-entropy.
         class_weights: of background and object in the cross-entropy.
     """
@@ -22,35 +27,26 @@ class CrossVLTCriterion(nn.Module):
         self.segmentation_weight = segmentation_weight
         self.class_weights = class_weights
 
-    def weight_sum(self, masks: torch.Tensor) -> float:
-        """Sum of the class weights over all pixels of masks [B, H, W]: what the cross-entropy is divided by."""
-        pixels, foreground = masks.numel(), int(masks.sum())
-        return self.class_weights[0] * (pixels - foreground) + self.class_weights[1] * foreground
-
     def forward(
-        self,
-        output: "CrossVLTOutput",  # noqa: F821
-        masks: torch.Tensor,
-        normalizer: float | None = None,
+        self, output: CrossVLTOutput, masks: torch.Tensor, normalizer: float | None = None
     ) -> dict[str, torch.Tensor]:
-        """Compare the network's output with the true masks.
+        """Compute the loss and its terms, in float32 at least.
 
         Args:
-            output: ``mask_logits`` [B, 2, H, W] and, where alignment is on, ``similarities``: maps [B, 1, h, w].
-            masks: int64 [B, H, W] of 0 and 1.
-            normalizer: what the weighted cross-entropies' sum is divided by; None: by these masks' own
-                :meth:`weight_sum` (published).
+            output: of the network, with similarity maps if alignment is on.
+            masks: target masks, int64 [B, H, W] of 0 and 1.
+            normalizer: divisor of the cross-entropy's weighted sum. None: :meth:`weight_sum` of ``masks`` (published).
 
         Returns:
-            ``loss``; ``segmentation``: the cross-entropy before its factor; ``alignment``: one term per stage [4]
-            (empty where alignment is off). At least float32, whatever the network computes in.
+            ``loss``: scalar. ``segmentation``: scalar, the cross-entropy without its factor. ``alignment``: one term
+            per stage, [4], or [0] if alignment is off.
 
         Raises:
-            ValueError: shapes don't fit, or alignment is on and the output has no similarity maps.
+            ValueError: the shapes do not fit, or alignment is on and the output has no similarity maps.
         """
         logits = _at_least_float32(output.mask_logits)
         if masks.shape != (logits.shape[0], *logits.shape[2:]):
-            raise ValueError(f"masks of shape {tuple(masks.shape)} don't fit logits of shape {tuple(logits.shape)}")
+            raise ValueError(f"masks of shape {tuple(masks.shape)} do not fit logits of shape {tuple(logits.shape)}.")
         weight = logits.new_tensor(self.class_weights)
         if normalizer is None:
             segmentation = F.cross_entropy(logits, masks, weight=weight)
@@ -60,15 +56,20 @@ class CrossVLTCriterion(nn.Module):
         if self.alignment:
             if output.similarities is None:
                 raise ValueError(
-                    "the alignment loss needs similarity maps: call the model with return_similarities=True"
+                    "The alignment loss needs similarity maps: call the model with return_similarities=True."
                 )
-            alignment = torch.stack([_alignment_term(similarity, masks) for similarity in output.similarities])
+            alignment = torch.stack([alignment_loss(similarity, masks) for similarity in output.similarities])
         loss = self.segmentation_weight * segmentation + alignment.sum()
         return {"loss": loss, "segmentation": segmentation, "alignment": alignment}
 
+    def weight_sum(self, masks: torch.Tensor) -> float:
+        """Return the sum of the class weights of all pixels of masks [B, H, W], the cross-entropy's divisor."""
+        pixels, foreground = masks.numel(), int(masks.sum())
+        return self.class_weights[0] * (pixels - foreground) + self.class_weights[1] * foreground
 
-def _alignment_term(similarity: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """BCE of a similarity map [B, 1, h, w], brought to the masks' size, with the masks: a plain mean over pixels."""
+
+def alignment_loss(similarity: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Return the mean binary cross-entropy of a stage's similarity map [B, 1, h, w], resized to masks [B, H, W]."""
     similarity = F.interpolate(_at_least_float32(similarity), size=masks.shape[1:], mode="bilinear", align_corners=True)
     return F.binary_cross_entropy_with_logits(similarity[:, 0], masks.to(similarity))
 

@@ -1,16 +1,27 @@
-"""AdamW with the published parameter groups, and the polynomial decay of its learning rate."""
+"""AdamW with the published parameter groups, and polynomial decay of the learning rate (paper, section IV)."""
 
+import re
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 POLY_POWER = 0.9
-NO_DECAY_WORDS = ("norm", "relative_position_bias_table")  # in names of the vision encoder only
+
+# The published parameter groups, as patterns of parameter names; the first pattern that matches decides.
+# The word embeddings and the temperature keep their initial values. Weight decay also acts on the decoder's BatchNorm
+# and BERT's LayerNorm.
+PARAMETER_GROUPS = {
+    "not_optimized": r"temp|lang_stage1\.embeddings\..*",
+    "no_decay": r"backbone\..*(norm|relative_position_bias_table).*",
+    "decay": r".*",
+}
+UNUSED = r"backbone\.3\.layers\.linear1\..*"  # the last stage's gate acts on nothing
+ALIGNMENT_ONLY = r"(backbone\.\d\.layers|lang_stage1\.encoder|lang_stage[234])\.proj\..*"
 
 
 class ParameterGroups(NamedTuple):
-    """Names of a model's parameters, each in exactly one place."""
+    """Names of a model's parameters; each is in exactly one list."""
 
     decay: list[str]
     no_decay: list[str]
@@ -18,54 +29,54 @@ class ParameterGroups(NamedTuple):
 
 
 def group_parameter_names(names: list[str], *, train_temperature: bool = False) -> ParameterGroups:
-    """Sort parameter names as the published recipe does (spec: training).
+    """Divide parameter names into ``PARAMETER_GROUPS``.
 
-    Vision parameters named after norms and position biases don't decay; everything else does, the decoder's BatchNorm
-    and BERT's LayerNorm too. The word embeddings and ``temp`` are in no group: they stay as they start. With
-    ``train_temperature`` (the paper's description) ``temp`` is trained, without decay: similarities are divided by it.
+    Args:
+        names: of all parameters of a CrossVLT.
+        train_temperature: put ``temp`` into ``no_decay``. The paper describes a trained temperature, the published
+            code keeps it at 1.
     """
-    groups = ParameterGroups([], [], [])
+    groups: dict[str, list[str]] = {group: [] for group in PARAMETER_GROUPS}
     for name in names:
+        group = next(group for group, pattern in PARAMETER_GROUPS.items() if re.fullmatch(pattern, name))
         if name == "temp" and train_temperature:
-            groups.no_decay.append(name)
-        elif name == "temp" or name.startswith("lang_stage1.embeddings."):
-            groups.not_optimized.append(name)
-        elif name.startswith("backbone.") and any(word in name for word in NO_DECAY_WORDS):
-            groups.no_decay.append(name)
-        else:
-            groups.decay.append(name)
-    return groups
+            group = "no_decay"
+        groups[group].append(name)
+    return ParameterGroups(**groups)
 
 
 def names_without_gradient(model: nn.Module, *, alignment: bool, train_temperature: bool = False) -> list[str]:
-    """Parameters that no loss reaches or no optimizer moves; DistributedDataParallel wants them frozen.
+    """Return the parameters that are not optimized or do not influence the loss. DistributedDataParallel needs them
+    frozen.
 
-    Besides those outside the optimizer: the last stage's gate, which nothing follows, and with the alignment loss off
-    the projections into its space and ``temp``.
+    Args:
+        model: a CrossVLT.
+        alignment: whether the loss has alignment terms.
+        train_temperature: as in :func:`group_parameter_names`; without alignment the temperature is never trained.
     """
     names = [name for name, _ in model.named_parameters()]
-    frozen = set(group_parameter_names(names, train_temperature=train_temperature and alignment).not_optimized)
-    last = len(model.backbone) - 1
-    for name in names:
-        projects = name.endswith((".proj.weight", ".proj.bias")) and ".attn." not in name and "patch_embed" not in name
-        if name.startswith(f"backbone.{last}.layers.linear1.") or (projects and not alignment):
-            frozen.add(name)
-    return [name for name in names if name in frozen]
+    not_optimized = group_parameter_names(names, train_temperature=train_temperature and alignment).not_optimized
+    without_influence = UNUSED if alignment else f"{UNUSED}|{ALIGNMENT_ONLY}"
+    return [name for name in names if name in not_optimized or re.fullmatch(without_influence, name)]
 
 
 def freeze(model: nn.Module, names: list[str]) -> None:
-    """Switch off the gradients of the named parameters."""
-    parameters = dict(model.named_parameters())
+    """Disable the gradients of the named parameters."""
     for name in names:
-        parameters[name].requires_grad_(False)
+        model.get_parameter(name).requires_grad_(False)
 
 
 def build_optimizer(
     model: nn.Module, lr: float, weight_decay: float, *, amsgrad: bool = False, train_temperature: bool = False
 ) -> torch.optim.AdamW:
-    """AdamW over the published groups of an unwrapped CrossVLT (betas and eps are PyTorch's defaults).
+    """Build AdamW with the published parameter groups, betas and eps (PyTorch's defaults).
 
-    On a GPU it is PyTorch's fused one: one kernel for all parameters, the same update.
+    Args:
+        model: a CrossVLT, not wrapped. On a GPU the fused implementation is used, which computes the same update.
+        lr: initial learning rate.
+        weight_decay: of the group ``decay``.
+        amsgrad: use the AMSGrad variant.
+        train_temperature: as in :func:`group_parameter_names`.
     """
     parameters = dict(model.named_parameters())
     groups = group_parameter_names(list(parameters), train_temperature=train_temperature)
@@ -85,16 +96,20 @@ def build_optimizer(
 def build_lr_scheduler(
     optimizer: torch.optim.Optimizer, total_steps: int, warmup_steps: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """lr·(1 − step/total)^0.9, to be stepped after every optimizer step.
+    """Build the schedule lr · (1 − step/total_steps)^0.9, stepped after every optimizer step.
 
     Args:
         optimizer: whose learning rates are scaled.
-        total_steps: optimizer steps of the whole training; from there on the rate is 0.
-        warmup_steps: the first steps rise linearly to the curve (published: none).
+        total_steps: optimizer steps of the whole training; after them the rate is 0.
+        warmup_steps: number of first steps in which the rate increases linearly to the curve (published: 0).
+
+    Raises:
+        ValueError: less than one step, or more warm-up than steps.
     """
     if total_steps < 1 or not 0 <= warmup_steps <= total_steps:
         raise ValueError(
-            f"need at least 1 step and 0…{total_steps} of them warm-up, not {total_steps} and {warmup_steps}"
+            "total_steps must be at least 1 and warmup_steps between 0 and total_steps, "
+            f"not {total_steps} and {warmup_steps}."
         )
 
     def factor(step: int) -> float:

@@ -1,4 +1,4 @@
-"""The published parameter groups, by name, and the schedule."""
+"""Parameter groups, frozen parameters and the learning rate schedule."""
 
 import itertools
 import json
@@ -23,7 +23,7 @@ EMBEDDINGS = {
 }
 
 
-def test_base_has_the_published_groups():
+def test_groups_of_base_equal_the_published_ones():
     released = json.loads((ROOT / "tests" / "data" / "state_dict_base.json").read_text())
     buffers = ("running_mean", "running_var", "num_batches_tracked", "relative_position_index")
     names = [key for key in released if not key.endswith(buffers)]
@@ -45,27 +45,27 @@ def test_base_has_the_published_groups():
         assert (name in groups.decay, name in groups.no_decay) == (decays, not decays), name
 
 
-def test_optimizer_holds_the_groups(small_model):
+def test_optimizer_has_one_param_group_per_decay(small_model):
     model = small_model()
     optimizer = build_optimizer(model, lr=3e-5, weight_decay=1e-2, amsgrad=True)
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = group_parameter_names(list(name_of.values()))
     assert isinstance(optimizer, torch.optim.AdamW)
-    held = {group["weight_decay"]: {name_of[id(p)] for p in group["params"]} for group in optimizer.param_groups}
-    assert held == {1e-2: set(groups.decay), 0.0: set(groups.no_decay)}
+    found = {group["weight_decay"]: {name_of[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    assert found == {1e-2: set(groups.decay), 0.0: set(groups.no_decay)}
     assert all(group["lr"] == 3e-5 and group["amsgrad"] for group in optimizer.param_groups)
     assert all(group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize(("fusion", "alignment"), list(itertools.product(("cross", "vision", "late"), (True, False))))
-def test_exactly_the_named_parameters_get_no_gradient(small_model, small_inputs, fusion, alignment):
+def test_names_without_gradient_are_exact(small_model, small_inputs, fusion, alignment):
     images, ids, text_mask, masks = small_inputs()
     model = small_model(fusion=fusion).train()
     CrossVLTCriterion(alignment)(model(images, ids, text_mask), masks)["loss"].backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     named = set(names_without_gradient(model, alignment=alignment))
-    outside = EMBEDDINGS | ({"temp"} if alignment else set())  # they would get one, but nothing moves them
-    assert named - without == outside
+    not_optimized = EMBEDDINGS | ({"temp"} if alignment else set())  # they have a gradient, but no optimizer
+    assert named - without == not_optimized
     assert without - named == set()
 
     model = small_model(fusion=fusion).train()
@@ -85,22 +85,22 @@ def scheduled(total, warmup=0, steps=None):
     return rates
 
 
-def test_polynomial_decay():
+def test_schedule_is_a_polynomial_decay():
     assert scheduled(10) == pytest.approx([3e-5 * (1 - min(s, 10) / 10) ** 0.9 for s in range(12)], rel=1e-12)
 
 
-def test_warm_up_rises_to_the_curve():
-    plain, warmed = scheduled(10), scheduled(10, warmup=3)
-    assert [w / p for w, p in zip(warmed[:10], plain[:10], strict=True)] == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 7)
+def test_warm_up_increases_linearly_to_the_curve():
+    plain, warm = scheduled(10), scheduled(10, warmup=3)
+    assert [w / p for w, p in zip(warm[:10], plain[:10], strict=True)] == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 7)
 
 
-def test_impossible_schedules_are_refused():
+def test_impossible_schedules_are_rejected():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     for total, warmup in ((0, 0), (5, 6), (5, -1)):
-        with pytest.raises(ValueError, match="warm-up"):
+        with pytest.raises(ValueError, match="warmup_steps"):
             build_lr_scheduler(optimizer, total, warmup)
 
 
-def test_all_types_are_covered_by_the_rule():
+def test_every_parameter_of_tiny_is_in_one_group():
     names = [name for name, _ in build_crossvlt("tiny").named_parameters()]
     assert sum(map(len, group_parameter_names(names))) == len(names)
