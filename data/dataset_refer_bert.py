@@ -1,12 +1,14 @@
-"""Referring expressions as samples: picture, token ids, mask.
+"""Referring expressions as samples of image, token ids and target mask.
 
-Letters: S img_size, N max_tokens.
+Shapes: S img_size, N max_tokens; H×W an image's own size.
 """
 
+import itertools
 import os
-from collections.abc import Collection, Iterator
+import pickle
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -15,16 +17,17 @@ from torch.utils.data import Dataset
 from transformers import BertTokenizer
 
 from bert.tokenization import tokenize
-from data.packed import PackedList
-from data.transforms import preprocess_mask, resize_image
+from data.transforms import resize_image
 from lib.errors import UserError
 from lib.variants import MAX_TOKENS
 from refer.annotations import Record
-from refer.masks import Shape
+from refer.masks import resize_mask
 from refer.refer import REFER
 from utils import derive_seed, gc_paused
 
 DECODING_ERRORS = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)  # of Pillow
+
+Item = TypeVar("Item")
 
 
 class Expression(NamedTuple):
@@ -37,61 +40,30 @@ class Expression(NamedTuple):
     ann_id: int
 
 
-class Target(NamedTuple):
-    """The object of a ref: its picture, and what its mask is drawn from."""
-
-    file_name: str  # of the picture, below the dataset's image folder
-    shape: Shape
-
-    @classmethod
-    def unpack(cls, plain: tuple[str, Any]) -> "Target":
-        """From what a PackedList gives back."""
-        return cls(plain[0], Shape._make(plain[1]))
-
-
-def open_image(path: Path) -> Image.Image:
-    """Decode a picture to RGB.
-
-    Raises:
-        UserError: the file is missing, can't be decoded or has more than 8 bits per channel; it names the file.
-    """
-    try:
-        with Image.open(path) as image:
-            check_depth(image, path)
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"no picture {path}: see refer/README.md for what belongs where") from error
-    except DECODING_ERRORS as error:
-        raise UserError(f"the picture {path} can't be decoded: {error}") from error
-
-
-def check_depth(image: Image.Image, path: Path) -> None:
-    """UserError for 16 bits or real numbers per channel: as RGB they would be cut off at 255, not scaled."""
-    if image.mode.startswith(("I", "F")):
-        raise UserError(f"the picture {path} has more than 8 bits per channel ({image.mode}): store it with 8")
-
-
 class ReferDataset(Dataset):
-    """A split of a REFER dataset, tokenised at once; pictures and masks are decoded on demand.
+    """A split of a REFER dataset. All sentences are tokenized at once; images and masks are decoded on demand.
 
-    What it needs of the annotations it keeps as bytes (see data.packed): they can be forgotten, and however many
-    workers load its samples, there is one copy.
+    The dataset keeps a packed copy of the annotations that it needs. ``refer`` can be deleted afterwards.
 
     Args:
         refer: the annotations.
         split: train, val, testA, testB, test.
-        tokenizer: BERT's.
-        img_size: S; pictures and masks are brought to S×S.
+        tokenizer: of BERT.
+        img_size: S; images and masks are resized to S×S.
         max_tokens: N; see :func:`bert.tokenization.tokenize`.
-        draw_sentences: True for training: a sample per ref, with one of its sentences, drawn by
-            (seed, epoch, index); False: a sample per sentence (for evaluation see data.image_batches).
-        seed: of the drawing and the shuffling.
-        shuffle_sentences: permute the sentences within the split: a control that shows whether language is used.
+        draw_sentences: True for training: a sample per object (ref), with one of its sentences drawn at random as a
+            function of (seed, epoch, index). False: a sample per sentence; evaluation uses
+            :class:`data.image_batches.ImageBatches` of such a dataset.
+        seed: of drawing and shuffling.
+        shuffle_sentences: permute the sentences within the split, to test whether a model uses the language at all.
         excluded_images: ids of images whose refs are left out.
 
-    A sample is a dict: ``image`` uint8 [3, S, S], ``input_ids`` and ``attention_mask`` int64 [N], ``mask`` uint8
-    [S, S] and ``index`` int64 []: the position in the dataset. :class:`data.loaders.DeviceBatches` makes of them what
-    the model takes.
+    A sample is a dict:
+        ``image``: uint8 [3, S, S].
+        ``input_ids``, ``attention_mask``: int64 [N].
+        ``mask``: uint8 [S, S] of 0 and 1.
+        ``index``: int64 [], position in the dataset.
+    :class:`data.loaders.DeviceBatches` converts batches of samples to the model's input.
     """
 
     def __init__(
@@ -111,96 +83,143 @@ class ReferDataset(Dataset):
         self.annotation_files = (refer.refs_path, refer.instances_path)
         self.image_dir, self.img_size = refer.image_dir, img_size
         self.draw_sentences, self.seed = draw_sentences, seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # running workers see it change
         with gc_paused():
-            self._pack(refer, tokenizer, max_tokens, shuffle_sentences, set(excluded_images))
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are already running
-
-    def _pack(
-        self, refer: REFER, tokenizer: BertTokenizer, max_tokens: int, shuffle_sentences: bool, excluded: set[int]
-    ) -> None:
-        refs = [ref for ref in refer.loadRefs(refer.getRefIds(split=self.split)) if ref["image_id"] not in excluded]
-        expressions = [expression for ref in refs for expression in _expressions_of(ref)]
-        if shuffle_sentences:
-            order = np.random.default_rng(derive_seed("shuffled sentences", self.seed)).permutation(len(expressions))
-            texts = [expressions[i].sentence for i in order]
-            expressions = [e._replace(sentence=t) for e, t in zip(expressions, texts, strict=True)]
-        ids = tokenize(tokenizer, [e.sentence for e in expressions], max_tokens)
-        self.input_ids, self.attention_mask = (torch.from_numpy(one) for one in ids)
-        self.expressions = PackedList(map(tuple, expressions), Expression._make)
-        # Where a ref's sentences begin, and after the last ref where they end.
-        self._starts = torch.from_numpy(np.cumsum([0, *(len(ref["sentences"]) for ref in refs)], dtype=np.int64))
-        try:
-            self._targets = PackedList((_packed_target(refer, ref) for ref in refs), Target.unpack)
-        except ValueError as error:
-            raise UserError(f"{refer.instances_path}: an annotation's segmentation is no list of polygons") from error
+            excluded = set(excluded_images)
+            refs = [ref for ref in refer.loadRefs(refer.getRefIds(split=split)) if ref["image_id"] not in excluded]
+            expressions = [expression for ref in refs for expression in _expressions_of(ref)]
+            if shuffle_sentences:
+                expressions = _with_shuffled_sentences(expressions, seed)
+            ids, mask = tokenize(tokenizer, [expression.sentence for expression in expressions], max_tokens)
+            self.input_ids, self.attention_mask = torch.from_numpy(ids), torch.from_numpy(mask)
+            self.expressions = SharedList(expressions)
+            # Ref i has the expressions from _bounds[i] up to _bounds[i + 1], one segmentation and one image file.
+            self._bounds = torch.from_numpy(np.cumsum([0, *(len(ref["sentences"]) for ref in refs)], dtype=np.int64))
+            self._file_names = SharedList(refer.Imgs[ref["image_id"]]["file_name"] for ref in refs)
+            try:
+                self._segmentations = SharedList(refer.get_segmentation(ref["ref_id"]) for ref in refs)
+            except RecursionError as error:
+                raise UserError(
+                    f"{refer.instances_path}: the segmentation of an annotation is nested too deeply. It must be a "
+                    "list of polygons or an RLE."
+                ) from error
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the next drawn sentences belong to."""
+        """Set the epoch, of which the drawn sentences are a function."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self._targets) if self.draw_sentences else len(self.expressions)
-
-    def expression_of(self, index: int) -> int:
-        """Which of ``expressions`` sample ``index`` shows; in training that depends on seed and epoch."""
-        if not self.draw_sentences:
-            return index
-        first, end = self._starts[index : index + 2].tolist()
-        return first + derive_seed(self.seed, int(self._epoch), index) % (end - first)
-
-    def _target(self, index: int) -> Target:
-        if self.draw_sentences:
-            return self._targets[index]
-        return self._targets[int(torch.searchsorted(self._starts, index, right=True)) - 1]
-
-    def image_path(self, index: int) -> Path:
-        """The picture file of a sample."""
-        return self.image_dir / self._target(index).file_name
-
-    def load_image(self, index: int) -> Image.Image:
-        """The picture of a sample, RGB, at its own size."""
-        return open_image(self.image_path(index))
-
-    def check_images(self) -> None:
-        """Find out before the work whether every picture of the split is there.
-
-        Raises:
-            UserError: some are missing; it says how many, and names the first.
-        """
-        paths = [self.image_dir / name for name in sorted({target.file_name for target in self._targets})]
-        present = {
-            folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in {p.parent for p in paths}
-        }
-        missing = [path for path in paths if path.name not in present[path.parent]]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of the {len(paths)} pictures of split {self.split} are missing, {missing[0]} for one: "
-                "see refer/README.md for what belongs where"
-            )
-
-    def full_size_mask(self, index: int, mode: str = "paper") -> np.ndarray:
-        """The true mask of a sample at the picture's own size: uint8 [H, W] of 0 and 1; mode: one of MASK_MODES."""
-        return self._target(index).shape.draw(mode)
-
-    def check_size(self, index: int, image: Image.Image, mask: np.ndarray) -> None:
-        """UserError where the picture of a sample isn't as large as its annotation says."""
-        if image.size != mask.shape[::-1]:
-            raise UserError(
-                f"the picture {self.image_path(index)} is {image.width}×{image.height}, "
-                f"but its annotation says {mask.shape[1]}×{mask.shape[0]}"
-            )
+        return len(self._segmentations) if self.draw_sentences else len(self.expressions)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        chosen = self.expression_of(index)
+        expression = self.expression_of(index)
         image, mask = self.load_image(index), self.full_size_mask(index)
         self.check_size(index, image, mask)
         return {
             "image": resize_image(image, self.img_size),
-            "input_ids": self.input_ids[chosen].long(),
-            "attention_mask": self.attention_mask[chosen].long(),
-            "mask": preprocess_mask(mask, self.img_size),
+            "input_ids": self.input_ids[expression].long(),
+            "attention_mask": self.attention_mask[expression].long(),
+            "mask": torch.from_numpy(resize_mask(mask, self.img_size)),
             "index": torch.tensor(index),
         }
+
+    def expression_of(self, index: int) -> int:
+        """Return the position in ``expressions`` of a sample's sentence; in training it depends on seed and epoch."""
+        if not self.draw_sentences:
+            return index
+        first, end = self._bounds[index : index + 2].tolist()
+        return first + derive_seed(self.seed, int(self._epoch), index) % (end - first)
+
+    def _ref_of(self, index: int) -> int:
+        """Return the position of a sample's ref in the split."""
+        return index if self.draw_sentences else int(torch.searchsorted(self._bounds, index, right=True)) - 1
+
+    def image_path(self, index: int) -> Path:
+        """Return the image file of a sample."""
+        return self.image_dir / self._file_names[self._ref_of(index)]
+
+    def load_image(self, index: int) -> Image.Image:
+        """Return the image of a sample, RGB, at its own size."""
+        return open_image(self.image_path(index))
+
+    def full_size_mask(self, index: int, mode: str = "paper") -> np.ndarray:
+        """Return the target mask of a sample at the image's own size: uint8 [H, W] of 0 and 1; mode: see MASK_MODES."""
+        return self._segmentations[self._ref_of(index)].draw(mode)
+
+    def check_size(self, index: int, image: Image.Image, mask: np.ndarray) -> None:
+        """Raise a UserError if the image of a sample does not have the size that its annotation says."""
+        if image.size != mask.shape[::-1]:
+            raise UserError(
+                f"Image {self.image_path(index)} is {image.width}×{image.height}, but its annotation says "
+                f"{mask.shape[1]}×{mask.shape[0]}."
+            )
+
+    def check_images(self) -> None:
+        """Raise a UserError if image files of the split are missing. Fails before the first epoch instead of in it."""
+        paths = [self.image_dir / name for name in sorted(set(self._file_names))]
+        existing = {
+            folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in {p.parent for p in paths}
+        }
+        missing = [path for path in paths if path.name not in existing[path.parent]]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of the {len(paths)} images of split {self.split} are missing, for example "
+                f"{missing[0]}. See refer/README.md for where images belong."
+            )
+
+
+class SharedList(Sequence[Item]):
+    """Immutable list stored in two tensors, which DataLoader workers share instead of copying.
+
+    A worker process that only reads a Python object still writes its reference count, so the operating system copies
+    the memory page. After an epoch, each worker would have its own copy of nearly all annotations.
+
+    Args:
+        items: anything that can be pickled.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        pickled = [pickle.dumps(item, pickle.HIGHEST_PROTOCOL) for item in items]
+        self._bounds = torch.from_numpy(np.cumsum([0, *map(len, pickled)], dtype=np.int64))
+        self._bytes = torch.from_numpy(np.frombuffer(b"".join(pickled), dtype=np.uint8).copy())
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> Item:
+        index = range(len(self))[index]  # supports negative indices and raises IndexError
+        start, end = self._bounds[index : index + 2].tolist()
+        return pickle.loads(self._bytes.numpy()[start:end])
+
+    def __iter__(self) -> Iterator[Item]:
+        content = self._bytes.numpy()
+        for start, end in itertools.pairwise(self._bounds.tolist()):
+            yield pickle.loads(content[start:end])
+
+
+def open_image(path: Path) -> Image.Image:
+    """Decode an image file to RGB.
+
+    Raises:
+        UserError: the file is missing, cannot be decoded or has more than 8 bits per channel.
+    """
+    try:
+        with Image.open(path) as image:
+            check_depth(image, path)
+            return image.convert("RGB")
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"No such image: {path}. See refer/README.md for where images belong.") from error
+    except DECODING_ERRORS as error:
+        raise UserError(f"Cannot decode image {path}: {error}") from error
+
+
+def check_depth(image: Image.Image, path: Path) -> None:
+    """Raise a UserError for an image of 16 or 32 bits per channel, which Pillow would clip at 255, not scale."""
+    if image.mode.startswith(("I", "F")):
+        bits = 16 if "16" in image.mode else 32
+        raise UserError(f"{path} is a {bits}-bit image (mode {image.mode}). Convert it to 8 bits per channel.")
 
 
 def _expressions_of(ref: Record) -> Iterator[Expression]:
@@ -209,5 +228,9 @@ def _expressions_of(ref: Record) -> Iterator[Expression]:
         yield Expression(ref["ref_id"], sentence["sent_id"], ref["image_id"], text, ref["ann_id"])
 
 
-def _packed_target(refer: REFER, ref: Record) -> tuple[str, tuple]:
-    return refer.Imgs[ref["image_id"]]["file_name"], tuple(refer.get_shape(ref["ref_id"]))
+def _with_shuffled_sentences(expressions: list[Expression], seed: int) -> list[Expression]:
+    order = np.random.default_rng(derive_seed("shuffled sentences", seed)).permutation(len(expressions))
+    return [
+        expression._replace(sentence=expressions[other].sentence)
+        for expression, other in zip(expressions, order, strict=True)
+    ]

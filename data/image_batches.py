@@ -11,7 +11,8 @@ import torch
 from torch.utils.data import Dataset
 
 from data.dataset_refer_bert import ReferDataset
-from data.transforms import preprocess_mask, resize_image
+from data.transforms import resize_image
+from refer.masks import resize_mask
 
 
 class ImageBatches(Dataset):
@@ -79,8 +80,8 @@ class ImageBatches(Dataset):
         targets: dict[tuple[str, str], torch.Tensor | list[torch.Tensor]] = {}
         for gt_mask, eval_size in self.targets:
             if eval_size == "resized":
-                resized = [preprocess_mask(mask, dataset.img_size) for mask in masks[gt_mask]]
-                targets[gt_mask, eval_size] = torch.stack(resized)
+                resized = [resize_mask(mask, dataset.img_size) for mask in masks[gt_mask]]
+                targets[gt_mask, eval_size] = torch.from_numpy(np.stack(resized))
             else:
                 targets[gt_mask, eval_size] = [torch.from_numpy(mask) for mask in masks[gt_mask]]
         image_row = {image_id: row for row, image_id in enumerate(first_of_image)}

@@ -1,6 +1,9 @@
-"""Masks: from COCO segmentations, which are checked (pycocotools is C and trusts its input), from and to RLE, resized.
+"""Object masks: drawn from COCO segmentations, converted to and from RLE, resized.
 
-H, W: height and width of the picture in pixels.
+pycocotools is written in C and does not check its input: a malformed polygon or RLE could crash the process or allocate
+all memory. Every segmentation is therefore checked here first.
+
+Shapes: H×W height and width of an image in pixels.
 """
 
 from collections.abc import Iterator
@@ -13,133 +16,145 @@ from pycocotools import mask as coco_mask
 from lib.errors import UserError
 from lib.variants import MASK_MODES
 
-MAX_SIDE = 2**14  # of a picture, in pixels; COCO's are 640 at most
-MAX_PIXELS = 100_000_000  # of a picture; PIL takes larger ones for decompression bombs
-MAX_OUTLINE = 2_000_000  # pixels along an object's polygons: pycocotools allocates for each of them
-MAX_DRAWN = 2**30  # pixels of a picture times parts of an object, each of which is drawn on all of it
+MAX_SIDE = 2**14  # of an image, in pixels; COCO's longest side is 640
+MAX_PIXELS = 100_000_000  # of an image; Pillow warns of decompression bombs from about here on
+MAX_OUTLINE = 2_000_000  # pixels along an object's polygons, because pycocotools allocates memory for each
+MAX_DRAWN = 2**30  # image pixels × parts of an object, because each part is drawn on an image of its own
 
 
-class Shape(NamedTuple):
-    """What an object's mask is drawn from."""
+class Segmentation(NamedTuple):
+    """The outline of an object as its annotation has it. It is checked when the mask is drawn."""
 
-    where: str  # file, annotation and ref, for messages
-    height: int  # of the picture, in pixels
+    source: str  # annotation file, annotation and ref, for error messages
+    height: int  # of the image, in pixels
     width: int
-    segmentation: Any  # as the annotation has it, not yet checked
+    parts: Any  # a list of polygons and RLEs, or one RLE
 
     def draw(self, mode: str = "paper") -> np.ndarray:
-        """uint8 [H, W] of 0 and 1 at the picture's size.
+        """Draw the object's mask at the image's size: uint8 [H, W] of 0 and 1.
 
-        Each part of the segmentation (polygon or RLE) is rasterised by itself. "paper", the released protocol: the
-        object is where exactly one part lies, so where two overlap is a hole. "union": where any part lies.
+        Every part (polygon or RLE) is drawn by itself.
+
+        Args:
+            mode: ``paper`` is the published code's protocol: a pixel belongs to the object if exactly one part covers
+                it, so overlaps of two parts are holes. ``union``: if any part covers it.
 
         Raises:
-            UserError: unknown mode; a segmentation that cannot be a mask of this picture.
+            UserError: unknown mode, or a segmentation that is not valid for this image.
         """
         if mode not in MASK_MODES:
-            raise UserError(f"unknown mask mode {mode!r}: choose one of {', '.join(MASK_MODES)}")
-        covered, twice = (np.zeros((self.height, self.width), np.uint8, order="F") for _ in range(2))  # as the parts
+            raise UserError(f"Unknown mask mode {mode!r}. Choose one of {', '.join(MASK_MODES)}.")
+        # Column by column in memory, as pycocotools draws the parts.
+        covered, overlap = (np.zeros((self.height, self.width), np.uint8, order="F") for _ in range(2))
         try:
-            for part in parts_of(self.segmentation, self.height, self.width):
-                twice |= covered & part
+            for part in _draw_parts(self.parts, self.height, self.width):
+                overlap |= covered & part
                 covered |= part
         except ValueError as error:
-            raise UserError(f"{self.where}: {error}") from error
-        return np.ascontiguousarray(covered ^ twice if mode == "paper" else covered)
-
-
-def parts_of(segmentation: Any, H: int, W: int) -> Iterator[np.ndarray]:
-    """Each polygon or RLE as uint8 [H, W] of 0 and 1. ValueError: what is wrong with it."""
-    if not isinstance(segmentation, list | dict) or not segmentation:
-        raise ValueError("segmentation is neither a list of polygons nor an RLE")
-    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
-    if len(parts) * H * W > MAX_DRAWN:
-        raise ValueError(f"{len(parts)} polygons and RLEs are too many for a picture of {W}x{H}")
-    left = MAX_OUTLINE
-    for part in parts:
-        if isinstance(part, dict):
-            yield _decode_rle(part, H, W)
-        else:
-            left -= _check_polygon(part, H, W)
-            if left < 0:
-                raise ValueError(f"the polygons' outline is longer than {MAX_OUTLINE} pixels")
-            yield decode_rles(coco_mask.frPyObjects([part], H, W))[:, :, 0]
-
-
-def decode_rles(rles: list[dict[str, Any]]) -> np.ndarray:
-    """COCO's decode, uint8 [H, W, parts] of 0 and 1, which Ctrl-C interrupts as it interrupts anything else."""
-    try:
-        return coco_mask.decode(rles)
-    except TypeError as error:
-        # NumPy asks COCO's array twice, as it knows no `copy`; a signal in between ends in the first one's error.
-        if "'copy'" in str(error):
-            raise KeyboardInterrupt from error
-        raise
+            raise UserError(f"{self.source}: {error}") from error
+        return np.ascontiguousarray(covered ^ overlap if mode == "paper" else covered)
 
 
 def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """bool [H, W] → COCO RLE, as JSON takes it."""
+    """Encode a mask, bool [H, W], as a COCO RLE that can be written as JSON."""
     rle = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
 
 
 def decode_mask(rle: dict[str, Any]) -> np.ndarray:
-    """The inverse of :func:`encode_mask`. ValueError: it is damaged."""
+    """Decode a COCO RLE to bool [H, W].
+
+    Raises:
+        ValueError: it is not a valid RLE.
+    """
     try:
         H, W = rle["size"]
         if not all(type(side) is int and 1 <= side <= MAX_SIDE for side in (H, W)):
-            raise ValueError(f"no picture is {W}×{H}")
-        (mask,) = parts_of(rle, H, W)
+            raise ValueError(f"{W}×{H} is not a valid image size")
+        (mask,) = _draw_parts(rle, H, W)
     except (TypeError, KeyError) as error:
         raise ValueError(f"not an RLE: {error}") from error
     return mask.astype(bool)
 
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """A mask [H, W] of 0 and 1 → uint8 [size, size], by PIL's nearest neighbour: the published preprocessing."""
+    """Resize a mask [H, W] of 0 and 1 to uint8 [size, size] by Pillow's nearest neighbor, as published."""
     resized = Image.fromarray(mask.astype(np.uint8)).resize((size, size), Image.Resampling.NEAREST)
     return np.array(resized, dtype=np.uint8)
 
 
 def is_number(value: Any, low: float, high: float) -> bool:
-    return type(value) in (int, float) and low <= value <= high  # false for NaN; a huge int does not overflow
+    """Return whether a value from a JSON file is an int or a float (not NaN, not a bool) between two bounds."""
+    return type(value) in (int, float) and low <= value <= high
 
 
-def _check_polygon(polygon: Any, H: int, W: int) -> float:
-    """How long its outline is in pixels. pycocotools is C and trusts its input: far coordinates overflow there, long
-    outlines eat the memory."""
+def _draw_parts(segmentation: Any, H: int, W: int) -> Iterator[np.ndarray]:
+    """Yield each polygon or RLE as uint8 [H, W] of 0 and 1. ValueError: it is not valid."""
+    if not isinstance(segmentation, list | dict) or not segmentation:
+        raise ValueError("segmentation must be a list of polygons or an RLE")
+    parts = [segmentation] if isinstance(segmentation, dict) else segmentation
+    if len(parts) * H * W > MAX_DRAWN:
+        raise ValueError(f"{len(parts)} polygons and RLEs are too many for an image of {W}x{H}")
+    outline = 0.0
+    for part in parts:
+        if isinstance(part, dict):
+            yield _decode_rle(part, H, W)
+        else:
+            outline += _outline_length(part, H, W)
+            if outline > MAX_OUTLINE:
+                raise ValueError(f"the outline of the polygons is longer than {MAX_OUTLINE} pixels")
+            yield _draw_polygon(part, H, W)
+
+
+def _draw_polygon(polygon: list[float], H: int, W: int) -> np.ndarray:
+    try:
+        return coco_mask.decode(coco_mask.frPyObjects([polygon], H, W))[:, :, 0]
+    except TypeError as error:
+        # NumPy first asks pycocotools for the array with `copy=`, which raises this TypeError, and then without. If
+        # Ctrl-C interrupts the second attempt, NumPy raises the error of the first one instead.
+        if "'copy'" in str(error):
+            raise KeyboardInterrupt from error
+        raise
+
+
+def _outline_length(polygon: Any, H: int, W: int) -> float:
+    """Return the length of a polygon's outline in pixels. ValueError: it is not a polygon on or near the image."""
     if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-        raise ValueError("a polygon is not a list of three or more x, y pairs")
+        raise ValueError("a polygon must be a list of at least three x, y pairs")
     for low, high, values in ((-W, 2 * W, polygon[::2]), (-H, 2 * H, polygon[1::2])):
         if not all(is_number(value, low, high) for value in values):
-            raise ValueError(f"a polygon's coordinate is not a number near the {W}x{H} picture")
+            raise ValueError(f"a polygon has a coordinate that is not a number near the {W}x{H} image")
     points = np.array(polygon, float).reshape(-1, 2)
     return float((abs(points - np.roll(points, 1, axis=0)).max(axis=1) + 1).sum())
 
 
 def _decode_rle(rle: dict[str, Any], H: int, W: int) -> np.ndarray:
-    """COCO's RLE: lengths of runs of 0, 1, 0, … down the columns, as a list or as a compressed string."""
+    """Decode a COCO RLE: the lengths of runs of 0, 1, 0, … down the columns, as a list or a compressed string."""
     if rle.get("size") != [H, W]:
-        raise ValueError(f"an RLE's size is not the picture's [{H}, {W}]")
+        raise ValueError(f"the size of an RLE must be that of the image, [{H}, {W}]")
     counts = rle.get("counts")
     if isinstance(counts, str):
         counts = _decompress(counts)
-    if type(counts) is not list or not all(type(one) is int and 0 <= one <= H * W for one in counts):
-        raise ValueError("an RLE's counts are not run lengths")
+    if type(counts) is not list or not all(type(count) is int and 0 <= count <= H * W for count in counts):
+        raise ValueError("the counts of an RLE must be run lengths")
     if sum(counts) != H * W:
-        raise ValueError(f"an RLE's counts sum to {sum(counts)}, not to {H}x{W}")
+        raise ValueError(f"the counts of an RLE sum to {sum(counts)} instead of {H}x{W}")
     return np.repeat((np.arange(len(counts)) & 1).astype(np.uint8), counts).reshape(W, H).T
 
 
 def _decompress(text: str) -> list[int]:
-    """A character holds five bits of a number (code - 48), lowest first; 32 in it: more follow; 16 in the last:
-    negative. From the fourth number on, each is the difference to the one two before."""
+    """Decompress COCO's string form of run lengths.
+
+    Each character holds five bits of a number (character code - 48), lowest bits first. Bit 32 means that more
+    characters follow; bit 16 of the last one is the sign. From the fourth number on, each is the difference from the
+    number two places before.
+    """
     counts: list[int] = []
     value = shift = 0
     for character in text:
         bits = ord(character) - 48
         if not 0 <= bits < 64 or shift > 60:
-            raise ValueError("an RLE's compressed counts are damaged")
+            raise ValueError("the compressed counts of an RLE are corrupt")
         value |= (bits & 31) << shift
         shift += 5
         if not bits & 32:
@@ -147,5 +162,5 @@ def _decompress(text: str) -> list[int]:
             counts.append(value + counts[-2] if len(counts) > 2 else value)
             value = shift = 0
     if shift:
-        raise ValueError("an RLE's compressed counts end within a number")
+        raise ValueError("the compressed counts of an RLE are truncated")
     return counts

@@ -104,7 +104,7 @@ def spoil_mask(mask, name="1/0.png"):
                 source / "photos" / file_name(1), "PNG"
             ),
             {},
-            f"the picture photos/{file_name(1)} has more than 8 bits per channel (I;16): store it with 8",
+            f"photos/{file_name(1)} is a 16-bit image (mode I;16). Convert it to 8 bits per channel.",
         ),
         (spoil_mask(np.zeros((HEIGHT, WIDTH), bool)), {}, "the mask masks/1/0.png is empty"),
         (spoil_mask(np.ones((HEIGHT, WIDTH + 1), bool)), {}, "the mask masks/1/0.png is 41×30, the picture"),
@@ -141,7 +141,7 @@ def test_coco_instances_that_do_not_fit(source):
         f"sentences.csv:5: image 2 of coco.json is 41×30, the picture {file_name(2)} is 40×30"
     )
     assert told(lambda one: one["annotations"][3].update(segmentation=[[1, 2]])).startswith(
-        "sentences.csv:5: annotation 20 of coco.json: a polygon is not"
+        "sentences.csv:5: annotation 20 of coco.json: a polygon must be"
     )
     assert told(lambda one: one["annotations"][4].update(segmentation=[[0.1, 0.1, 0.2, 0.1, 0.2, 0.2]])).startswith(
         "sentences.csv:7: annotation 21 of coco.json: its mask is empty"

@@ -1,4 +1,4 @@
-"""Samples and loaders: the published preprocessing against plain arithmetic, drawing, sharing, broken pictures."""
+"""Samples and loaders: preprocessing, drawing of sentences, division among processes, shared memory, bad images."""
 
 import collections
 import pickle
@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from bert.tokenization import read_vocabulary
-from data.dataset_refer_bert import ReferDataset, open_image
+from data.dataset_refer_bert import ReferDataset, SharedList, open_image
 from data.image_batches import ImageBatches
 from data.loaders import TrainBatchSampler, build_eval_batches, build_train_loader
-from data.packed import PackedList
-from data.transforms import normalize_images, preprocess_image, preprocess_mask, resize_image
+from data.transforms import normalize_images, preprocess_image, resize_image
 from lib.errors import UserError
+from refer.masks import resize_mask
 from refer.refer import REFER
 
 
@@ -26,38 +26,39 @@ def refer(refshapes_root):
 
 @pytest.fixture
 def make_dataset(refshapes_root, refer):
-    def make(split="val", **how):
+    def make(split="val", **kwargs):
         tokenizer = read_vocabulary(refshapes_root / "refshapes" / "vocab.txt")
-        return ReferDataset(refer, split, tokenizer, **{"img_size": 48, **how})
+        return ReferDataset(refer, split, tokenizer, **{"img_size": 48, **kwargs})
 
     return make
 
 
-def test_preprocessing_to_the_digit():
-    source = np.random.default_rng(0)
-    picture = Image.fromarray(source.integers(0, 256, (37, 53, 3), dtype=np.uint8))
-    got = preprocess_image(picture, 24)
-    resized = np.asarray(picture.resize((24, 24), Image.Resampling.BILINEAR), dtype=np.float32) / 255
-    want = (resized - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
-    assert (got.dtype, got.shape) == (torch.float32, (3, 24, 24))
-    assert np.abs(got.numpy() - want.transpose(2, 0, 1)).max() < 1e-6
-    mask = source.integers(0, 2, (37, 53), dtype=np.uint8)
-    got = preprocess_mask(mask, 24)
-    assert got.dtype == torch.uint8
-    assert np.array_equal(got.numpy(), np.asarray(Image.fromarray(mask).resize((24, 24), Image.Resampling.NEAREST)))
+def test_preprocessing_equals_numpy_arithmetic():
+    generator = np.random.default_rng(0)
+    image = Image.fromarray(generator.integers(0, 256, (37, 53, 3), dtype=np.uint8))
+    actual = preprocess_image(image, 24)
+    resized = np.asarray(image.resize((24, 24), Image.Resampling.BILINEAR), dtype=np.float32) / 255
+    expected = (resized - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+    assert (actual.dtype, actual.shape) == (torch.float32, (3, 24, 24))
+    assert np.abs(actual.numpy() - expected.transpose(2, 0, 1)).max() < 1e-6
+    mask = generator.integers(0, 2, (37, 53), dtype=np.uint8)
+    assert resize_mask(mask, 24).dtype == np.uint8
+    expected = np.asarray(Image.fromarray(mask).resize((24, 24), Image.Resampling.NEAREST))
+    assert np.array_equal(resize_mask(mask, 24), expected)
 
 
 @pytest.mark.parametrize("draw_sentences", [False, True])
-def test_a_sample_is_what_the_files_say(make_dataset, refer, draw_sentences):
+def test_a_sample_equals_the_files(make_dataset, refer, draw_sentences):
     dataset = make_dataset(draw_sentences=draw_sentences)
     index = len(dataset) // 2
     sample, expression = dataset[index], dataset.expressions[dataset.expression_of(index)]
     ref = refer.loadRefs(expression.ref_id)[0]
     assert (expression.ann_id, expression.image_id) == (ref["ann_id"], ref["image_id"])
-    picture = open_image(refer.get_image_path(ref["image_id"]))
-    assert torch.equal(sample["image"], resize_image(picture, 48))
-    assert torch.equal(normalize_images(sample["image"]), preprocess_image(picture, 48))
-    assert torch.equal(sample["mask"], preprocess_mask(refer.getMask(ref)["mask"], 48))
+    image = open_image(refer.get_image_path(ref["image_id"]))
+    assert torch.equal(sample["image"], resize_image(image, 48))
+    assert torch.equal(normalize_images(sample["image"]), preprocess_image(image, 48))
+    assert np.array_equal(sample["mask"].numpy(), resize_mask(refer.getMask(ref)["mask"], 48))
+    assert sample["mask"].dtype == torch.uint8
     assert expression.sentence in [sentence["raw"] for sentence in ref["sentences"]]
     vocabulary = (refer.instances_path.parent / "vocab.txt").read_text().splitlines()
     words = [vocabulary[i] for i in sample["input_ids"][sample["attention_mask"] == 1]]
@@ -66,7 +67,7 @@ def test_a_sample_is_what_the_files_say(make_dataset, refer, draw_sentences):
     assert sample["index"] == index
 
 
-def test_evaluation_has_every_sentence_and_training_every_ref(make_dataset, refer):
+def test_evaluation_has_a_sample_per_sentence_and_training_one_per_ref(make_dataset, refer):
     refs = refer.loadRefs(refer.getRefIds(split="val"))
     sentences = [(ref["ref_id"], s["sent_id"]) for ref in refs for s in ref["sentences"]]
     assert [(e.ref_id, e.sent_id) for e in make_dataset().expressions] == sentences
@@ -76,7 +77,7 @@ def test_evaluation_has_every_sentence_and_training_every_ref(make_dataset, refe
     assert [drawn.expressions[drawn.expression_of(i)].ref_id for i in range(len(drawn))] == [r["ref_id"] for r in refs]
 
 
-def test_drawing_is_a_function_of_seed_epoch_and_index(make_dataset):
+def test_drawn_sentences_are_a_function_of_seed_epoch_and_index(make_dataset):
     def draws(seed, epoch):
         dataset = make_dataset("train", draw_sentences=True, seed=seed)
         dataset.set_epoch(epoch)
@@ -87,7 +88,7 @@ def test_drawing_is_a_function_of_seed_epoch_and_index(make_dataset):
     assert draws(0, 0) != draws(1, 0)
 
 
-def test_drawing_is_uniform(make_dataset, refer):
+def test_sentences_are_drawn_uniformly(make_dataset, refer):
     dataset = make_dataset("train", draw_sentences=True)
     sizes = [len(ref["sentences"]) for ref in refer.loadRefs(refer.getRefIds(split="train"))]
     index = int(np.argmax(sizes))
@@ -99,17 +100,17 @@ def test_drawing_is_uniform(make_dataset, refer):
     assert min(counts.values()) > 0.75 * 600 / sizes[index]
 
 
-def test_workers_that_already_run_see_the_epoch(make_dataset):
+def test_running_workers_see_a_new_epoch(make_dataset):
     dataset = make_dataset("train", draw_sentences=True)
     loader = torch.utils.data.DataLoader(dataset, batch_size=4, num_workers=1, persistent_workers=True)
     for epoch in (0, 1):
         dataset.set_epoch(epoch)
-        got = torch.cat([batch["input_ids"] for batch in loader]).numpy()
-        want = dataset.input_ids[[dataset.expression_of(i) for i in range(len(dataset))]]
-        assert np.array_equal(got, want)
+        actual = torch.cat([batch["input_ids"] for batch in loader])
+        expected = dataset.input_ids[[dataset.expression_of(i) for i in range(len(dataset))]]
+        assert torch.equal(actual, expected.long())
 
 
-def test_shuffled_sentences_keep_all_but_the_pairing(make_dataset):
+def test_shuffling_only_changes_which_object_a_sentence_belongs_to(make_dataset):
     plain, shuffled = make_dataset(), make_dataset(shuffle_sentences=True)
     assert sorted(e.sentence for e in plain.expressions) == sorted(e.sentence for e in shuffled.expressions)
     assert [e[:3] for e in plain.expressions] == [e[:3] for e in shuffled.expressions]
@@ -118,14 +119,13 @@ def test_shuffled_sentences_keep_all_but_the_pairing(make_dataset):
     assert list(make_dataset(shuffle_sentences=True).expressions) == list(shuffled.expressions)
 
 
-def batches_of(dataset, batch_size, *, rank=0, world_size=1, **how):
-    device = torch.device("cpu")
-    how = {"batch_size": batch_size, "workers": 0, "rank": rank, "world_size": world_size, **how}
-    return list(build_eval_batches(dataset, device, **how))
+def batches_of(dataset, batch_size, *, rank=0, world_size=1, **kwargs):
+    kwargs = {"batch_size": batch_size, "workers": 0, "rank": rank, "world_size": world_size, **kwargs}
+    return list(build_eval_batches(dataset, torch.device("cpu"), **kwargs))
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (3, 2), (8, 3), (1000, 2)])
-def test_each_expression_is_in_one_processs_share_and_images_are_not_divided(make_dataset, batch_size, world_size):
+def test_each_expression_is_evaluated_by_one_process_and_images_are_not_divided(make_dataset, batch_size, world_size):
     dataset = make_dataset()
     shares = [batches_of(dataset, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
     batches = [batch["index"].tolist() for share in shares for batch in share]
@@ -247,100 +247,113 @@ def test_too_few_training_samples_for_one_step(make_dataset):
     )
 
 
-def test_missing_pictures_are_found_at_once(make_dataset, tmp_path):
+def test_missing_images_are_reported_before_the_first_sample(make_dataset, tmp_path):
     dataset = make_dataset()
     dataset.check_images()
-    gone = {dataset.image_path(0), dataset.image_path(len(dataset) - 1)}
+    missing = {dataset.image_path(0), dataset.image_path(len(dataset) - 1)}
     for path in dataset.image_dir.iterdir():
-        if path not in gone:
+        if path not in missing:
             (tmp_path / path.name).symlink_to(path)
     dataset.image_dir = tmp_path
-    with pytest.raises(UserError, match=r"2 of the 7 pictures of split val are missing, .*\.jpg for one"):
+    with pytest.raises(UserError, match=r"2 of the 7 images of split val are missing, for example .*\.jpg\. See"):
         dataset.check_images()
 
 
-def test_broken_pictures_are_named(tmp_path, make_dataset):
-    picture = tmp_path / "broken.jpg"
-    with pytest.raises(UserError, match=r"no picture .*broken\.jpg"):
-        open_image(picture)
-    Image.effect_noise((64, 64), 50).convert("RGB").save(picture)
-    whole = picture.read_bytes()
-    for content in (b"", b"not a picture", whole[: len(whole) // 2]):
-        picture.write_bytes(content)
-        with pytest.raises(UserError, match=r"broken\.jpg can't be decoded"):
-            open_image(picture)
+def test_missing_and_corrupt_images_are_named(tmp_path):
+    path = tmp_path / "corrupt.jpg"
+    with pytest.raises(UserError, match=r"^No such image: .*corrupt\.jpg\. See refer/README\.md"):
+        open_image(path)
+    Image.effect_noise((64, 64), 50).convert("RGB").save(path)
+    whole = path.read_bytes()
+    for content in (b"", b"not an image", whole[: len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"^Cannot decode image .*corrupt\.jpg: "):
+            open_image(path)
 
 
-def test_a_picture_of_another_size_is_named(tmp_path, make_dataset):
+def test_an_image_that_does_not_have_the_size_in_its_annotation(tmp_path, make_dataset):
     dataset = make_dataset()
     other = tmp_path / dataset.image_path(0).name
     Image.new("RGB", (11, 13)).save(other)
     dataset.image_dir = tmp_path
-    with pytest.raises(UserError, match=rf"{other.name} is 11×13, but its annotation says"):
+    with pytest.raises(UserError, match=rf"{other.name} is 11×13, but its annotation says \d+×\d+"):
         dataset[0]
 
 
-def test_grey_and_transparent_pictures_become_rgb(tmp_path):
+def test_gray_transparent_and_cmyk_images_are_converted_to_rgb(tmp_path):
     for mode in ("L", "RGBA", "P", "CMYK", "LA"):
-        Image.new(mode, (5, 4)).save(tmp_path / "picture.tiff")
-        assert open_image(tmp_path / "picture.tiff").mode == "RGB"
+        Image.new(mode, (5, 4)).save(tmp_path / "image.tiff")
+        assert open_image(tmp_path / "image.tiff").mode == "RGB"
 
 
-@pytest.mark.parametrize(("kind", "mode"), [(np.uint16, "I;16"), (np.float32, "F")])
-def test_pictures_of_more_than_8_bits_are_refused(tmp_path, kind, mode):
-    """Pillow would cut them off at 255: nearly all white, or nearly all black."""
-    Image.fromarray(np.linspace(0, 1, 80).reshape(8, 10).astype(kind)).save(tmp_path / "deep.tiff")
-    with pytest.raises(UserError, match=rf"deep\.tiff has more than 8 bits per channel \({mode}\): store it with 8"):
-        open_image(tmp_path / "deep.tiff")
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(np.uint16, "16-bit image (mode I;16)"), (np.float32, "32-bit image (mode F)")]
+)
+def test_images_of_more_than_8_bits_are_refused(tmp_path, dtype, kind):
+    """Pillow would clip them at 255: nearly all white, or nearly all black."""
+    path = tmp_path / "deep.tiff"
+    Image.fromarray(np.linspace(0, 1, 80).reshape(8, 10).astype(dtype)).save(path)
+    with pytest.raises(UserError) as caught:
+        open_image(path)
+    assert str(caught.value) == f"{path} is a {kind}. Convert it to 8 bits per channel."
 
 
-def test_packed_records_are_what_was_packed():
-    records = [(), (1, -(2**70), 0.1, float("inf"), None, True), ("naïve", [[1, 2.5], {"counts": "a\0b"}])]
-    packed = PackedList(records, list)
-    assert list(packed) == [list(record) for record in records]
-    assert [packed[0], packed[1], packed[-1]] == [list(record) for record in records]
-    assert len(packed) == 3
-    for beyond in (3, -4):
+def test_shared_list():
+    items = [(), (1, -(2**70), 0.1, float("inf"), None, True), ("naïve", [[1, 2.5], {"counts": "a\0b"}])]
+    shared = SharedList(items)
+    assert list(shared) == items
+    assert [shared[0], shared[1], shared[-1]] == items
+    assert len(shared) == 3
+    for index in (3, -4):
         with pytest.raises(IndexError):
-            packed[beyond]
-    assert list(PackedList([], list)) == []
-    with pytest.raises(ValueError, match="unmarshal"):
-        PackedList([[object()]], list)
+            shared[index]
+    assert list(SharedList([])) == []
+
+
+def tensors_of(value):
+    """All tensors in an object's attributes."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return (
+        [tensor for attribute in vars(value).values() for tensor in tensors_of(attribute)]
+        if hasattr(value, "__dict__")
+        else []
+    )
 
 
 def test_workers_share_annotations_and_tokens(make_dataset):
-    """Neither a forked worker nor a started one gets a copy: all that grows with the split is in shared tensors."""
+    """Everything that grows with the split is in shared tensors, for forked and for newly started workers."""
     dataset = make_dataset("train", draw_sentences=True)
-    alone = [dataset[index] for index in range(3)]
-    sent = bytes(ForkingPickler.dumps(dataset))  # what a started worker is sent: tensors as handles of shared memory
-    tensors = [value for one in (dataset, dataset.expressions, dataset._targets) for value in vars(one).values()]
-    tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
+    samples = [dataset[index] for index in range(3)]
+    pickled = bytes(ForkingPickler.dumps(dataset))  # sent to a new worker; contains handles instead of tensors
+    tensors = tensors_of(dataset)
     assert all(tensor.is_shared() for tensor in tensors)
     assert sum(tensor.numel() for tensor in tensors) > 20_000
-    assert len(sent) < 4_000
-    again = pickle.loads(sent)
-    again.set_epoch(1)
-    dataset.set_epoch(0)
-    assert int(again._epoch) == 0  # the same memory
-    for index, sample in enumerate(alone):
-        assert all(torch.equal(value, again[index][name]) for name, value in sample.items())
+    assert len(pickled) < 4_000
+    in_worker = pickle.loads(pickled)
+    for index, sample in enumerate(samples):
+        assert all(torch.equal(value, in_worker[index][name]) for name, value in sample.items())
+    for epoch in range(3):
+        dataset.set_epoch(epoch)  # changes the worker's dataset too
+        indices = range(len(dataset))
+        assert [in_worker.expression_of(i) for i in indices] == [dataset.expression_of(i) for i in indices]
 
 
-def test_excluded_images_are_in_no_sample(make_dataset):
+def test_refs_of_excluded_images_are_left_out(make_dataset):
     everything = make_dataset("train", draw_sentences=True)
-    gone = {everything.expressions[0].image_id, everything.expressions[-1].image_id}
-    rest = make_dataset("train", draw_sentences=True, excluded_images=gone)
-    kept = [expression for expression in everything.expressions if expression.image_id not in gone]
+    excluded = {everything.expressions[0].image_id, everything.expressions[-1].image_id}
+    rest = make_dataset("train", draw_sentences=True, excluded_images=excluded)
+    kept = [expression for expression in everything.expressions if expression.image_id not in excluded]
     assert list(rest.expressions) == kept
     assert 0 < len(rest) == len({expression.ref_id for expression in kept}) < len(everything)
     ref_ids = [everything.expressions[everything.expression_of(index)].ref_id for index in range(len(everything))]
     assert torch.equal(rest[0]["mask"], everything[ref_ids.index(kept[0].ref_id)]["mask"])
 
 
-def test_a_segmentation_beyond_all_bounds_is_refused(make_dataset, refer):
+def test_a_segmentation_that_is_nested_too_deeply(make_dataset, refer):
     nested = []
     for _ in range(5000):
         nested = [nested]
     refer.refToAnn[refer.getRefIds(split="val")[0]]["segmentation"] = nested
-    with pytest.raises(UserError, match=r"instances\.json: an annotation's segmentation is no list of polygons"):
+    with pytest.raises(UserError, match=r"instances\.json: the segmentation of an annotation is nested too deeply"):
         make_dataset()

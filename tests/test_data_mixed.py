@@ -1,4 +1,4 @@
-"""Training on several datasets: their union, without a picture that any of them is evaluated on."""
+"""Training on the union of several datasets without any image of their evaluation splits."""
 
 import json
 import pickle
@@ -17,7 +17,7 @@ from refer.refer import REFER
 
 @pytest.fixture(scope="module")
 def root(refshapes_root, tmp_path_factory):
-    """Two sets of the same pictures, which they divide differently: some of `other`'s train is `refshapes`' testA."""
+    """Two datasets that divide the same images differently: `refshapes`' testA is in `other`'s train split."""
     root = tmp_path_factory.mktemp("mixed")
     (root / "refshapes").symlink_to(refshapes_root / "refshapes")
     (root / "other").mkdir()
@@ -35,61 +35,65 @@ def root(refshapes_root, tmp_path_factory):
 
 
 @pytest.fixture
-def make(root):
+def make_train(root):
     tokenizer = read_vocabulary(root / "refshapes" / "vocab.txt")
 
-    def make_train(refer, excluded_images=()):
-        how = {"img_size": 48, "draw_sentences": True}
-        return ReferDataset(refer, "train", tokenizer, excluded_images=excluded_images, **how)
+    def make(refer, excluded_images=()):
+        kwargs = {"img_size": 48, "draw_sentences": True, "excluded_images": excluded_images}
+        return ReferDataset(refer, "train", tokenizer, **kwargs)
 
-    return make_train
+    return make
 
 
-def names_of_pictures(dataset):
+def image_files(dataset):
     return {dataset.image_path(index).resolve() for index in range(len(dataset))}
 
 
-def test_no_evaluation_picture_is_trained_on(root, make):
+def test_no_image_of_an_evaluation_split_is_in_training(root, make_train):
     refers = [REFER(root, "refshapes"), REFER(root, "other", "own")]
     evaluated = {
         refer.get_image_path(ref["image_id"]).resolve()
         for refer in refers for ref in refer.data["refs"] if ref["split"] in ("val", "testA", "testB", "test")
     }  # fmt: skip
-    overlapping = [names_of_pictures(make(refer)) & evaluated for refer in refers]
-    assert [len(pictures) for pictures in overlapping] == [4, 10]  # else there were nothing to remove
-    mixed, proof = mix(refers, make)
-    shown = set().union(*map(names_of_pictures, mixed.datasets))
-    assert shown
-    assert not shown & evaluated
-    assert (proof.trained, proof.evaluated, proof.in_both) == (20, 17, 0)
-    assert [(part.images, part.removed_images) for part in proof.parts] == [(20, 4), (20, 10)]
-    for part, refer, dataset in zip(proof.parts, refers, mixed.datasets, strict=True):
-        whole = make(refer)
-        assert (part.refs, part.expressions) == (len(dataset), len(dataset.expressions))
-        assert (part.refs + part.removed_refs, part.expressions + part.removed_expressions) == (
-            len(whole), len(whole.expressions)
-        )  # fmt: skip
-    assert proof.lines()[-1].startswith("20 pictures are trained on, 17 are in an evaluation split, 0 are in both (")
-    assert "other (own)" in proof.lines()[2]
+    overlapping = [image_files(make_train(refer)) & evaluated for refer in refers]
+    assert [len(files) for files in overlapping] == [4, 10]  # otherwise there would be nothing to remove
+    mixed, report = mix(refers, make_train)
+    trained = set().union(*map(image_files, mixed.datasets))
+    assert trained
+    assert not trained & evaluated
+    assert (report.trained, report.evaluated, report.in_both) == (20, 17, 0)
+    assert [(part.kept.images, part.removed.images) for part in report.parts] == [(20, 4), (20, 10)]
+    for part, refer, dataset in zip(report.parts, refers, mixed.datasets, strict=True):
+        whole = make_train(refer)
+        assert part.kept[:2] == (len(dataset), len(dataset.expressions))
+        assert part.removed[:2] == (len(whole) - len(dataset), len(whole.expressions) - len(dataset.expressions))
+    assert report.lines()[-1].startswith("20 images are in training, 17 in an evaluation split, 0 in both (")
+    head, _, other = (line.split() for line in report.lines()[:3])
+    assert head == ["dataset", "refs", "removed", "expressions", "removed", "images", "removed"]
+    assert other[:2] + other[-2:] == ["other", "(own)", "20", "10"]
 
 
-def test_samples_are_those_of_the_parts(root, make):
-    mixed, _ = mix([REFER(root, "refshapes"), REFER(root, "other", "own")], make)
+def test_samples_equal_those_of_the_single_datasets(root, make_train):
+    mixed, _ = mix([REFER(root, "refshapes"), REFER(root, "other", "own")], make_train)
     first, second = mixed.datasets
     assert len(mixed) == len(first) + len(second)
     for epoch in (0, 1):
         mixed.set_epoch(epoch)
-        for index, (part, own) in {0: (first, 0), len(first): (second, 0), len(mixed) - 1: (second, -1)}.items():
-            sample, want = mixed[index], part[range(len(part))[own]]
+        for index, dataset, local in (
+            (0, first, 0),
+            (len(first), second, 0),
+            (len(mixed) - 1, second, len(second) - 1),
+        ):
+            sample, expected = mixed[index], dataset[local]
             assert int(sample.pop("index")) == index
-            assert all(torch.equal(value, want[name]) for name, value in sample.items())
+            assert all(torch.equal(value, expected[name]) for name, value in sample.items())
     second.image_dir = root / "nowhere"
-    with pytest.raises(UserError, match=r"20 of the 20 pictures of split train are missing"):
+    with pytest.raises(UserError, match=r"20 of the 20 images of split train are missing"):
         mixed.check_images()
 
 
-def test_which_pictures_are_the_same(root, tmp_path):
-    """By file, through links too, or by the COCO number in the name; not by another name they happen to share."""
+def test_images_are_equal_by_file_or_by_coco_number(root, tmp_path):
+    """Links are followed. Other equal names in two folders do not make images equal."""
 
     def keys(name, own_images, *file_names):
         folder = tmp_path / name
@@ -121,13 +125,13 @@ def test_every_split_but_train_is_an_evaluation_split(root):
     assert evaluation_images(refer) == images["val"] | images["testA"] | images["testB"]
 
 
-def test_train_py_trains_on_the_union_and_logs_the_proof(root, small_config, tmp_path, run_here):
+def test_train_py_logs_the_mixture(root, small_config, tmp_path, run_here):
     flags = ["--cfg", small_config, "--refer_data_root", root, "--dataset", "refshapes, other", "--steps", "2",
              "--bert_tokenizer", root / "refshapes/vocab.txt", "--output-dir", tmp_path / "checkpoints"]  # fmt: skip
     done = run_here("train.py", *flags, "--model_id", "mix", "--log_dir", tmp_path / "models", check=True)
     log = (tmp_path / "models/mix/train.log").read_text()
     for text in (done.err, log):
-        assert "20 pictures are trained on, 17 are in an evaluation split, 0 are in both" in text
+        assert "20 images are in training, 17 in an evaluation split, 0 in both" in text
         assert next(line for line in text.splitlines() if "other (own)" in line).split()[-2:] == ["20", "10"]
     assert "are in train too" not in log
     config = (tmp_path / "models/mix/config.yaml").read_text()
@@ -136,13 +140,13 @@ def test_train_py_trains_on_the_union_and_logs_the_proof(root, small_config, tmp
 
     run = tmp_path / "checkpoints/mix/last.pth"
     more = run_here("train.py", "--resume", run, "--steps", "3", "--log_dir", tmp_path / "models", check=True)
-    assert "0 are in both" in more.err
-    told = run_here("test.py", "--resume", run, "--dataset", "refshapes,other", "--refer_data_root", root)
-    assert (told.status, told.err.count("\n")) == (2, 1)
-    assert "'refshapes,other' names several datasets: give one here" in told.err
+    assert "0 in both" in more.err
+    failed = run_here("test.py", "--resume", run, "--dataset", "refshapes,other", "--refer_data_root", root)
+    assert (failed.status, failed.err.count("\n")) == (2, 1)
+    assert "'refshapes,other' names several datasets: give one here" in failed.err
 
 
-def test_a_split_system_that_leaks_is_told(root, small_config, tmp_path, run_here):
+def test_train_py_warns_if_evaluation_images_are_in_train(root, small_config, tmp_path, run_here):
     refs = REFER(root, "refshapes").data["refs"]
     one = next(ref for ref in refs if ref["split"] == "train")
     one["split"] = "val"
@@ -157,7 +161,7 @@ def test_a_split_system_that_leaks_is_told(root, small_config, tmp_path, run_her
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--dataset", "refshapes,refshapes"], "names a dataset twice"),
         (["--dataset", "refshapes,other", "--splitBy", "unc"], "names 2 dataset\\(s\\); give a split system for each"),
@@ -171,16 +175,16 @@ def test_a_split_system_that_leaks_is_told(root, small_config, tmp_path, run_her
         ),
     ],
 )
-def test_mistakes(root, small_config, tmp_path, run_here, flags, told):
+def test_mistakes(root, small_config, tmp_path, run_here, flags, message):
     done = run_here("train.py", "--cfg", small_config, "--refer_data_root", root, "--output-dir", tmp_path, *flags)
     assert done.status == 2
     assert done.err.count("\n") == 1
-    assert re.search(told, done.err), done.err
+    assert re.search(message, done.err), done.err
 
 
 @pytest.mark.parametrize("form", ["{}.png", "{:012d}.jpg"])
-def test_copies_under_other_names_are_the_same_pictures(root, make, tmp_path, form):
-    """Two sets that were made of the same photos, each with copies of its own; some are called as COCO calls its."""
+def test_copies_of_an_image_under_other_names_are_recognized(root, make_train, tmp_path, form):
+    """Two datasets made of the same images, each with its own copies; in one case with names like COCO's."""
     (tmp_path / "refshapes").symlink_to(root / "refshapes")
     folder = tmp_path / "copied"
     (folder / "images").mkdir(parents=True)
@@ -191,13 +195,13 @@ def test_copies_under_other_names_are_the_same_pictures(root, make, tmp_path, fo
         shutil.copy(root / "refshapes" / "images" / image["file_name"], folder / "images" / name)
         image["file_name"] = name
     (folder / "instances.json").write_text(json.dumps(instances))
-    _, proof = mix([REFER(tmp_path, "refshapes"), REFER(tmp_path, "copied", "own")], make)
-    assert (proof.trained, proof.evaluated, proof.in_both) == (20, 17, 0)
-    assert [(part.images, part.removed_images) for part in proof.parts] == [(20, 4), (20, 10)]
+    _, report = mix([REFER(tmp_path, "refshapes"), REFER(tmp_path, "copied", "own")], make_train)
+    assert (report.trained, report.evaluated, report.in_both) == (20, 17, 0)
+    assert [(part.kept.images, part.removed.images) for part in report.parts] == [(20, 4), (20, 10)]
 
 
-def test_only_numbers_in_both_sets(root, make, tmp_path):
-    """Two ways to number the same photos; and evaluated pictures that aren't there are told, as nobody can compare."""
+def test_two_datasets_that_number_the_same_images_differently(root, make_train, tmp_path):
+    """The contents are compared, and evaluation images whose files are missing are reported."""
     for name, first in (("refshapes", 0), ("copied", 500)):
         folder = tmp_path / name
         (folder / "images").mkdir(parents=True)
@@ -210,17 +214,17 @@ def test_only_numbers_in_both_sets(root, make, tmp_path):
         for refs in (root / whose).glob("refs(*).p"):
             shutil.copy(refs, folder)
     refers = [REFER(tmp_path, "refshapes"), REFER(tmp_path, "copied", "own")]
-    _, proof = mix(refers, make)
-    assert (proof.trained, proof.evaluated, proof.in_both, proof.by_name_only) == (20, 17, 0, 0)
-    assert "aren't there" not in "".join(proof.lines())
+    _, report = mix(refers, make_train)
+    assert (report.trained, report.evaluated, report.in_both, report.by_name_only) == (20, 17, 0, 0)
+    assert len(report.lines()) == 4
     for image_id in list(evaluation_images(refers[0]))[:3]:
         refers[0].get_image_path(image_id).unlink()
-    _, proof = mix(refers, make)
-    assert proof.by_name_only == 3
-    assert proof.lines()[-1].startswith("but 3 of those evaluated aren't there: copies of them")
+    _, report = mix(refers, make_train)
+    assert report.by_name_only == 3
+    assert report.lines()[-1].startswith("The files of 3 evaluation images are missing")
 
 
-def test_nothing_left_to_train_on(root, make, tmp_path):
+def test_no_training_image_is_left(root, make_train, tmp_path):
     (tmp_path / "refshapes").symlink_to(root / "refshapes")
     refs = REFER(root, "refshapes").data["refs"]
     for name, train in (("refshapes", True), ("swapped", False)):
@@ -232,5 +236,7 @@ def test_nothing_left_to_train_on(root, make, tmp_path):
         (folder / "refs(unc).p").write_bytes(
             pickle.dumps([{**ref, "split": "train" if (ref["split"] == "train") is train else "val"} for ref in refs])
         )
-    with pytest.raises(UserError, match=r"nothing is left to train on: .* refshapes \(unc\) and swapped \(unc\) is in"):
-        mix([REFER(tmp_path, "refshapes"), REFER(tmp_path, "swapped")], make)
+    with pytest.raises(
+        UserError, match=r"^No training image is left: all .* refshapes \(unc\) and swapped \(unc\) are in"
+    ):
+        mix([REFER(tmp_path, "refshapes"), REFER(tmp_path, "swapped")], make_train)

@@ -182,7 +182,7 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
     entries = json.loads((tmp_path / "table" / "table.json").read_text(encoding="utf-8"))
     assert [entry["title"] for entry in entries] == [row.title for row in PUBLISHED]
     assert [entry["ours"] is not None for entry in entries] == [True, True] + [False] * 4 + [True, False]
-    assert "1 of the 3 pictures of split testB are missing" in entries[2]["not_measured"]
+    assert "1 of the 3 images of split testB are missing" in entries[2]["not_measured"]
     assert "refs(unc).p is missing" in entries[3]["not_measured"]
     assert entries[0]["difference"]["oIoU"] == entries[0]["ours"]["oIoU"] - 73.44
     assert f"{entries[1]['ours']['mIoU']:.2f}" in done.out
@@ -201,7 +201,7 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
     picture.write_bytes(picture.read_bytes()[:60])
     (tmp_path / "table" / "refcoco_unc_val.jsonl").unlink()
     damaged = run_here(*flags, "--dataset", "refcoco", check=True)
-    assert f"RefCOCO val: the picture {picture} can't be decoded" in damaged.out
+    assert f"RefCOCO val: Cannot decode image {picture}" in damaged.out
     assert " ours " in damaged.out
 
 
@@ -215,7 +215,7 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
         (["--resume", "{best}", "--ddp_trained_weights"], "don't begin with module."),
         (["--resume", "{best}", "DATA", "--refer_data_root", "{tmp}", "--bert_tokenizer", "{data}/refshapes"],
          "refs(unc).p is missing"),
-        (["--resume", "{best}", "DATA", "--split", "val,tset"], "no split 'tset'"),
+        (["--resume", "{best}", "DATA", "--split", "val,tset"], "No split 'tset'"),
         (["--resume", "{best}", "DATA", "--json", "{tmp}/torn.pth/x.json"], "can't write"),
         (["--resume", "{best}", "DATA", "--predictions", "{tmp}"], "it is a folder"),
         (["--resume", "{best}", "DATA", "--bert_tokenizer", "{tmp}/other"], "another one (99 tokens"),
@@ -243,7 +243,7 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
         (["--resume", "{best}", "DATA", "--image", "no.jpg", "--sentence", "a", "--out", "o.png"],
          "--image no.jpg: no such file"),
         (["--resume", "{best}", "DATA", "--image", "{tmp}/torn.pth", "--sentence", "a", "--out", "o.png"],
-         "torn.pth can't be decoded"),
+         "Cannot decode image {tmp}/torn.pth"),
         (["--resume", "{best}", "DATA", "--image", "{tmp}/torn.pth", "--sentence", "a", "--out", "o.jpg"],
          "o.jpg: must end in .png"),
         (["--resume", "{best}", "DATA", "--image", "{tmp}/a.png", "--sentence", "a", "--out", "{tmp}/a.png"],

@@ -141,7 +141,7 @@ def test_masks_that_do_not_fit_the_annotations(run_rescore, tmp_path, data_root)
     moved, _ = write_masks(tmp_path / "d.jsonl")
     moved.write_text(moved.read_text().replace('"image_id": 11', '"image_id": 12'))
     check_message(r"100 has a mask of 16×16 pixels on image 12, but .* on image 11 with 16×16 pixels", moved)
-    check_message("no ref 5 in", write_results(tmp_path / "e.jsonl", [("val", 5, 11, 1, "dog", 1, 2)]))
+    check_message("No ref 5 in", write_results(tmp_path / "e.jsonl", [("val", 5, 11, 1, "dog", 1, 2)]))
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from benchmarks.fuzz_json import json_kinds
 from benchmarks.fuzz_pickles import behind_a_frame, colliding, pickle_kinds, pickles
 from benchmarks.fuzz_sets import INSTANCES, MARKER, REFS, realistic_set, small_set
 from lib.errors import UserError
-from refer.annotations import MAX_LONG, MAX_SPLIT
+from refer.annotations import MAX_LONG_INTEGERS, MAX_SPLIT_LENGTH
 from refer.annotations import read_refs as read_refs_right
 from refer.masks import MAX_OUTLINE
 from refer.refer import REFER
@@ -215,7 +215,7 @@ def test_a_program_hidden_by_a_frame_is_refused(tmp_path):
     ends = (len(data) + 6).to_bytes(8, "little")
     path = tmp_path / "refs.p"
     path.write_bytes(b"\x80\x04\x95" + ends + data + b"X\x04\0\0\0thisQ0.")  # the frame ends in "this"
-    with pytest.raises(UserError, match="asks for an object outside the file"):
+    with pytest.raises(UserError, match="refers to an object outside the file"):
         read_refs_right(path)
 
 
@@ -238,29 +238,29 @@ def test_keys_of_one_hash(tmp_path, form):
 
 def test_few_large_integers_are_read(tmp_path):
     refs = small_set()[0]
-    refs[0]["sent_ids"] = [2**70] * MAX_LONG
+    refs[0]["sent_ids"] = [2**70] * MAX_LONG_INTEGERS
     (tmp_path / "refs.p").write_bytes(pickle.dumps(refs, 2))
     assert read_refs_right(tmp_path / "refs.p") == refs
 
 
-@pytest.mark.parametrize("split", ["a\nb", "\x1b[31mred", "../../x", "..\\x", "a" * (MAX_SPLIT + 1), "\u2028"])
+@pytest.mark.parametrize("split", ["a\nb", "\x1b[31mred", "../../x", "..\\x", "a" * (MAX_SPLIT_LENGTH + 1), "\u2028"])
 def test_splits_are_names(tmp_path, split):
     refs = small_set()[0]
     refs[1]["split"] = split
     message = told(tmp_path, refs)
     assert "refs[1] (ref_id 2): split '" in message
-    assert message.endswith(" is not a name")
+    assert message.endswith(" is not a valid name")
 
 
 @pytest.mark.parametrize("name", ["a\nb.jpg", "\x1b[31m.jpg", "../" + "a" * 100_000, "\x85.jpg"])
 def test_file_names_do_not_break_messages(tmp_path, name):
     instances = small_set()[1]
     instances["images"][0]["file_name"] = name
-    assert told(tmp_path, None, instances).endswith(" is not a file below the image folder")
+    assert told(tmp_path, None, instances).endswith(" is not a path below the image folder")
 
 
 def test_long_names_are_cut_in_messages(tmp_path):
-    assert "asks for 'aaa" in told(tmp_path, b"c" + b"a" * 100_000 + b"\nb\n.")
+    assert "Python object 'aaa" in told(tmp_path, b"c" + b"a" * 100_000 + b"\nb\n.")
 
 
 def test_work_on_an_object_is_bounded(tmp_path):
@@ -270,9 +270,9 @@ def test_work_on_an_object_is_bounded(tmp_path):
     square = annotation["segmentation"][0]
     image["width"] = image["height"] = 10_000
     annotation["segmentation"] = [square] * 11
-    assert told(tmp_path, None, instances).endswith("11 polygons and RLEs are too many for a picture of 10000x10000")
+    assert told(tmp_path, None, instances).endswith("11 polygons and RLEs are too many for an image of 10000x10000")
     image["width"] = 10_001
-    assert told(tmp_path, None, instances).endswith("10001x10000 is not a picture's size")
+    assert told(tmp_path, None, instances).endswith("has 10001x10000 pixels. At most 100,000,000 are supported.")
     image["width"] = image["height"] = 640
     annotation["segmentation"] = [[0, 0, 639, 639] * 1000] * 4
-    assert told(tmp_path, None, instances).endswith(f"the polygons' outline is longer than {MAX_OUTLINE} pixels")
+    assert told(tmp_path, None, instances).endswith(f"the outline of the polygons is longer than {MAX_OUTLINE} pixels")

@@ -70,7 +70,7 @@ def test_check_goes_on_after_a_folder_that_is_no_dataset(world, prepare, tmp_pat
     done = prepare("--check", dataset=None, status=2)
     assert "refcoco (unc)" in done.out
     assert "2 things are wrong" in done.err
-    assert f"refs(unc).p is missing: `python -m data.refshapes --root {root}` makes it" in done.err
+    assert f"refs(unc).p is missing. Run `python -m data.refshapes --root {root}`." in done.err
     (root / "refshapes" / "instances.json").unlink()
     assert "half has no refs(<splitBy>).p" in prepare("--check", dataset=None, status=2).err
 

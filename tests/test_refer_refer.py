@@ -1,4 +1,4 @@
-"""refer.refer: what the annotation files say is what comes out. Every test writes its own files."""
+"""refer.refer: indexes, filters, boxes and masks of annotation files that the tests write themselves."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from refer_sets import HUGE, SHIFTED, SQUARE, H, W, box_mask, make_instances, ma
 from lib.errors import MissingFileError, UserError
 from refer.refer import REFER
 
-# ---- what comes out ----
+# ---- records ----
 
 
 def test_indexes_and_records(tmp_path):
@@ -71,9 +71,9 @@ def test_load(tmp_path):
     ):
         with pytest.raises(UserError) as caught:
             load([777])
-        assert str(caught.value) == f"no {name} 777 in {path}"
+        assert str(caught.value) == f"No {name} 777 in {path}."
     for bad in ("20", 20.0, True, None, [[20]]):
-        with pytest.raises(UserError, match="ids are integers, not"):
+        with pytest.raises(UserError, match="Ids must be integers, not"):
             refer.getRefIds(ref_ids=bad)
 
 
@@ -87,7 +87,7 @@ def test_box_and_image_path(tmp_path):
         tmp_path / "refshapes/images/COCO_train2014_000000000001.jpg"
     )
     for call in (refer.get_image_path, refer.getRefBox, refer.getMask):
-        with pytest.raises(UserError, match=r"no (image|ref) 777 in "):
+        with pytest.raises(UserError, match=r"No (image|ref) 777 in "):
             call(777)
 
 
@@ -98,7 +98,7 @@ def test_malformed_box(tmp_path, box):
     _, path = write(tmp_path, instances=instances)
     with pytest.raises(UserError) as caught:
         REFER(tmp_path).getRefBox(50)
-    assert str(caught.value) == f"{path}: annotation 105 of ref 50: bbox is not four numbers [x, y, w, h]"
+    assert str(caught.value) == f"{path}: annotation 105 of ref 50: bbox must be four numbers [x, y, w, h]"
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_absent_split(tmp_path, split):
     refer = REFER(tmp_path)
     with pytest.raises(UserError) as caught:
         refer.getRefIds(split=split)
-    assert str(caught.value) == f"no split {split!r} in {path}: it has train, val, testA, testB"
+    assert str(caught.value) == f"No split {split!r} in {path}. It has train, val, testA, testB."
 
 
 # ---- masks ----
@@ -154,15 +154,15 @@ def test_overlapping_polygons(tmp_path):
     assert paper["mask"].dtype == np.uint8
     assert paper["mask"].shape == (H, W)
     assert type(paper["area"]) is int
-    with pytest.raises(UserError, match="unknown mask mode 'hole': choose one of paper, union"):
+    with pytest.raises(UserError, match=r"Unknown mask mode 'hole'\. Choose one of paper, union"):
         refer.getMask(50, mode="hole")
     for ref in ({}, {"ref_id": "50"}, {"ref_id": [50, 10]}, None):
-        with pytest.raises(UserError, match="ids are integers"):
+        with pytest.raises(UserError, match="Ids must be integers"):
             refer.getMask(ref)
 
 
-def test_many_parts_do_not_wrap_around(tmp_path):
-    """257 layers: a sum in uint8 would be 1 again."""
+def test_more_parts_than_fit_into_uint8(tmp_path):
+    """A sum of 257 layers in uint8 would be 1."""
     refer = with_segmentation(tmp_path, [SQUARE] * 257)
     assert refer.getMask(50)["area"] == 0
     assert refer.getMask(50, "union")["area"] == 100
@@ -176,8 +176,8 @@ def runs(mask):
 
 @pytest.mark.parametrize("density", [0.0, 0.1, 0.5, 0.99, 1.0])
 @pytest.mark.parametrize("shape", [(H, W), (480, 640)])
-def test_run_lengths_in_all_forms(tmp_path, density, shape):
-    """The compressed strings are pycocotools' own; the large pictures have runs of several characters."""
+def test_all_forms_of_run_lengths(tmp_path, density, shape):
+    """The compressed strings are encoded by pycocotools; the runs of large images take several characters."""
     rng = np.random.default_rng(0)
     coarse = rng.random((shape[0] // 4, shape[1] // 10)) < density
     mask = np.kron(coarse, np.ones((4, 10), int)).astype(np.uint8)
@@ -202,18 +202,18 @@ def test_run_lengths_in_all_forms(tmp_path, density, shape):
     np.testing.assert_array_equal(refer.getMask(20, "union")["mask"], mask | half)
 
 
-POLYGON, NEAR = "a polygon is not a list of three or more", "coordinate is not a number near the 30x20 picture"
-SIZE, COUNTS = "an RLE's size is not the picture's [20, 30]", "an RLE's counts are not run lengths"
-DAMAGED, WITHIN = "an RLE's compressed counts are damaged", "an RLE's compressed counts end within a number"
+POLYGON, NEAR = "a polygon must be a list of at least three", "coordinate that is not a number near the 30x20 image"
+SIZE, COUNTS = "the size of an RLE must be that of the image, [20, 30]", "the counts of an RLE must be run lengths"
+CORRUPT, TRUNCATED = "compressed counts of an RLE are corrupt", "compressed counts of an RLE are truncated"
 
 
 @pytest.mark.parametrize(
-    ("segmentation", "told"),
+    ("segmentation", "message"),
     [
-        (None, "neither a list of polygons nor an RLE"),
-        ([], "neither a list of polygons nor an RLE"),
-        ({}, "neither a list of polygons nor an RLE"),
-        ("oops", "neither a list of polygons nor an RLE"),
+        (None, "segmentation must be a list of polygons or an RLE"),
+        ([], "segmentation must be a list of polygons or an RLE"),
+        ({}, "segmentation must be a list of polygons or an RLE"),
+        ("oops", "segmentation must be a list of polygons or an RLE"),
         (SQUARE, POLYGON),
         ([[]], POLYGON),
         ([[1, 2, 3, 4]], POLYGON),
@@ -229,7 +229,7 @@ DAMAGED, WITHIN = "an RLE's compressed counts are damaged", "an RLE's compressed
         ([[1, 2, 3, 4, 5, -1e300]], NEAR),
         ([[1, 2, 3, 4, HUGE, 6]], NEAR),
         ([[1, 2, 3, 4, 5, 41]], NEAR),
-        ([[0, 0, 29, 19] * 40_000], "outline is longer than"),
+        ([[0, 0, 29, 19] * 40_000], "outline of the polygons is longer than"),
         ({"counts": [600]}, SIZE),
         ({"size": [W, H], "counts": [600]}, SIZE),
         ({"size": [2**40, 2**40], "counts": [2**80]}, SIZE),
@@ -241,34 +241,33 @@ DAMAGED, WITHIN = "an RLE's compressed counts are damaged", "an RLE's compressed
         ({"size": [H, W], "counts": [-1, 601]}, COUNTS),
         ({"size": [H, W], "counts": [601, -1]}, COUNTS),
         ({"size": [H, W], "counts": [HUGE]}, COUNTS),
-        ({"size": [H, W], "counts": []}, "counts sum to 0, not to 20x30"),
-        ({"size": [H, W], "counts": [300, 299]}, "counts sum to 599, not to 20x30"),
-        ({"size": [H, W], "counts": [300, 300, 300]}, "counts sum to 900, not to 20x30"),
-        ([SQUARE, {"size": [H, W], "counts": [1]}], "counts sum to 1, not to 20x30"),
-        ({"size": [H, W], "counts": ""}, "counts sum to 0, not to 20x30"),
-        ({"size": [H, W], "counts": "1"}, "counts sum to 1, not to 20x30"),
-        ({"size": [H, W], "counts": "1 2"}, DAMAGED),
-        ({"size": [H, W], "counts": "1é"}, DAMAGED),
-        ({"size": [H, W], "counts": "o" * 100_000}, DAMAGED),
-        ({"size": [H, W], "counts": "1oo"}, WITHIN),
+        ({"size": [H, W], "counts": []}, "counts of an RLE sum to 0 instead of 20x30"),
+        ({"size": [H, W], "counts": [300, 299]}, "counts of an RLE sum to 599 instead of 20x30"),
+        ({"size": [H, W], "counts": [300, 300, 300]}, "counts of an RLE sum to 900 instead of 20x30"),
+        ([SQUARE, {"size": [H, W], "counts": [1]}], "counts of an RLE sum to 1 instead of 20x30"),
+        ({"size": [H, W], "counts": ""}, "counts of an RLE sum to 0 instead of 20x30"),
+        ({"size": [H, W], "counts": "1"}, "counts of an RLE sum to 1 instead of 20x30"),
+        ({"size": [H, W], "counts": "1 2"}, CORRUPT),
+        ({"size": [H, W], "counts": "1é"}, CORRUPT),
+        ({"size": [H, W], "counts": "o" * 100_000}, CORRUPT),
+        ({"size": [H, W], "counts": "1oo"}, TRUNCATED),
         ({"size": [H, W], "counts": "A"}, COUNTS),  # minus 15
         ({"size": [H, W], "counts": "1111A"}, COUNTS),
         ({"size": [H, W], "counts": "o" * 11 + "0"}, COUNTS),  # about 2**55
     ],
 )
-def test_malformed_segmentation(tmp_path, segmentation, told):
+def test_malformed_segmentation(tmp_path, segmentation, message):
     refer = with_segmentation(tmp_path, segmentation)
     for mode in ("paper", "union"):
         with pytest.raises(UserError) as caught:
             refer.getMask(50, mode)
-        message = str(caught.value)
-        assert message.startswith(f"{refer.instances_path}: annotation 105 of ref 50: ")
-        assert told in message
-        assert len(message.splitlines()) == 1
-    assert refer.getMask(10)["area"] == 100  # the others are as good as before
+        assert str(caught.value).startswith(f"{refer.instances_path}: annotation 105 of ref 50: ")
+        assert message in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+    assert refer.getMask(10)["area"] == 100  # other annotations are not affected
 
 
-def test_polygons_out_of_the_picture_are_cut(tmp_path):
+def test_polygons_are_clipped_at_the_border_of_the_image(tmp_path):
     refer = with_segmentation(tmp_path, [[-30, -20, 60, -20, 60, 40, -30, 40]])
     assert refer.getMask(50)["area"] == H * W
     refer = with_segmentation(tmp_path, [[-20, -10, -5, -10, -5, -5]])
@@ -321,8 +320,7 @@ def test_unknown_names(tmp_path, dataset, splitBy, told):
 )
 def test_missing_files(tmp_path, dataset, splitBy):
     command = {"refshapes": "data.refshapes", "mine": ""}.get(dataset, f"refer.prepare --dataset {dataset}")
-    verb = "makes" if dataset == "refshapes" else "brings"
-    again = " --again" if splitBy == "google" else ""  # the first split system is brought without being told
+    again = " --again" if splitBy == "google" else ""  # refer.prepare installs the first split system by default
     for path in write(tmp_path, dataset=dataset, splitBy=splitBy):
         assert REFER(tmp_path, dataset, splitBy).getRefIds(split="val") == [10]
         content = path.read_bytes()
@@ -333,25 +331,25 @@ def test_missing_files(tmp_path, dataset, splitBy):
             assert str(caught.value).startswith(f"{path.parent} has no refs(<splitBy>).p")
         else:
             flags = f"--root {tmp_path}{again if path.name != 'instances.json' else ''}"
-            remedy = f"`python -m {command} {flags}` {verb} it" if command else "see docs/custom_data.md"
-            assert str(caught.value) == f"{path} is missing: {remedy}"
+            remedy = f"Run `python -m {command} {flags}`." if command else "See docs/custom_data.md."
+            assert str(caught.value) == f"{path} is missing. {remedy}"
             assert isinstance(caught.value, MissingFileError)
         path.write_bytes(content)
 
 
-def test_folder_in_a_files_place(tmp_path):
+def test_a_folder_instead_of_an_annotation_file(tmp_path):
     path, _ = write(tmp_path)
     path.unlink()
     path.mkdir()
     with pytest.raises(UserError) as caught:
         REFER(tmp_path)
-    assert str(caught.value).startswith(f"{path} cannot be read: ")
+    assert str(caught.value).startswith(f"Cannot read {path}: ")
     with pytest.raises(MissingFileError):
         REFER(tmp_path / "refcoco" / "instances.json")
 
 
-def test_an_interrupt_while_a_mask_is_drawn_is_one(tmp_path, monkeypatch):
-    """NumPy's second try hides it behind the first one's error."""
+def test_ctrl_c_while_a_mask_is_drawn(tmp_path, monkeypatch):
+    """NumPy raises the TypeError of its first attempt when the second one is interrupted."""
     refer = with_segmentation(tmp_path, [SQUARE])
 
     def interrupted(_):
@@ -365,8 +363,8 @@ def test_an_interrupt_while_a_mask_is_drawn_is_one(tmp_path, monkeypatch):
         refer.getMask(50)
 
 
-def test_a_dataset_of_ones_own(tmp_path):
-    """Any folder with the two files is a dataset; its pictures are in its own images folder, or are COCO's."""
+def test_custom_dataset(tmp_path):
+    """Any folder with the two files is a dataset. Its images are in its own images folder, or COCO's without one."""
     write(tmp_path, make_refs(), make_instances(), dataset="mine", splitBy="first")
     write(tmp_path, make_refs(), make_instances(), dataset="mine", splitBy="second")
     refer = REFER(tmp_path, "mine", "second")

@@ -387,7 +387,7 @@ def test_what_cannot_be_drawn_is_counted_and_the_first_is_named(tmp_path, run, v
         (["--dataset", ","], "--dataset ',' names no dataset"),
         (
             ["--dataset", "refcocog"],
-            r"refcocog/refs\(umd\)\.p is missing: `python -m refer\.prepare --dataset refcocog",
+            r"refcocog/refs\(umd\)\.p is missing. Run `python -m refer\.prepare --dataset refcocog",
         ),
         (["--max_tokens", "0"], "--max_tokens 0: must be above 0"),
         (["--split_by", "unc"], "unknown flag --split_by; did you mean --splitBy"),

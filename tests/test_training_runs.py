@@ -176,9 +176,9 @@ def test_the_first_error_is_the_one_that_is_told(experiment):
     finally:
         picture.write_bytes(whole)
     assert status != 0
-    assert f"error: the picture {picture} can't be decoded" in told
+    assert f"error: Cannot decode image {picture}" in told
     others = [told.find(line) for line in ("ended, because another", "Traceback", "ChildFailedError")]
-    assert all(at < 0 or at > told.index("can't be decoded") for at in others)
+    assert all(at < 0 or at > told.index("Cannot decode image") for at in others)
 
 
 def test_a_loss_that_blows_up_is_told_with_its_samples(experiment):

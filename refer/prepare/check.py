@@ -22,7 +22,7 @@ def annotation_problems(root: Path, dataset: str, hashes: Hashes) -> tuple[list[
     if not is_there(root, dataset):
         missing = [name for name in wanted_files(root, dataset)[:2] if not (folder / name).is_file()]
         own = dataset not in COCO_DATASETS
-        return [], [f"{folder / name} is missing" + f": {remedy(folder / name)}" * own for name in missing]
+        return [], [f"{folder / name} is missing" + f". {remedy(folder / name)}" * own for name in missing]
     differing = {}
     for name in wanted_files(root, dataset):
         if (folder / name).is_file() and (difference := hashes.difference(f"{dataset}/{name}", folder / name)):
