@@ -1,7 +1,8 @@
-"""Pictures, objects and sentences of one's own, as the tests of data.convert begin with them."""
+"""Images, objects and sentences of a user, as input of data.convert in the tests."""
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +10,15 @@ from commands import run_in_process
 from PIL import Image
 
 from data.convert import __main__ as tool
-from data.convert.__main__ import convert
+from data.convert.dataset import Source, convert
+from data.convert.splits import SplitShares
 
 WIDTH, HEIGHT = 40, 30
 IMAGES = 12  # the last two have no sentence
-BOXES = ((2, 3, 12, 20), (18, 4, 30, 14), (5, 22, 35, 28))  # left, top, right, bottom; of the third nobody speaks
+BOXES = ((2, 3, 12, 20), (18, 4, 30, 14), (5, 22, 35, 28))  # left, top, right, bottom; no sentence has the third one
 TEXTS = (("Bob's red box, left", "the first one"), ("the box at the right",))
+SHARES = SplitShares(val=0.2, test=0.2)
+ONLY_TRAIN = SplitShares(val=0, test=0)
 
 
 def file_name(image_id):
@@ -25,7 +29,7 @@ def annotation_id(image_id, box):
     return 10 * image_id + box
 
 
-def true_mask(box):
+def expected_mask(box):
     left, top, right, bottom = BOXES[box]
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[top:bottom, left:right] = True
@@ -54,10 +58,10 @@ def rows_by_mask(images=range(1, 11)):
 def made_source(tmp_path_factory):
     source = tmp_path_factory.mktemp("own")
     (source / "photos").mkdir()
-    noise = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     images, annotations = [], []
     for i in range(1, IMAGES + 1):
-        pixels = noise.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+        pixels = rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(source / "photos" / file_name(i))
         images.append({"id": i, "file_name": file_name(i), "width": WIDTH, "height": HEIGHT, "license": 3})
         (source / "masks" / str(i)).mkdir(parents=True)
@@ -67,7 +71,7 @@ def made_source(tmp_path_factory):
                 "id": annotation_id(i, box), "image_id": i, "category_id": 7 + box, "segmentation": [polygon],
                 "bbox": [left, top, right - left, bottom - top], "area": 1.5, "iscrowd": 0,
             })  # fmt: skip
-            Image.fromarray(true_mask(box)).save(source / "masks" / str(i) / f"{box}.png")
+            Image.fromarray(expected_mask(box)).save(source / "masks" / str(i) / f"{box}.png")
     categories = [{"id": 7 + box, "name": f"box {box}", "supercategory": "boxes"} for box in range(len(BOXES))]
     instances = {"images": images, "annotations": annotations, "categories": categories}
     (source / "coco.json").write_text(json.dumps(instances))
@@ -76,7 +80,7 @@ def made_source(tmp_path_factory):
 
 @pytest.fixture
 def source(made_source, tmp_path, monkeypatch):
-    """The material in the current folder."""
+    """A copy of the user's files, which is the current folder."""
     folder = shutil.copytree(made_source, tmp_path / "own")
     monkeypatch.chdir(folder)
     return folder
@@ -98,24 +102,24 @@ def write(path, content):
     return path
 
 
-SHARES = {"val_share": 0.2, "test_share": 0.2}
-ONLY_TRAIN = {"val_share": 0, "test_share": 0}
-
-
-def by_id(source, rows=None, name="mine", sentences="sentences.csv", **how):
+def by_id(source, rows=None, name="mine", sentences="sentences.csv", shares=SHARES, **options):
+    """Convert rows that refer to annotations in coco.json."""
     if rows is not None:
         write(source / sentences, table(rows))
-    return convert(name, sentences, "photos", instances="coco.json", data_root="data", **{**SHARES, **how})
+    files = Source(Path(sentences), Path("photos"), instances=Path("coco.json"))
+    return convert(name, files, shares, Path("data"), **options)
 
 
-def by_mask(source, rows=None, name="drawn", sentences="sentences.csv", **how):
+def by_mask(source, rows=None, name="drawn", sentences="sentences.csv", shares=SHARES, **options):
+    """Convert rows that refer to mask files."""
     if rows is not None:
         write(source / sentences, table(rows))
-    return convert(name, sentences, "photos", masks="masks", data_root="data", **{**SHARES, **how})
+    files = Source(Path(sentences), Path("photos"), masks=Path("masks"))
+    return convert(name, files, shares, Path("data"), **options)
 
 
 def expressions(refer):
-    """Picture, mask and sentence of everything said, by the reader alone."""
+    """Return file name, mask and sentence of every expression, as read by REFER."""
     return [
         (refer.Imgs[ref["image_id"]]["file_name"], refer.getMask(ref)["mask"].tobytes(), sentence["raw"])
         for ref in refer.data["refs"]
@@ -124,5 +128,5 @@ def expressions(refer):
 
 
 def run_main(monkeypatch, capsys, *flags):
-    """What `python -m data.convert` with these flags ends with and says."""
+    """Run `python -m data.convert` in this process."""
     return run_in_process(tool.main, ["convert", *flags], monkeypatch, capsys)

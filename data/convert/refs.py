@@ -1,162 +1,123 @@
-"""Makes refs of the rows of a sentence file: who is referred to, by which sentences, in which split."""
+"""Create the refs of a dataset: for each object its sentences and its split."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
+from data.convert.annotations import Objects
 from data.convert.sentences import Row, words
 from lib.errors import UserError
+from lib.files import duplicate_files
 from lib.variants import MAX_TOKENS
 from refer.annotations import Record
-from utils import derive_seed
 
-TRIED_SEEDS = 200
-
-
-class Refs(NamedTuple):
-    """What a refs(<splitBy>).p holds, and where it comes from."""
-
-    refs: list[Record]
-    places: list[str]  # of each ref, the first row about it
-    warnings: list[str]
+MAX_WORDS = MAX_TOKENS - 2  # [CLS] and [SEP] are tokens too
 
 
-def splits_of(
-    rows: Sequence[Row], names: Sequence[str], *, val_share: float, test_share: float, seed: int
-) -> list[str]:
-    """Each row's split: its own, or where the file has none, one drawn for its picture.
-
-    A picture's split depends on its name and the seed alone, so pictures that are added later don't move others.
+def build_refs(
+    rows: Sequence[Row], objects: Objects, split_of_image: Mapping[str, str]
+) -> tuple[list[Record], list[str]]:
+    """Return the refs in file order, and warnings.
 
     Args:
-        rows: all of a file.
-        names: the file names of their pictures.
-        val_share, test_share: expected shares of the pictures; 0: no such split.
-        seed: another one, other splits.
-
-    Raises:
-        UserError: a split would be empty; it names a seed by which none is.
-    """
-    if rows[0].split:
-        return [row.split for row in rows]
-    shares = {"val": val_share, "test": test_share, "train": 1 - val_share - test_share}
-    different, wanted = sorted(set(names)), {split for split, share in shares.items() if share > 0}
-    drawn = {name: _draw(name, shares, seed) for name in different}
-    lacking = wanted - set(drawn.values())
-    if lacking:
-        told = f"of {len(different)} pictures none falls into {' or '.join(sorted(lacking))} by --seed {seed}"
-        tried = [Counter(_draw(name, shares, other) for name in different) for other in range(TRIED_SEEDS)]
-        better = [other for other, counts in enumerate(tried) if counts.keys() == wanted]
-        if not better:
-            raise UserError(f"{told}: add a column split, or set --val-share and --test-share")
-
-        def distance(other: int) -> float:
-            return sum(abs(tried[other][split] - share * len(different)) for split, share in shares.items())
-
-        best = min(better, key=distance)
-        numbers = ", ".join(f"{tried[best][split]} {split}" for split in ("train", "val", "test") if split in wanted)
-        raise UserError(f"{told}; --seed {best} gives {numbers}, or add a column split")
-    return [drawn[name] for name in names]
-
-
-def _draw(name: str, shares: dict[str, float], seed: int) -> str:
-    place = derive_seed("split of a picture", seed, name) / 2**63
-    if place < shares["val"]:
-        return "val"
-    return "test" if place < shares["val"] + shares["test"] else "train"
-
-
-def group(
-    rows: Sequence[Row],
-    keys: Sequence[tuple[int, int]],
-    splits: Sequence[str],
-    instances: dict,
-    first_names: Mapping[str, str],
-) -> Refs:
-    """One ref for each object, with all its sentences, in the order of the file.
-
-    Args:
-        rows, keys, splits: of each sentence its row, the ids of its image and annotation, and its split.
-        instances: the content of the instances.json.
-        first_names: of each picture's file name the first one of the same content.
+        rows: of the sentence file.
+        objects: of the rows.
+        split_of_image: by file name, for rows without a split.
 
     Raises:
         UserError: an object is in two splits.
     """
-    images = {image["id"]: image for image in instances["images"]}
-    categories = {annotation["id"]: annotation["category_id"] for annotation in instances["annotations"]}
-    of_key: dict[tuple[int, int], Record] = {}
-    places: list[str] = []
-    repeated = sent_id = 0
-    for row, key, split in zip(rows, keys, splits, strict=True):
-        if key not in of_key:
-            name = Path(images[key[0]]["file_name"])
-            of_key[key] = {
-                "ref_id": len(of_key),
-                "ann_id": key[1],
-                "image_id": key[0],
-                "category_id": categories[key[1]],
-                "file_name": f"{name.stem}_{key[1]}{name.suffix}",  # with a suffix, as in the published files
+    annotations = {annotation["id"]: annotation for annotation in objects.instances["annotations"]}
+    file_names = {image["id"]: image["file_name"] for image in objects.instances["images"]}
+    refs: dict[int, Record] = {}  # by annotation
+    first_row: dict[int, Row] = {}
+    num_sentences = 0
+    for row, annotation_id in zip(rows, objects.annotation_ids, strict=True):
+        annotation = annotations[annotation_id]
+        file_name = file_names[annotation["image_id"]]
+        split = row.split or split_of_image[file_name]
+        if annotation_id not in refs:
+            first_row[annotation_id] = row
+            refs[annotation_id] = {
+                "ref_id": len(refs),
+                "ann_id": annotation_id,
+                "image_id": annotation["image_id"],
+                "category_id": annotation["category_id"],
+                "file_name": f"{Path(file_name).stem}_{annotation_id}{Path(file_name).suffix}",  # as published
                 "split": split,
                 "sent_ids": [],
                 "sentences": [],
             }
-            places.append(row.where)
-        ref = of_key[key]
+        ref = refs[annotation_id]
         if ref["split"] != split:
-            raise UserError(
-                f"{row.where}: split {split}, but the same object is in {ref['split']} ({places[ref['ref_id']]})"
-            )
-        if any(sentence["raw"] == row.sentence for sentence in ref["sentences"]):
-            repeated += 1
-            continue
-        tokens = words(row.sentence)
-        ref["sent_ids"].append(sent_id)
-        ref["sentences"].append({
-            "sent_id": sent_id, "raw": row.sentence, "sent": " ".join(tokens), "tokens": tokens,
-        })  # fmt: skip
-        sent_id += 1
-    refs = list(of_key.values())
-    warnings = [f"{repeated} rows repeat a sentence about the same object and count once"] if repeated else []
-    return Refs(refs, places, warnings + _doubts(refs, images, first_names))
+            other = f"{ref['split']} ({first_row[annotation_id].where})"
+            raise UserError(f"{row.where}: the object is in split {split} here, but in {other} before.")
+        if all(sentence["raw"] != row.sentence for sentence in ref["sentences"]):
+            tokens = words(row.sentence)
+            sentence = {"sent_id": num_sentences, "raw": row.sentence, "sent": " ".join(tokens), "tokens": tokens}
+            ref["sentences"].append(sentence)
+            ref["sent_ids"].append(num_sentences)
+            num_sentences += 1
+    repeated = len(rows) - num_sentences
+    warnings = [f"repeated sentences of the same object: {repeated}. Each is used once."] if repeated else []
+    return list(refs.values()), warnings
 
 
-def _doubts(refs: list[Record], images: dict[int, Record], first_names: Mapping[str, str]) -> list[str]:
-    """What is allowed but makes numbers mean less."""
-    splits, objects, told = defaultdict(dict), Counter(), []
-    for ref in refs:
-        name = images[ref["image_id"]]["file_name"]
-        splits[first_names[name]].setdefault(ref["split"], name)  # a picture may have several ids, and names
-        # Compared as the model reads them, but for punctuation.
-        objects.update({(ref["image_id"], sentence["sent"]) for sentence in ref["sentences"]})
-    shared = [name for name, several in splits.items() if len(several) > 1]
-    leaks = [name for name in shared if "train" in splits[name]]
-    for those, opening, means in (
-        (leaks, "LEAK: ", ": a model is judged on pictures that it was trained on"),
-        ([name for name in shared if name not in leaks], "", ", none of them in train"),
-    ):
-        if those:
-            several = splits[those[0]]
-            by_name = len(set(several.values())) > 1
-            one = [f"{split} as {name}" if by_name else split for split, name in several.items()]
-            subject = f"the content of {those[0]}" if by_name else those[0]
-            told.append(
-                f"{opening}{len(those)} pictures are in several splits, {subject} in {' and '.join(one)} for one{means}"
-            )
-    unclear = [key for key, count in objects.items() if count > 1]
-    long = [sentence for ref in refs for sentence in ref["sentences"] if len(sentence["tokens"]) > MAX_TOKENS - 2]
+def find_problems(refs: Iterable[Record], objects: Objects, image_folder: Path) -> list[str]:
+    """Return warnings about what is allowed but makes training or evaluation less meaningful."""
+    file_names = {image["id"]: image["file_name"] for image in objects.instances["images"]}
+    warnings = _shared_images(refs, file_names, image_folder)
+    sentences = [sentence for ref in refs for sentence in ref["sentences"]]
+    long = [sentence["raw"] for sentence in sentences if len(sentence["tokens"]) > MAX_WORDS]
     if long:
-        told.append(
-            f"{len(long)} sentences have more than {MAX_TOKENS - 2} words, “{long[0]['raw'][:40]}…” for one: their "
-            "ends are not read, unless --max_tokens is raised"
+        warnings.append(
+            f"sentences with more than {MAX_WORDS} words: {len(long)}, for example “{long[0][:40]}…”. The rest of them "
+            "is ignored unless you raise --max_tokens."
         )
-    for split, means in (("train", "nothing to train on"), ("val", "train.py needs --split to validate on another")):
-        if all(ref["split"] != split for ref in refs):
-            told.append(f"no split {split}: {means}")
-    if unclear:
-        told.append(
-            f"{len(unclear)} sentences are about several objects of one picture, “{unclear[0][1]}” in "
-            f"{images[unclear[0][0]]['file_name']} for one: nothing tells which is meant"
+    splits = {ref["split"] for ref in refs}
+    if "train" not in splits:
+        warnings.append("no split train: the dataset can only be used for evaluation.")
+    if "val" not in splits:
+        warnings.append("no split val: train.py needs --split to validate on another one.")
+    # For each image, the sentences as the model reads them, except for punctuation.
+    objects_of_sentence = Counter(
+        pair for ref in refs for pair in {(ref["image_id"], sentence["sent"]) for sentence in ref["sentences"]}
+    )
+    ambiguous = [pair for pair, count in objects_of_sentence.items() if count > 1]
+    if ambiguous:
+        image_id, sentence = ambiguous[0]
+        warnings.append(
+            f"ambiguous sentences, which refer to several objects of one image: {len(ambiguous)}, for example "
+            f"“{sentence}” in {file_names[image_id]}."
         )
-    return told
+    return warnings
+
+
+def _shared_images(refs: Iterable[Record], file_names: Mapping[int, str], image_folder: Path) -> list[str]:
+    """Return warnings about images that occur in several splits, possibly as copies with other names."""
+    original = {name: name for name in file_names.values()}
+    for copies in duplicate_files(image_folder / name for name in original):
+        names = [str(path.relative_to(image_folder)) for path in copies]
+        original |= dict.fromkeys(names, names[0])
+    files_by_split: dict[str, dict[str, str]] = defaultdict(dict)  # original: {split: file name there}
+    for ref in refs:
+        name = file_names[ref["image_id"]]
+        files_by_split[original[name]].setdefault(ref["split"], name)
+    shared = [files for files in files_by_split.values() if len(files) > 1]
+    leaks = [files for files in shared if "train" in files]
+    others = [files for files in shared if "train" not in files]
+    warnings = []
+    if leaks:
+        warnings.append(
+            f"LEAK: images in train and in another split: {len(leaks)}, for example {_describe(leaks[0])}. The model "
+            "would be evaluated on images that it was trained on."
+        )
+    if others:
+        warnings.append(f"images in several evaluation splits: {len(others)}, for example {_describe(others[0])}.")
+    return warnings
+
+
+def _describe(file_by_split: Mapping[str, str]) -> str:
+    if len(set(file_by_split.values())) == 1:
+        return f"{next(iter(file_by_split.values()))} in {' and '.join(file_by_split)}"
+    return " and ".join(f"{name} in {split}" for split, name in file_by_split.items()) + " (identical files)"
