@@ -88,7 +88,7 @@ def test_initialising_from_weights(trained, run_here, train_flags, tmp_path):
         (["--cfg", "{cfg}", "--ema", "1"], "--ema 1.0: must be below 1"),
         (["--cfg", "{cfg}", "--keep", "0"], "--keep 0: must be above 0"),
         (["--resume", "{last}", "-b", "8"], "has all its 28 steps done"),
-        (["--resume", "{tmp}/torn.pth"], "torn.pth is torn or not a PyTorch file"),
+        (["--resume", "{tmp}/torn.pth"], "torn.pth is corrupt or not a PyTorch file"),
         (["--cfg", "{cfg}", "--model_id", "run", "--output-dir", "{checkpoints}"], "already holds a run"),
         (["--cfg", "{cfg}", "--split", "testC"], "No split 'testC'"),
         (["--cfg", "{cfg}", "-b", "1000"], "1000 × 1 accumulated. Lower --batch-size"),

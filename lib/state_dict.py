@@ -1,0 +1,147 @@
+"""State dicts: the key names of all files that users have, strict loading, and sizes read from shapes."""
+
+import re
+from typing import Any
+
+import torch
+from timm.layers import resize_rel_pos_bias_table_simple
+from torch import nn
+
+from lib.errors import UserError
+from lib.variants import FUSIONS, SWIN_VARIANTS
+
+StateDict = dict[str, torch.Tensor]
+
+PREFIX = "module."  # of files saved from DistributedDataParallel
+RENAMED_KEYS = (
+    (r"^patch_embed\.", "backbone.0.patch_embed."),  # the official Swin repository
+    (r"^layers\.(\d+)\.", r"backbone.\1.layers."),
+    (r"^(bert\.)?(embeddings|encoder)\.", r"lang_stage1.\2."),  # BERT
+    (r"\.LayerNorm\.gamma$", ".LayerNorm.weight"),  # BERT's original files
+    (r"\.LayerNorm\.beta$", ".LayerNorm.bias"),
+)
+# Index buffers, which the model computes, and the heads of pretrained Swin and BERT models.
+DROPPED_KEYS = r".*\.(relative_position_index|attn_mask|position_ids)|(head|norm|cls|(bert\.)?pooler)\..*"
+OPTIONAL_KEYS = {"temp"}  # missing in the released inference files
+MAX_NAMED_KEYS = 4
+
+
+def has_prefix(state_dict: StateDict) -> bool:
+    """Return whether all keys begin with ``module.``."""
+    return all(key.startswith(PREFIX) for key in state_dict)
+
+
+def repair_keys(state_dict: StateDict) -> StateDict:
+    """Return the entries of a CrossVLT, official Swin or BERT file under the names that CrossVLT's state dict uses.
+
+    The prefix ``module.`` is removed if all keys have it. Entries that are not part of CrossVLT are dropped.
+    """
+    prefix = PREFIX if has_prefix(state_dict) else ""
+    repaired = {}
+    for key, value in state_dict.items():
+        key = key.removeprefix(prefix)
+        if re.fullmatch(DROPPED_KEYS, key):
+            continue
+        for pattern, replacement in RENAMED_KEYS:
+            key = re.sub(pattern, replacement, key)
+        repaired[key] = value
+    return repaired
+
+
+def adapt_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Return pretrained entries with the model's sizes.
+
+    Tables of relative position biases are resized to the model's window (bicubic interpolation). BERT layers that the
+    model does not have are dropped.
+    """
+    expected = model.state_dict()
+    layer = re.compile(r"lang_stage1\.encoder\.layer\.\d+\.")
+    layers = {match[0] for key in expected if (match := layer.match(key))}
+    adapted = {}
+    for key, value in state_dict.items():
+        if (match := layer.match(key)) and match[0] not in layers:
+            continue
+        if key.endswith("relative_position_bias_table") and key in expected and value.ndim == 2:
+            size, heads = expected[key].shape[0], value.shape[1]  # size = (2·window − 1)²
+            window = _window_size(size)
+            value = resize_rel_pos_bias_table_simple(
+                value, new_window_size=(window, window), new_bias_shape=(size, heads)
+            )
+        adapted[key] = value
+    return adapted
+
+
+def load_strictly(model: nn.Module, state_dict: StateDict, source: str, part: str = r".*") -> None:
+    """Load a state dict. All keys and shapes must be equal, except for missing ``OPTIONAL_KEYS``.
+
+    Args:
+        model: not wrapped.
+        state_dict: with repaired keys.
+        source: name of the file, for error messages.
+        part: pattern of the model's keys that the state dict contains; other entries of the model are not changed.
+
+    Raises:
+        UserError: a key is missing, unexpected or of another shape; the model is not changed.
+    """
+    expected = {key: value for key, value in model.state_dict().items() if re.fullmatch(part, key)}
+    problems = {
+        "missing": [key for key in expected if key not in state_dict and key not in OPTIONAL_KEYS],
+        "unexpected": [key for key in state_dict if key not in expected],
+        "of another shape": [
+            f"{key}: {tuple(state_dict[key].shape)} instead of {tuple(value.shape)}"
+            for key, value in expected.items()
+            if key in state_dict and state_dict[key].shape != value.shape
+        ],
+    }
+    if any(problems.values()):
+        parts = [f"{len(keys)} {problem} ({_first_keys(keys)})" for problem, keys in problems.items() if keys]
+        raise UserError(f"{source} does not fit the model. Keys: {'; '.join(parts)}.")
+    model.load_state_dict(state_dict, strict=False)
+
+
+def _first_keys(keys: list[str]) -> str:
+    more = len(keys) - MAX_NAMED_KEYS
+    return ", ".join(keys[:MAX_NAMED_KEYS]) + (f", and {more} more" if more > 0 else "")
+
+
+def infer_model_config(state_dict: StateDict) -> dict[str, Any]:
+    """Return the arguments of build_crossvlt that fit a state dict with repaired keys.
+
+    The number of text heads is not visible in any shape; heads are assumed to be 64 wide, as in BERT.
+
+    Raises:
+        KeyError, IndexError, ValueError, StopIteration: it is not the state dict of a CrossVLT.
+    """
+    embed_dim = state_dict["backbone.0.patch_embed.proj.weight"].shape[0]
+    bias_tables = {
+        (int(match[1]), int(match[2])): value
+        for key, value in state_dict.items()
+        if (match := re.fullmatch(r"backbone\.(\d)\.layers\.blocks\.(\d+)\.attn\.relative_position_bias_table", key))
+    }
+    stages = sorted({stage for stage, _ in bias_tables})
+    depths = [sum(other == stage for other, _ in bias_tables) for stage in stages]
+    vocab_size, text_dim = state_dict["lang_stage1.embeddings.word_embeddings.weight"].shape
+    text_layers = {key.split(".")[3] for key in state_dict if key.startswith("lang_stage1.encoder.layer.")}
+    connections = (
+        "lang_stage2.crossattention.self.key.weight" in state_dict,
+        "backbone.0.layers.attn1.l_q.weight" in state_dict,
+    )
+    swin_types = [name for name, variant in SWIN_VARIANTS.items() if variant["embed_dim"] == embed_dim] or ["base"]
+    return {
+        "swin_type": swin_types[-1] if depths[2] == 18 else swin_types[0],
+        "window_size": _window_size(bias_tables[0, 0].shape[0]),
+        "fusion": next(name for name, fusion in FUSIONS.items() if fusion == connections),
+        "embed_dim": embed_dim,
+        "depths": depths,
+        "num_heads": [bias_tables[stage, 0].shape[1] for stage in stages],
+        "text_dim": text_dim,
+        "text_layers": len(text_layers),
+        "text_heads": max(1, text_dim // 64),
+        "vocab_size": vocab_size,
+        "align_dim": state_dict["backbone.0.layers.proj.weight"].shape[0],
+    }
+
+
+def _window_size(table_size: int) -> int:
+    """Return the window size of a bias table with (2·window − 1)² rows."""
+    return (round(table_size**0.5) + 1) // 2
