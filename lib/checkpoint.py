@@ -136,7 +136,7 @@ def _load_file(path: Path) -> Any:
                 f"{path} is rejected: it contains an object of class {unsafe_class[1]}, which could execute any code "
                 "when it is loaded."
             ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
         if "weights_only" in reason:  # PyTorch suggests to disable it, which would execute the file's code
             reason = "unknown format"
         raise UserError(f"{path} is corrupt or not a PyTorch file: {reason}.") from error

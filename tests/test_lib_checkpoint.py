@@ -178,18 +178,15 @@ def test_a_swin_file_of_another_window_is_resized(tmp_path, small_model):
     load_pretrained(target, swin=swin_file(source, tmp_path / "swin.pth"))
     table = "backbone.1.layers.blocks.1.attn.relative_position_bias_table"
     assert target.get_parameter(table).min() > 0.4
-    assert torch.equal(
-        target.get_parameter("backbone.0.patch_embed.proj.bias"), source.backbone[0].patch_embed.proj.bias
-    )
+    bias = "backbone.0.patch_embed.proj.bias"
+    assert torch.equal(target.get_parameter(bias), source.get_parameter(bias))
 
 
 def test_pretrained_files_of_another_model_are_rejected(tmp_path, small_model):
     swin, bert = swin_file(small_model(), tmp_path / "swin.pth"), bert_file(small_model(), tmp_path / "bert.bin")
     with pytest.raises(UserError, match=r"Swin file .*swin\.pth does not fit the model.*missing.*backbone\.2"):
         load_pretrained(small_model(depths=(1, 2, 2, 1)), swin=swin)
-    with pytest.raises(
-        UserError, match=r"BERT file .*bert\.bin .*word_embeddings\.weight: \(60, 32\) instead of \(99,"
-    ):
+    with pytest.raises(UserError, match=r"BERT file .*bert\.bin .*embeddings\.weight: \(60, 32\) instead of \(99,"):
         load_pretrained(small_model(vocab_size=99), bert=bert)
     with pytest.raises(UserError, match=r"BERT file .*swin\.pth does not fit the model.*missing.*unexpected"):
         load_pretrained(small_model(), bert=swin)
@@ -206,7 +203,7 @@ def test_the_command_describes_a_file(tmp_path, small_model, monkeypatch, capsys
     assert finished.status == 0, finished.err
     lines = {line[:10].strip(): line[11:] for line in finished.out.splitlines()}
     assert lines["form"] == "released training, keys prefixed with module."
-    assert (lines["Swin type"], lines["window"], lines["epoch"]) == ("tiny", "4", "12")
+    assert (lines["window"], lines["fusion"], lines["epoch"]) == ("4", "cross", "12")
     assert (lines["temp"], lines["best oIoU"]) == ("1.0000 1.0000 1.0000 1.0000", "73.44")
     missing = run_in_process(main, ["lib.checkpoint", "nowhere.pth"], monkeypatch, capsys)
     assert missing == (2, "", "error: Checkpoint file nowhere.pth does not exist.\n")
@@ -222,9 +219,7 @@ def test_a_saved_checkpoint_can_be_rebuilt_and_described(tmp_path, small_model):
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
     assert "fusion     late" in describe(checkpoint)
     checkpoint.extra["model_config"] = {**model.config, "fusion": "early"}
-    with pytest.raises(
-        UserError, match=r"last\.pth: cannot build a model from its model_config: fusion must be one of"
-    ):
+    with pytest.raises(UserError, match=r"last\.pth: cannot build a model from its model_config: fusion must"):
         rebuild(checkpoint, build_crossvlt)
     checkpoint.extra["model_config"] = {"hidden_size": 3}
     with pytest.raises(UserError, match=r"last\.pth is not a checkpoint of CrossVLT"):
@@ -237,7 +232,7 @@ def test_a_flipped_bit_in_a_saved_checkpoint_is_detected(tmp_path):
     content = bytearray((tmp_path / "last.pth").read_bytes())
     content[content.index(weight.numpy().tobytes()) + 2] ^= 1
     (tmp_path / "last.pth").write_bytes(content)
-    with pytest.raises(UserError, match=r"last\.pth is corrupt: wrong checksum of its entry last/data/0"):
+    with pytest.raises(UserError, match=r"last\.pth is corrupt: wrong checksum of its entry .*data/0"):
         read_checkpoint(tmp_path / "last.pth")
 
 

@@ -169,7 +169,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog)
     assert newest_good(run) is None
     with pytest.raises(UserError, match=r"no checkpoint in .*run can be read; move them away"):
         find_resumed(None, True, str(tmp_path), "run")
-    with pytest.raises(UserError, match="torn or not a PyTorch file"):
+    with pytest.raises(UserError, match="corrupt or not a PyTorch file"):
         find_resumed(str(run / "last.pth"), False, "", "")
 
 
