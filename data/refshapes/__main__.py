@@ -22,15 +22,18 @@ from pathlib import Path
 
 from data.refshapes.settings import DEFAULT_IMAGES, LEVELS, NAME, Settings
 from lib.cli import Parser, run_command
+from refer.datasets import ROOT
 
 
 def get_parser() -> Parser:
     parser = Parser(prog="python -m data.refshapes", description=__doc__)
-    parser.add_argument("--root", type=Path, default="./refer/data", help="folder of the datasets (%(default)s)")
-    parser.add_argument("--level", default="basic", choices=LEVELS, help="of the sentences (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random numbers (%(default)s)")
+    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="folder of the datasets (%(default)s)")
+    parser.add_argument("--level", default="basic", choices=LEVELS, help="of the sentences, see above (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives another dataset (%(default)s)")
     for split, count in DEFAULT_IMAGES.items():
-        parser.add_argument(f"--{split}-images", type=int, default=count, metavar="N", help="(%(default)s)")
+        parser.add_argument(
+            f"--{split}-images", type=int, default=count, metavar="N", help=f"images in {split} (%(default)s)"
+        )
     parser.add_argument("--force", action="store_true", help="generate it again even if it is complete")
     return parser
 
