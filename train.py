@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertTokenizer
 from yacs.config import CfgNode
 
-from bert.files import find_bert_file
+from bert.files import resolve_bert_file
 from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer
 from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
@@ -116,7 +116,7 @@ def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
             f"{SWIN_ADDRESS}{name}; or name the file by --pretrained_swin_weights, or train with --from_scratch"
         )
     try:
-        return swin, find_bert_file(pretrained.BERT, BERT_WEIGHTS, flag="--ck_bert")
+        return swin, resolve_bert_file(pretrained.BERT, BERT_WEIGHTS, flag="--ck_bert")
     except MissingFileError as error:
         raise MissingFileError(f"{error}; or train with --from_scratch") from error
 

@@ -1,4 +1,4 @@
-"""Where BERT's files are: a path, ./pretrained, the local Hugging Face cache, and last the hub itself."""
+"""BERT's files: a path, ./pretrained, the local Hugging Face cache, or a download from the Hugging Face Hub."""
 
 import re
 import threading
@@ -7,79 +7,82 @@ from pathlib import Path
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from lib.errors import MissingFileError
+from lib.variants import BERT
 
 PRETRAINED = Path("pretrained")
-PUBLISHED = "bert-base-uncased"  # whose files may lie in ./pretrained itself
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-HUB_TIMEOUT = 8.0  # seconds to find out whether the hub answers; a download that has begun may take its time
+FILE_SUFFIXES = {".txt", ".bin", ".pth", ".safetensors"}
+HUB_TIMEOUT = 8.0  # seconds until the hub must have answered; a download that has started may take longer
 
 
-def find_bert_file(name: str, filenames: tuple[str, ...], *, flag: str) -> Path:
-    """Find one of ``filenames`` (the first that exists) of the BERT that ``name`` means.
+def resolve_bert_file(name: str, filenames: tuple[str, ...], *, flag: str) -> Path:
+    """Return the path of a BERT file, downloading it if necessary.
 
     Args:
-        name: the file itself, a folder holding it, or a hub name such as bert-base-uncased; for the last,
-            ./pretrained/<name>/, ./pretrained/ (bert-base-uncased only) and the local cache come before the hub.
-        filenames: what the file may be called.
-        flag: the flag that ``name`` came from, for the message.
+        name: the file, a folder that contains it, or a name on the Hugging Face Hub such as bert-base-uncased. A hub
+            name is looked up in ./pretrained/<name>/, in ./pretrained/ (bert-base-uncased only), in the local cache
+            and on the hub.
+        filenames: names that the file may have, in order of preference.
+        flag: that ``name`` was given with, for error messages.
 
     Raises:
-        MissingFileError: it is nowhere; the message says what to put where.
+        MissingFileError: the file does not exist in any of these places.
     """
     path = Path(name)
     if path.is_file():
         return path
     if path.is_dir():
-        found = _first_of(path, filenames)
+        found = _first_file([path], filenames)
         if found is None:
-            raise MissingFileError(f"{flag} {name}: that folder holds no {' or '.join(filenames)}")
+            raise MissingFileError(f"{flag} {name}: the folder contains no {' or '.join(filenames)}")
         return found
-    looks_like_a_path = name.startswith((".", "/", "~")) or path.suffix in {".txt", ".bin", ".pth", ".safetensors"}
-    if looks_like_a_path or not HUB_NAME.fullmatch(name):
+    is_path = name.startswith((".", "/", "~")) or path.suffix in FILE_SUFFIXES
+    if is_path or not HUB_NAME.fullmatch(name):
         raise MissingFileError(f"{flag} {name}: no such file or folder")
-    folders = [PRETRAINED / name] + ([PRETRAINED] if name == PUBLISHED else [])
-    for folder in folders:
-        found = _first_of(folder, filenames)
-        if found is not None:
-            return found
-    for filename in filenames:
-        cached = try_to_load_from_cache(name, filename)
-        if isinstance(cached, str):
-            return Path(cached)
-    fetched = _fetch(name, filenames)
-    if fetched is None:
+    folders = [PRETRAINED / name, PRETRAINED] if name == BERT else [PRETRAINED / name]
+    found = _first_file(folders, filenames) or _cached_file(name, filenames) or _download(name, filenames)
+    if found is None:
+        command = "Run `python -m refer.prepare --weights bert`, or download" if name == BERT else "Download"
         raise MissingFileError(
-            f"{flag} {name}: not in ./{PRETRAINED} nor in the local cache, and the hub can't be reached or doesn't "
-            f"have it; put {' or '.join(filenames)} from https://huggingface.co/{name} into {folders[-1]}/"
-            + (" (`python -m refer.prepare --weights bert` does)" if name == PUBLISHED else "")
-            + ", or name a file or folder"
+            f"{flag} {name}: found neither in ./{PRETRAINED} nor in the local cache, and the Hugging Face Hub does not "
+            f"answer or does not have it. {command} {' or '.join(filenames)} from https://huggingface.co/{name} into "
+            f"{folders[-1]}/, or pass a file or folder."
         )
-    return fetched
+    return found
 
 
-def _first_of(folder: Path, filenames: tuple[str, ...]) -> Path | None:
-    return next((folder / filename for filename in filenames if (folder / filename).is_file()), None)
+def _first_file(folders: list[Path], filenames: tuple[str, ...]) -> Path | None:
+    candidates = [folder / filename for folder in folders for filename in filenames]
+    return next((path for path in candidates if path.is_file()), None)
 
 
-def _fetch(name: str, filenames: tuple[str, ...]) -> Path | None:
-    """Download from the hub if it answers in time (its client's own retries would take minutes)."""
-    answered: list[str] = []
+def _cached_file(name: str, filenames: tuple[str, ...]) -> Path | None:
+    cached = [try_to_load_from_cache(name, filename) for filename in filenames]
+    return next((Path(path) for path in cached if isinstance(path, str)), None)
 
-    def ask() -> None:
+
+def _download(name: str, filenames: tuple[str, ...]) -> Path | None:
+    """Download the first of the files that the hub has; None if the hub does not answer in time or has none.
+
+    The hub is queried in a thread, because its client retries for minutes.
+    """
+    available: list[str] = []
+
+    def find_available() -> None:
         for filename in filenames:
             try:
                 get_hf_file_metadata(hf_hub_url(name, filename), timeout=HUB_TIMEOUT)
             except Exception:
                 continue
-            answered.append(filename)
+            available.append(filename)
             return
 
-    thread = threading.Thread(target=ask, daemon=True)
+    thread = threading.Thread(target=find_available, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT)
-    if not answered:
+    if not available:
         return None
     try:
-        return Path(hf_hub_download(name, answered[0]))
+        return Path(hf_hub_download(name, available[0]))
     except Exception as error:
-        raise MissingFileError(f"downloading {answered[0]} of {name} broke off: {error}") from error
+        raise MissingFileError(f"The download of {available[0]} of {name} failed: {error}") from error

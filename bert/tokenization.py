@@ -1,4 +1,4 @@
-"""Sentences to token ids with BERT's WordPiece tokenizer (transformers'), exactly as published."""
+"""Sentences to token ids with BERT's uncased WordPiece tokenizer, as published."""
 
 import hashlib
 from collections.abc import Iterator
@@ -7,91 +7,102 @@ from pathlib import Path
 import numpy as np
 from transformers import BertTokenizer
 
-from bert.files import find_bert_file
+from bert.files import resolve_bert_file
 from lib.errors import UserError
+from lib.variants import BERT, BERT_VOCAB_SIZE
 
-AT_ONCE = 8192  # sentences: what the tokenizer says of each takes memory
+SENTENCES_PER_CALL = 8192  # limits the memory of the tokenizer's results
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+REFSHAPES_FINGERPRINT = "180 tokens, sha256 b9f8db069c258310"
 
 
 def load_tokenizer(name: str) -> BertTokenizer:
-    """The uncased WordPiece tokenizer of a vocabulary.
+    """Load the tokenizer of a vocabulary.
 
     Args:
-        name: a vocab.txt, a folder holding one, or a name on the Hugging Face hub (see :func:`find_bert_file`).
+        name: a vocab.txt, a folder that contains one, or a name on the Hugging Face Hub (:func:`resolve_bert_file`).
 
     Raises:
-        MissingFileError: it is nowhere.
+        MissingFileError: the file does not exist.
         UserError: the file is not a BERT vocabulary.
     """
-    return read_vocabulary(find_bert_file(name, ("vocab.txt",), flag="--bert_tokenizer"))
+    return read_vocabulary(resolve_bert_file(name, ("vocab.txt",), flag="--bert_tokenizer"))
 
 
 def read_vocabulary(path: str | Path) -> BertTokenizer:
-    """The tokenizer of a vocab.txt: a token per line, its number the id; [PAD] is first, as ids are padded with 0."""
+    """Read a vocab.txt: one token per line, whose line number is its id. [PAD] must be first, as padding ids are 0.
+
+    Raises:
+        UserError: the file is not a BERT vocabulary.
+    """
     try:
         tokens = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not a text file of tokens (UTF-8)") from error
-    lacking = [token for token in SPECIAL_TOKENS if token not in tokens]
-    if lacking or tokens[0] != "[PAD]":
-        raise UserError(
-            f"{path} is not a BERT vocabulary: " + (f"no {', '.join(lacking)}" if lacking else "[PAD] isn't first")
-        )
+        raise UserError(f"{path} is not a BERT vocabulary: it is not a UTF-8 text file.") from error
+    missing = [token for token in SPECIAL_TOKENS if token not in tokens]
+    if missing:
+        raise UserError(f"{path} is not a BERT vocabulary: {', '.join(missing)} is missing.")
+    if tokens[0] != "[PAD]":
+        raise UserError(f"{path} is not a BERT vocabulary: the first token is not [PAD].")
     if len(set(tokens)) != len(tokens):
-        twice = next(token for i, token in enumerate(tokens) if token in tokens[:i])
-        raise UserError(f"{path} is not a BERT vocabulary: {twice!r} is in it twice")
+        duplicate = next(token for i, token in enumerate(tokens) if token in tokens[:i])
+        raise UserError(f"{path} is not a BERT vocabulary: {duplicate!r} occurs twice.")
     return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=True)
 
 
 def fingerprint(tokenizer: BertTokenizer) -> str:
-    """What tells one vocabulary from another; saved with a model, whose word embeddings are those of its vocabulary."""
+    """Return a string that identifies a vocabulary. Checkpoints contain it, since word embeddings depend on the ids."""
     vocabulary = tokenizer.get_vocab()
     text = "\n".join(sorted(vocabulary, key=vocabulary.__getitem__))
     return f"{len(vocabulary)} tokens, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def check_vocabulary(tokenizer: BertTokenizer, vocab_size: int, trained_with: str | None) -> None:
-    """The tokenizer must be the one whose ids the model's word embedding knows.
+    """Check that a tokenizer has the vocabulary of a model.
 
     Args:
-        tokenizer: to be used.
-        vocab_size: rows of the word embedding.
-        trained_with: :func:`fingerprint` of the tokenizer that the model was trained with, where that is known.
+        tokenizer: to check.
+        vocab_size: number of the model's word embeddings.
+        trained_with: :func:`fingerprint` of the vocabulary that the model was trained with, None if unknown.
 
     Raises:
-        UserError: it is another, or has too many tokens.
+        UserError: the vocabulary is another one or too large.
     """
+    if trained_with is not None and trained_with != fingerprint(tokenizer):
+        size = int(trained_with.split()[0])
+        description, remedy = f"{size} entries", "the vocab.txt of the training"
+        if trained_with == REFSHAPES_FINGERPRINT:
+            description, remedy = f"{size} entries, RefShapes", "refer/data/refshapes/vocab.txt"
+        elif size == BERT_VOCAB_SIZE:
+            remedy = BERT
+        raise UserError(
+            f"This checkpoint was trained with another vocabulary ({description}). Pass --bert_tokenizer {remedy}."
+        )
     if len(tokenizer) > vocab_size:
         raise UserError(
-            f"--bert_tokenizer has {len(tokenizer)} tokens, the model only {vocab_size} word embeddings "
-            "(MODEL.VOCAB_SIZE)"
-        )
-    if trained_with not in (None, fingerprint(tokenizer)):
-        raise UserError(
-            f"--bert_tokenizer is another one ({fingerprint(tokenizer)}) than the model was trained with "
-            f"({trained_with})"
+            f"The vocabulary of --bert_tokenizer has {len(tokenizer)} entries, the model only {vocab_size} word "
+            "embeddings (MODEL.VOCAB_SIZE). Pass the vocabulary that fits the model."
         )
 
 
 def encode(tokenizer: BertTokenizer, sentences: list[str]) -> Iterator[list[int]]:
-    """The ids of each sentence, however many, with [CLS] and [SEP]."""
-    for first in range(0, len(sentences), AT_ONCE):
-        # What the tokenizer calls too, without its lists of lists, which take four times as long as the tokenizing.
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(sentences[first : first + AT_ONCE]):
+    """Yield the ids of each sentence, all of them, with [CLS] and [SEP]."""
+    for start in range(0, len(sentences), SENTENCES_PER_CALL):
+        # Calling the tokenizer itself takes four times as long as tokenizing, because it builds lists of lists.
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(sentences[start : start + SENTENCES_PER_CALL]):
             yield encoding.ids
 
 
 def tokenize(tokenizer: BertTokenizer, sentences: list[str], max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and mask of sentences, all at once.
+    """Tokenize S sentences as published.
 
-    [CLS] and [SEP] are added, then the first ``max_tokens`` ids are kept — a long sentence loses its [SEP] —, then ids
-    are padded with 0.
+    [CLS] and [SEP] are added, the first ``max_tokens`` ids are kept (a long sentence loses its [SEP]), and shorter
+    sentences are padded with 0.
 
     Returns:
-        input_ids [S, max_tokens] int32 and attention_mask [S, max_tokens] uint8.
+        input_ids [S, max_tokens], int32, and attention_mask [S, max_tokens], uint8: 1 on tokens and 0 on padding.
     """
-    row_of = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}  # many are said more than once
+    row_of = {sentence: row for row, sentence in enumerate(dict.fromkeys(sentences))}  # many sentences are repeated
     input_ids = np.zeros((len(row_of), max_tokens), dtype=np.int32)
     lengths = np.zeros(len(row_of), dtype=np.int64)
     for row, ids in enumerate(encode(tokenizer, list(row_of))):

@@ -137,7 +137,7 @@ def _load_file(path: Path) -> Any:
                 "when it is loaded."
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
-        if "weights_only" in reason:  # PyTorch suggests to disable it, which would execute the file's code
+        if "weights_only" in str(error):  # PyTorch suggests to disable it, which would execute the file's code
             reason = "unknown format"
         raise UserError(f"{path} is corrupt or not a PyTorch file: {reason}.") from error
 

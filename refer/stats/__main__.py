@@ -86,9 +86,9 @@ def get_parser() -> "Parser":  # noqa: F821
 
 
 def main() -> None:
-    from bert.files import PUBLISHED
     from bert.tokenization import encode, fingerprint, load_tokenizer
     from lib.config import DEFAULTS
+    from lib.variants import BERT
 
     args = get_parser().parse_args(sys.argv[1:])
     set_up_logging()
@@ -103,7 +103,7 @@ def main() -> None:
 
     def vocabulary_of(dataset: str) -> str:
         own = Path(args.refer_data_root, "refshapes", "vocab.txt")
-        return args.bert_tokenizer or (str(own) if dataset == "refshapes" and own.is_file() else PUBLISHED)
+        return args.bert_tokenizer or (str(own) if dataset == "refshapes" and own.is_file() else BERT)
 
     @functools.cache
     def tokenizer_of(vocabulary: str) -> "BertTokenizer | None":  # noqa: F821
