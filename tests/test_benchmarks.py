@@ -5,7 +5,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import annotations, evaluation, train_step
+from benchmarks import evaluation, train_step
+from benchmarks.annotations.__main__ import main as annotations_main
+from benchmarks.annotations.generate import Size, generate_dataset
 from lib.errors import UserError
 from refer.refer import REFER
 
@@ -74,23 +76,26 @@ def test_the_scale_is_reported_by_tenths(tmp_path, monkeypatch, capsys):
         report("--images", 0)
 
 
-def test_annotations_of_a_training_split(tmp_path, monkeypatch, capsys):
+def test_annotations_of_a_training_split(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["annotations", "--share", "0.005", "--workers", "2", "--repeats", "1"])
-    annotations.main()
+    annotations_main()
     out = capsys.readouterr().out
     assert out.startswith("212 refs, 603 expressions, 836 annotations, ")
-    rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")][2:]
-    assert rows[:2] == ["select, tokenise, pack", "both"]
-    assert rows[-2:] == ["ReferDataset", "REFER's records"]
-    annotations.write_set(tmp_path, annotations.Size(50, 500, 120, 340))
+    rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
+    assert rows[1:4] == ["read and index", "select, tokenize, pack", "both"]
+    assert rows[-2:] == ["ReferDataset", "records of REFER"]
+    monkeypatch.setattr(sys, "argv", ["annotations", "--share", "0"])
+    with pytest.raises(UserError, match="large enough for 2 batches per worker"):
+        annotations_main()
+
+
+def test_generated_annotations(tmp_path):
+    generate_dataset(tmp_path, Size(50, 500, 120, 340))
     refer = REFER(tmp_path)
     sentences = [sentence["raw"] for ref in refer.data["refs"] for sentence in ref["sentences"]]
     assert (len(refer.Refs), len(sentences), len(refer.Imgs), len(refer.Anns)) == (120, 340, 50, 500)
-    assert 0.6 < len(set(sentences)) / len(sentences) < 0.95  # as RefCOCO's: many are said more than once
+    assert 0.6 < len(set(sentences)) / len(sentences) < 0.95  # some sentences are repeated, as in RefCOCO
     assert min(refer.getMask(ref_id)["area"] for ref_id in refer.Refs) > 0
-    monkeypatch.setattr(sys, "argv", ["annotations", "--share", "0"])
-    with pytest.raises(UserError, match="leave each worker two batches"):
-        annotations.main()
 
 
 def test_the_generated_split_is_refcocos_size(tmp_path):
