@@ -1,155 +1,120 @@
-"""What is in a dataset's splits: counts, sentence lengths, object sizes, holes in masks, and whether splits leak.
+"""Print and draw what the splits of a dataset contain, and which images they share.
 
-    python -m refer.stats --dataset refcoco                          # every split system of it that is there
+    python -m refer.stats --dataset refcoco                          # every installed split system
     python -m refer.stats --dataset refcocog --splitBy umd --out stats.png --json stats.json
-    python -m refer.stats --dataset refcoco,refcoco+,refcocog        # pictures that the sets share, too
+    python -m refer.stats --dataset refcoco,refcoco+,refcocog        # also finds images that datasets share
 
-Annotation files are enough; no picture is opened.
+Counts, sentence lengths, object sizes, holes in masks, leaks between splits. Image files are not needed.
 """
 
 import functools
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from lib.cli import run_command
+from lib.cli import Parser, run_command
 from lib.errors import MissingFileError, UserError
-from lib.files import atomic_write, check_writable, write_text
-from refer.datasets import check_dataset, split_systems
-from refer.refer import REFER
-from refer.stats.figure import DPI, draw
-from refer.stats.statistics import shared_images, statistics_of
-from refer.stats.tables import report, sharing, tables
-from utils import LOGGER, set_up_logging
+from lib.files import check_writable, write_text
+from lib.variants import BERT, MAX_TOKENS
+
+FIGURE_FOLDER = Path("models", "stats")
 
 
-def choose_sets(data_root: str | Path, datasets: str, split_by: str = "") -> list[tuple[str, str]]:
-    """(dataset, splitBy) of what the flags name.
-
-    Args:
-        data_root: folder of the REFER layout.
-        datasets: one or several, with commas.
-        split_by: one for all of them, or as many as there are, or several for one dataset; empty: all that are there.
-
-    Raises:
-        UserError: no such dataset or split system; numbers that don't fit.
-    """
-    names, systems = ([one.strip() for one in text.split(",") if one.strip()] for text in (datasets, split_by))
-    if not names:
-        raise UserError(f"--dataset {datasets!r} names no dataset")
-    if not systems:
-        pairs = []
-        for name in names:
-            known = split_systems(data_root, name)
-            there = [one for one in known if Path(data_root, name, f"refs({one}).p").is_file()]
-            pairs += [(name, one) for one in there or known[:1]]  # REFER says what is missing
-    elif len(names) == 1 or len(systems) == 1:
-        pairs = [(name, one) for name in names for one in systems]
-    elif len(names) == len(systems):
-        pairs = list(zip(names, systems, strict=True))
-    else:
-        raise UserError(f"--splitBy names {len(systems)} split systems for {len(names)} datasets: give one for each")
-    for name, one in pairs:
-        check_dataset(data_root, name, one)
-    return list(dict.fromkeys(pairs))
-
-
-def get_parser() -> "Parser":  # noqa: F821
-    from lib.cli import Parser
-    from lib.config import DEFAULTS
+def get_parser() -> Parser:
+    from refer.datasets import ROOT
 
     parser = Parser(prog="python -m refer.stats", description=__doc__)
     add = parser.add_argument
+    add("--dataset", default="refcoco", metavar="NAMES", help="datasets, separated by commas (%(default)s)")
+    add("--splitBy", default="", metavar="NAMES", help="split systems, separated by commas (default: all installed)")
+    add("--refer_data_root", default=str(ROOT), metavar="DIR", help="folder of the datasets (%(default)s)")
+    add("--max_tokens", type=int, default=MAX_TOKENS, help="token ids kept of a sentence (%(default)s)")
     add(
-        "--dataset",
-        default=DEFAULTS.DATA.NAME,
-        metavar="NAMES",
-        help="one or several with commas: refcoco, refcoco+, refcocog, refshapes or your own (%(default)s)",
-    )
-    add("--splitBy", default="", metavar="NAMES", help="split system(s) (default: all that are there)")
-    add("--refer_data_root", default=DEFAULTS.DATA.ROOT, metavar="DIR", help="folder of the REFER layout (%(default)s)")
-    add("--max_tokens", type=int, default=DEFAULTS.DATA.MAX_TOKENS, help="token ids kept of a sentence (%(default)s)")
-    add(
-        "--bert_tokenizer",
-        default="",
-        metavar="BERT",
-        help="a vocab.txt, a folder holding one, or a hub name (default: bert-base-uncased; refshapes: its own)",
-    )
-    add(
-        "--out",
-        metavar="PNG",
-        help="the distributions as a picture (default: a name that tells the sets, in models/stats/)",
-    )
-    add("--json", metavar="FILE", help="write everything shown as JSON")
+        "--bert_tokenizer", default="", metavar="BERT",
+        help="vocab.txt, a folder with one, or a name on the hub (default: bert-base-uncased; for refshapes its own)",
+    )  # fmt: skip
+    add("--out", metavar="PNG", help=f"the figure (default: named after the datasets, in {FIGURE_FOLDER}/)")
+    add("--json", metavar="FILE", help="also write all numbers as JSON")
     return parser
 
 
 def main() -> None:
-    from bert.tokenization import encode, fingerprint, load_tokenizer
-    from lib.config import DEFAULTS
-    from lib.variants import BERT
-
     args = get_parser().parse_args(sys.argv[1:])
+
+    from bert.tokenization import fingerprint
+    from lib.charts import save_png
+    from refer.refer import REFER
+    from refer.stats.figure import DPI, draw_statistics
+    from refer.stats.statistics import select_datasets, shared_images, statistics_of
+    from refer.stats.tables import json_report, sharing_table, split_table
+    from utils import LOGGER, set_up_logging
+
     set_up_logging()
     if args.max_tokens <= 0:
-        raise UserError(f"--max_tokens {args.max_tokens}: must be above 0")
-    sets = choose_sets(args.refer_data_root, args.dataset, args.splitBy)
-    out = Path(args.out or Path(DEFAULTS.LOG_DIR, "stats", _file_name(sets)))
-    inputs = [Path(args.refer_data_root, dataset) for dataset, _ in sets]
+        raise UserError(f"--max_tokens {args.max_tokens}: must be above 0.")
+    pairs = select_datasets(args.refer_data_root, args.dataset, args.splitBy)
+    names = list(dict.fromkeys(dataset for dataset, _ in pairs))
+    out = Path(args.out or FIGURE_FOLDER / ("_".join(names if len(pairs) > 1 else pairs[0]) + ".png"))
+    inputs = [Path(args.refer_data_root, name) for name in names]
     check_writable(out, suffix=".png", inputs=inputs)
     if args.json:
         check_writable(args.json, inputs=inputs)
 
-    def vocabulary_of(dataset: str) -> str:
-        own = Path(args.refer_data_root, "refshapes", "vocab.txt")
-        return args.bert_tokenizer or (str(own) if dataset == "refshapes" and own.is_file() else BERT)
-
-    @functools.cache
-    def tokenizer_of(vocabulary: str) -> "BertTokenizer | None":  # noqa: F821
-        try:
-            return load_tokenizer(vocabulary)
-        except MissingFileError as error:
-            if args.bert_tokenizer:
-                raise
-            LOGGER.warning(f"sentence lengths in words only: {error}")
-            return None
-
-    def counter(tokenizer: "BertTokenizer") -> Callable[[list[str]], list[int]]:  # noqa: F821
-        return lambda sentences: list(map(len, encode(tokenizer, sentences)))
-
-    tokenizers = {dataset: tokenizer_of(vocabulary_of(dataset)) for dataset, _ in sets}
-    objects: dict[str, dict] = {dataset: {} for dataset in tokenizers}
-    found = []
-    for dataset, split_by in sets:
-        refer = REFER(args.refer_data_root, dataset, split_by)
-        tokenizer = tokenizers[dataset]
-        count_tokens = None if tokenizer is None else counter(tokenizer)
-        found.append(statistics_of(refer, count_tokens, max_tokens=args.max_tokens, known=objects[dataset]))
-        print(f"{dataset} ({split_by}), {refer.refs_path}\n{tables(found[-1])}\n")
-    splits = [one for several in found for one in several]
+    tokenizers = load_tokenizers(names, args.refer_data_root, args.bert_tokenizer)
+    datasets, known_objects = [], {name: {} for name in names}
+    for name, split_by in pairs:
+        refer, tokenizer = REFER(args.refer_data_root, name, split_by), tokenizers[name]
+        count_tokens = None if tokenizer is None else functools.partial(token_counts, tokenizer)
+        splits = statistics_of(refer, count_tokens, max_tokens=args.max_tokens, known_objects=known_objects[name])
+        datasets.append(splits)
+        print(f"{splits[0].title}, {refer.refs_path}\n{split_table(splits)}\n")
+    splits = [one for dataset in datasets for one in dataset]
     shared = shared_images(splits)
-    print(sharing(splits, shared))
+    print(sharing_table(splits, shared))
     if args.json:
-        named = {name: one and fingerprint(one) for name, one in tokenizers.items()}
-        write_text(args.json, json.dumps(report(splits, shared, named), indent=1, ensure_ascii=False) + "\n")
+        report = json_report(splits, shared, {name: one and fingerprint(one) for name, one in tokenizers.items()})
+        write_text(args.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         print(args.json)
     try:
-        figure = draw(found)
+        figure = draw_statistics(datasets)
     except UserError as error:
-        LOGGER.warning(f"no picture: {error}")
+        LOGGER.warning(f"No figure: {error}")
     else:
-        with atomic_write(out) as aside:
-            figure.savefig(aside, format="png", dpi=DPI)
+        save_png(figure, out, dpi=DPI)
         print(out)
-    undrawable = list(dict.fromkeys(reason for one in splits for reason in one.undrawable))
-    if undrawable:
-        raise UserError(f"{len(undrawable)} objects can't be drawn and are left out, the first: {undrawable[0]}")
+    errors = list(dict.fromkeys(error for one in splits for error in one.errors))
+    if errors:
+        raise UserError(f"{len(errors)} objects have invalid masks and were left out. The first: {errors[0]}")
 
 
-def _file_name(sets: list[tuple[str, str]]) -> str:
-    names = dict.fromkeys(dataset for dataset, _ in sets)
-    return "_".join(names if len(sets) > 1 else sets[0]) + ".png"
+def load_tokenizers(names: list[str], data_root: str, bert_tokenizer: str) -> dict[str, "BertTokenizer | None"]:  # noqa: F821
+    """Return the tokenizer of each dataset: that of the flag --bert_tokenizer, refshapes' own, or BERT's.
+
+    If BERT's vocabulary is not installed, warn and return None. MissingFileError: the flag's does not exist.
+    """
+    from bert.tokenization import load_tokenizer
+    from utils import LOGGER
+
+    refshapes = Path(data_root, "refshapes", "vocab.txt")
+    own = {"refshapes": str(refshapes)} if refshapes.is_file() else {}
+    vocabularies = {name: bert_tokenizer or own.get(name, BERT) for name in names}
+    loaded = {}
+    for vocabulary in dict.fromkeys(vocabularies.values()):
+        try:
+            loaded[vocabulary] = load_tokenizer(vocabulary)
+        except MissingFileError as error:
+            if bert_tokenizer:
+                raise
+            LOGGER.warning(f"Sentence lengths are counted in words only: {error}")
+            loaded[vocabulary] = None
+    return {name: loaded[vocabulary] for name, vocabulary in vocabularies.items()}
+
+
+def token_counts(tokenizer: "BertTokenizer", sentences: list[str]) -> list[int]:  # noqa: F821
+    """Return the number of tokens of each sentence, with [CLS] and [SEP]."""
+    from bert.tokenization import encode
+
+    return [len(ids) for ids in encode(tokenizer, sentences)]
 
 
 if __name__ == "__main__":

@@ -1,165 +1,122 @@
-"""The distributions of a set's splits in one picture: sentence lengths, object sizes, expressions per ref, parts."""
+"""A figure of each dataset's splits: sentence lengths, object sizes, expressions per ref, and parts per object."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from lib.errors import UserError
-from refer.stats.statistics import SplitStatistics, percent
+from lib.charts import COLORS, GREY, styled_figure
+from refer.stats.statistics import SplitStatistics
 
-# Colours that all eyes tell apart; a split has the same one in every set.
-COLORS = {"train": "#0072b2", "val": "#d55e00", "testA": "#009e73", "testB": "#cc79a7", "test": "#e69f00"}
-OTHER_COLORS = ("#56b4e9", "#000000", "#8c564b")
-MARKERS = "os^vDP*X"
-GREY = "#555555"
-DPI = 160
-STYLE = {
-    "font.size": 8, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.grid": True,
-    "axes.axisbelow": True, "axes.edgecolor": "#999999", "axes.spines.top": False, "axes.spines.right": False,
-    "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "xtick.color": GREY, "ytick.color": GREY, "figure.titlesize": 10,
-    "lines.linewidth": 1.2, "lines.markersize": 3, "legend.frameon": False, "legend.fontsize": 7.5,
-    "legend.handlelength": 1.5, "legend.handletextpad": 0.5, "legend.columnspacing": 1.2, "legend.labelspacing": 0.25,
+# A split has the same colour and marker for every dataset.
+SPLIT_STYLES = {
+    "train": (COLORS[0], "o"), "val": (COLORS[1], "s"), "testA": (COLORS[2], "^"), "testB": (COLORS[3], "v"),
+    "test": (COLORS[5], "D"),
 }  # fmt: skip
-MOST_BARS = 8  # more expressions or parts than that share the last group of bars
-ALONE, ROW = (10.0, 6.8), (18.0, 3.4)  # inches: one set's four panels; of several sets one set's row
+OTHER_STYLES = ((COLORS[4], "P"), (COLORS[6], "*"), (COLORS[7], "X"))
+MAX_BARS = 8  # larger values share the last group of bars
+DPI = 160
+SINGLE_SIZE, ROW_SIZE = (10.0, 6.8), (18.0, 3.4)  # inches: the figure of one dataset; each dataset's row of several
+Styles = dict[str, tuple[str, str]]  # colour and marker of each split
 
 
-class Look(NamedTuple):
-    """How a split is drawn."""
-
-    color: str
-    marker: str
-
-
-def draw(sets: list[list[SplitStatistics]]) -> "Figure":  # noqa: F821  (matplotlib is optional)
-    """Four panels per set; lines and bars are percentages of their own split, so small splits can be seen.
+def draw_statistics(datasets: list[list[SplitStatistics]]) -> "Figure":  # noqa: F821  (matplotlib is optional)
+    """Return a figure with four panels per dataset. Values are in percent of a split, so that small splits are visible.
 
     Args:
-        sets: what :func:`refer.stats.statistics.statistics_of` gives, for each set.
+        datasets: the splits of each dataset, as :func:`refer.stats.statistics.statistics_of` returns them.
 
     Raises:
-        UserError: matplotlib isn't installed.
+        UserError: matplotlib is not installed.
     """
-    try:
-        from matplotlib import style
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UserError("drawing needs matplotlib: pip install -r requirements-extra.txt") from error
-    alone = len(sets) == 1
-    names = list(dict.fromkeys(one.split for splits in sets for one in splits))
-    with style.context(["default", STYLE]):
-        figure = Figure(figsize=ALONE if alone else (ROW[0], ROW[1] * len(sets)), layout="constrained")
-        for part, splits in zip(figure.subfigures(len(sets), 1, squeeze=False)[:, 0], sets, strict=True):
-            title = part.suptitle(f"{splits[0].dataset} ({splits[0].split_by})", weight="bold")
-            title.set_parse_math(False)  # a $ is a $
-            panels = part.subplots(2, 2) if alone else part.subplots(1, 4)
-            looks = [_look(one.split, names) for one in splits]
-            for axes, panel in zip(panels.flat, (_lengths, _sizes, _expressions, _parts), strict=True):
-                panel(axes, splits, looks)
+    single = len(datasets) == 1
+    others = dict.fromkeys(one.split for splits in datasets for one in splits if one.split not in SPLIT_STYLES)
+    styles = SPLIT_STYLES | {name: OTHER_STYLES[i % len(OTHER_STYLES)] for i, name in enumerate(others)}
+    with styled_figure(*(SINGLE_SIZE if single else (ROW_SIZE[0], ROW_SIZE[1] * len(datasets)))) as figure:
+        for part, splits in zip(figure.subfigures(len(datasets), 1, squeeze=False)[:, 0], datasets, strict=True):
+            title = part.suptitle(splits[0].title, weight="bold", fontsize=10)
+            title.set_parse_math(False)  # a name may contain $
+            panels = part.subplots(2, 2) if single else part.subplots(1, 4)
+            for axes, draw in zip(panels.flat, (_draw_lengths, _draw_sizes, _draw_refs, _draw_parts), strict=True):
+                draw(axes, splits, styles)
     return figure
 
 
-def _look(split: str, names: list[str]) -> Look:
-    others = [name for name in names if name not in COLORS]
-    order = [*COLORS, *others]
-    color = COLORS.get(split) or OTHER_COLORS[others.index(split) % len(OTHER_COLORS)]
-    return Look(color, MARKERS[order.index(split) % len(MARKERS)])
-
-
-def _lengths(axes: Any, splits: list[SplitStatistics], looks: list[Look]) -> None:
-    """Tokens per expression with the cut, or words where there is no tokenizer."""
-    has_tokens = all(one.tokens is not None for one in splits)
-    lengths = [one.tokens if has_tokens else one.words for one in splits]
-    cut = splits[0].max_tokens if has_tokens else 0
-    # Few sentences are much longer than the others; the tables tell the longest.
-    end = max(int(np.percentile(one, 99.9)) + 1 for one in lengths)
-    end = max(end, cut + 4) if cut < 4 * end else end  # a cut far away would squeeze the lines
-    for one, length, look in zip(splits, lengths, looks, strict=True):
-        counts = np.bincount(length, minlength=end + 1)[: end + 1]
-        label = (
-            f"{one.split}: {percent(one.cut, len(length)):.2f} % cut" if has_tokens else _named(one, "words", "median")
+def _draw_lengths(axes: Any, splits: list[SplitStatistics], styles: Styles) -> None:
+    """Draw tokens per expression and where they are cut, or words per expression without a tokenizer."""
+    has_tokens = splits[0].summary["tokens"] is not None
+    field = "tokens" if has_tokens else "words"
+    end = max(int(np.percentile(one.expressions[field], 99.9)) for one in splits) + 4  # few sentences are much longer
+    for one in splits:
+        label = f"median {one.summary[field]['median']:.1f}"
+        if has_tokens:
+            label = f"{one.summary['cut']['percent']:.2f} % cut"
+        color, marker = styles[one.split]
+        counts = np.bincount(one.expressions[field], minlength=end + 1)[: end + 1]
+        (line,) = axes.plot(
+            100 * counts / len(one.expressions), color=color, label=f"{one.split}: {label}", linewidth=1.2
         )
-        shown = np.flatnonzero(counts)
-        x = np.arange(max(0, shown[0] - 1), min(end, shown[-1] + 1) + 1)
-        marked = np.flatnonzero(counts[x]).tolist()
-        shares = 100 * counts[x] / len(length)
-        axes.plot(x, shares, color=look.color, marker=look.marker, markevery=marked, label=label)
-    if 0 < cut < end:
-        axes.axvspan(cut + 0.5, end + 0.5, color="#000000", alpha=0.06, linewidth=0)
-        axes.axvline(cut + 0.5, color=GREY, linestyle="--", linewidth=1)
-        place = {"ha": "left", "va": "top", "rotation": 90, "transform": axes.get_xaxis_transform()}
-        axes.text(cut + 0.8, 0.97, f"cut at {cut}", color=GREY, **place)
+        line.set(marker=marker, markevery=np.flatnonzero(counts).tolist())
+    cut = splits[0].max_tokens + 0.5
+    if has_tokens and cut < end:
+        axes.axvspan(cut, end + 0.5, color="#000000", alpha=0.06, linewidth=0)
+        axes.axvline(cut, color=GREY, linestyle="--", linewidth=1)
+        text = f"cut at {splits[0].max_tokens}"
+        axes.text(cut + 0.3, 0.97, text, color=GREY, va="top", rotation=90, transform=axes.get_xaxis_transform())
     axes.set_xlim(-0.5, end + 0.5)
-    _finish(axes, "Sentence lengths", "tokens, [CLS] and [SEP] too" if has_tokens else "words", "% of expressions")
+    _finish(axes, "Sentence lengths", "tokens with [CLS] and [SEP]" if has_tokens else "words", "% of expressions")
 
 
-def _sizes(axes: Any, splits: list[SplitStatistics], looks: list[Look]) -> None:
-    sizes = [one.sizes[one.sizes > 0] for one in splits]  # an empty mask has no place on a log scale
-    smallest = min((one.min() for one in sizes if one.size), default=1.0)
-    decades = int(2 - np.floor(np.log10(min(smallest, 10))))
-    per_decade = 8 if min(map(len, sizes)) >= 200 else 4
-    edges = np.logspace(2 - decades, 2, decades * per_decade + 1)
-    edges[-1] *= 1 + 1e-9  # 100 % belongs to the last bin
-    for one, size, look in zip(splits, sizes, looks, strict=True):
-        if size.size:
-            shares = 100 * np.histogram(size, edges)[0] / len(size)
-            axes.stairs(
-                shares, edges, color=look.color, linewidth=1.3, label=_named(one, "size_percent", "median", " %")
-            )
+def _draw_sizes(axes: Any, splits: list[SplitStatistics], styles: Styles) -> None:
+    """Draw histograms of object sizes with logarithmic bins."""
+    edges = np.logspace(-2, 2, 33)
+    for one in splits:
+        sizes = one.size_percent[one.size_percent > 0]  # an empty mask has no place on a log scale
+        if sizes.size:
+            shares = 100 * np.histogram(sizes.clip(edges[0], edges[-1]), edges)[0] / len(sizes)
+            label = f"{one.split}: median {one.summary['size_percent']['median']:.1f} %"
+            axes.stairs(shares, edges, color=styles[one.split][0], linewidth=1.3, label=label)
     axes.set_xscale("log")
     axes.set_xlim(edges[0], edges[-1])
     axes.xaxis.set_major_formatter("{x:g}")
-    _finish(axes, "Object sizes", "% of the picture, log scale", "% of objects")
+    _finish(axes, "Object sizes", "% of the image, log scale", "% of objects")
 
 
-def _expressions(axes: Any, splits: list[SplitStatistics], looks: list[Look]) -> None:
-    _bars(
-        axes, splits, looks, lambda one: one.expressions_per_ref, lambda one: _named(one, "expressions_per_ref", "mean")
-    )
+def _draw_refs(axes: Any, splits: list[SplitStatistics], styles: Styles) -> None:
+    values = {one: one.expressions_per_ref for one in splits}
+    labels = {one: f"mean {one.summary['expressions_per_ref']['mean']:.1f}" for one in splits}
+    _draw_bars(axes, values, labels, styles)
     _finish(axes, "Expressions per ref", "expressions", "% of refs")
 
 
-def _parts(axes: Any, splits: list[SplitStatistics], looks: list[Look]) -> None:
-    def label(one: SplitStatistics) -> str:
-        return f"{one.split}: {one.summary()['overlap']['percent']:.2f} % overlap"
-
-    _bars(axes, splits, looks, lambda one: one.parts, label)
+def _draw_parts(axes: Any, splits: list[SplitStatistics], styles: Styles) -> None:
+    values = {one: one.objects["parts"] for one in splits if len(one.objects)}
+    labels = {one: f"{one.summary['overlap']['percent']:.2f} % overlap" for one in values}
+    _draw_bars(axes, values, labels, styles)
     _finish(axes, "Parts", "polygons or RLEs per object", "% of objects")
 
 
-def _bars(
-    axes: Any,
-    splits: list[SplitStatistics],
-    looks: list[Look],
-    values: Callable[[SplitStatistics], np.ndarray],
-    label: Callable[[SplitStatistics], str],
+def _draw_bars(
+    axes: Any, values: dict[SplitStatistics, np.ndarray], labels: dict[SplitStatistics, str], styles: Styles
 ) -> None:
-    """Groups of bars at 1, 2, …, a bar per split."""
-    drawn = [(one, values(one), look) for one, look in zip(splits, looks, strict=True) if values(one).size]
-    most = max((int(counts.max()) for _, counts, _ in drawn), default=1)
-    groups, width = min(most, MOST_BARS), 0.8 / max(1, len(drawn))
-    for row, (one, counts, look) in enumerate(drawn):
-        shares = 100 * np.bincount(np.minimum(counts, groups), minlength=groups + 1)[1:] / len(counts)
-        x = np.arange(1, groups + 1) + (row - (len(drawn) - 1) / 2) * width
-        axes.bar(x, shares, width, color=look.color, label=label(one))
-    axes.set_xticks(range(1, groups + 1), [*map(str, range(1, groups)), f"{groups}+" if most > groups else str(groups)])
+    """Draw a group of bars for each of the values 1, 2, …, with one bar per split."""
+    maximum = max((int(numbers.max()) for numbers in values.values()), default=1)
+    groups, width = min(maximum, MAX_BARS), 0.8 / max(1, len(values))
+    for row, (one, numbers) in enumerate(values.items()):
+        shares = 100 * np.bincount(np.minimum(numbers, groups), minlength=groups + 1)[1:] / len(numbers)
+        x = np.arange(1, groups + 1) + (row - (len(values) - 1) / 2) * width
+        axes.bar(x, shares, width, color=styles[one.split][0], label=f"{one.split}: {labels[one]}")
+    names = [*map(str, range(1, groups)), f"{groups}+" if maximum > groups else str(groups)]
+    axes.set_xticks(range(1, groups + 1), names)
     axes.set_xlim(0.4, max(groups, 3) + 0.6)
     axes.grid(visible=False, axis="x")
 
 
-def _named(one: SplitStatistics, group: str, key: str, unit: str = "") -> str:
-    return f"{one.split}: {key} {one.summary()[group][key]:.1f}{unit}"
-
-
-def _finish(axes: Any, title: str, x: str, y: str) -> None:
-    axes.set_title(title)
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+def _finish(axes: Any, title: str, x_label: str, y_label: str) -> None:
+    axes.set(title=title, xlabel=x_label, ylabel=y_label)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter("{x:g}")
     if axes.get_legend_handles_labels()[0]:
         # Above the panel, where nothing is drawn.
-        legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+        legend = axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2, fontsize=7.5)
         for text in legend.get_texts():
             text.set_parse_math(False)
