@@ -66,7 +66,7 @@ class ImageSizes:
         return size
 
     def check(self, name: str, size: tuple[int, int], source: str) -> None:
-        """UserError unless ``source``, a mask or an annotation file, has the same size [W, H] as the image."""
+        """Raise a UserError if ``source``, a mask or an annotation file, has another size [W, H] than the image."""
         actual = self[name]
         if actual == size:
             return
@@ -136,7 +136,7 @@ def coco_objects(rows: list[Row], instances_path: Path, sizes: ImageSizes) -> Ob
 
 
 def mask_objects(rows: list[Row], masks: Path, sizes: ImageSizes) -> Objects:
-    """Create an annotation for each mask. A row without a mask refers to the PNG with the name of its image.
+    """Create an annotation for each mask. A row without a mask name refers to the PNG with the name of its image.
 
     Raises:
         UserError: an image or mask is missing or corrupt; a mask is empty or has another size than its image; an
@@ -153,15 +153,16 @@ def mask_objects(rows: list[Row], masks: Path, sizes: ImageSizes) -> Objects:
             _check_file_name(row.image, "image", sizes.folder)
             _check_file_name(name, "mask", masks)
             width, height = sizes[row.image]
-            image = {"id": len(images) + 1, "file_name": row.image, "width": width, "height": height}
-            image = images.setdefault(row.image, image)
+            if row.image not in images:
+                image_id = len(images) + 1
+                images[row.image] = {"id": image_id, "file_name": row.image, "width": width, "height": height}
             if (row.image, name) not in annotations:
                 mask = read_mask(masks / name)
                 sizes.check(row.image, mask.shape[::-1], f"the mask {masks / name}")
                 coverage[name] = float(mask.mean())
                 annotations[row.image, name] = {
                     "id": len(annotations) + 1,
-                    "image_id": image["id"],
+                    "image_id": images[row.image]["id"],
                     "bbox": _bounding_box(mask),
                     "area": int(mask.sum()),
                     "iscrowd": 0,

@@ -38,7 +38,7 @@ class Source:
     masks: Path | None = None  # folder
 
     def check(self) -> None:
-        """UserError if the objects are not given exactly once, or a folder is missing."""
+        """Raise a UserError if the objects are not given exactly once, or a folder is missing."""
         if (self.instances is None) == (self.masks is None):
             raise UserError("give the objects by either --instances FILE or --masks DIR.")
         for flag, folder in (("--images", self.images), ("--masks", self.masks)):
@@ -120,7 +120,7 @@ def _check_name(name: str, split_by: str) -> None:
 
 
 def _check_replaceable(folder: Path, force: bool, sources: Iterable[Path]) -> None:
-    """UserError if the folder exists, unless ``force`` is set and it holds nothing but a converted dataset."""
+    """Raise a UserError if the folder exists, unless ``force`` is set and it holds nothing but a converted dataset."""
     if not os.path.lexists(folder):
         return
     info = _read_info(folder)
@@ -160,7 +160,7 @@ def _find_objects(rows: list[Row], source: Source) -> Objects:
 
 
 def _check_masks(refer: REFER, rows: list[Row], objects: Objects, source: Source) -> None:
-    """Decode every mask from the written files. UserError: a mask is invalid or empty."""
+    """Decode every mask from the written files. UserError: a mask is invalid or empty; it names the row."""
     first_rows: dict[int, Row] = {}
     for row, annotation_id in zip(rows, objects.annotation_ids, strict=True):
         first_rows.setdefault(annotation_id, row)
@@ -169,7 +169,8 @@ def _check_masks(refer: REFER, rows: list[Row], objects: Objects, source: Source
             try:
                 area = refer.getMask(refer.annToRef[annotation_id])["area"]
             except UserError as error:
-                raise UserError(error.__cause__ or error) from error  # the cause does not name the temporary folder
+                # The cause describes the problem without the path of the temporary folder.
+                raise UserError(str(error.__cause__ or error)) from error
             if not area:
                 raise UserError("the mask is empty. Pixels in which two of its polygons overlap do not count.")
 

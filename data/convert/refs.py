@@ -1,7 +1,7 @@
 """Create the refs of a dataset: for each object its sentences and its split."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data.convert.annotations import Objects
@@ -63,10 +63,10 @@ def build_refs(
     return list(refs.values()), warnings
 
 
-def find_problems(refs: Iterable[Record], objects: Objects, image_folder: Path) -> list[str]:
-    """Return warnings about what is allowed but makes training or evaluation less meaningful."""
+def find_problems(refs: Sequence[Record], objects: Objects, image_folder: Path) -> list[str]:
+    """Return warnings about properties that are allowed but make training or evaluation less meaningful."""
     file_names = {image["id"]: image["file_name"] for image in objects.instances["images"]}
-    warnings = _shared_images(refs, file_names, image_folder)
+    warnings = _shared_image_warnings(refs, file_names, image_folder)
     sentences = [sentence for ref in refs for sentence in ref["sentences"]]
     long = [sentence["raw"] for sentence in sentences if len(sentence["tokens"]) > MAX_WORDS]
     if long:
@@ -93,7 +93,7 @@ def find_problems(refs: Iterable[Record], objects: Objects, image_folder: Path) 
     return warnings
 
 
-def _shared_images(refs: Iterable[Record], file_names: Mapping[int, str], image_folder: Path) -> list[str]:
+def _shared_image_warnings(refs: Sequence[Record], file_names: Mapping[int, str], image_folder: Path) -> list[str]:
     """Return warnings about images that occur in several splits, possibly as copies with other names."""
     original = {name: name for name in file_names.values()}
     for copies in duplicate_files(image_folder / name for name in original):
@@ -109,15 +109,15 @@ def _shared_images(refs: Iterable[Record], file_names: Mapping[int, str], image_
     warnings = []
     if leaks:
         warnings.append(
-            f"LEAK: images in train and in another split: {len(leaks)}, for example {_describe(leaks[0])}. The model "
+            f"LEAK: images in train and in another split: {len(leaks)}, for example {_example(leaks[0])}. The model "
             "would be evaluated on images that it was trained on."
         )
     if others:
-        warnings.append(f"images in several evaluation splits: {len(others)}, for example {_describe(others[0])}.")
+        warnings.append(f"images in several evaluation splits: {len(others)}, for example {_example(others[0])}.")
     return warnings
 
 
-def _describe(file_by_split: Mapping[str, str]) -> str:
+def _example(file_by_split: Mapping[str, str]) -> str:
     if len(set(file_by_split.values())) == 1:
         return f"{next(iter(file_by_split.values()))} in {' and '.join(file_by_split)}"
     return " and ".join(f"{name} in {split}" for split, name in file_by_split.items()) + " (identical files)"

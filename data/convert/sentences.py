@@ -62,16 +62,15 @@ def read_sentences(path: Path, object_column: str) -> tuple[list[Row], list[str]
     else:
         raise UserError(f"--sentences {path}: the name must end in .csv, .tsv or .jsonl.")
     rows: list[Row] = []
-    unused: dict[str, None] = {}
+    unused: set[str] = set()
     for where, record in records:
-        rows.append(_row(where, record, object_column))
-        unused |= dict.fromkeys(record.keys() - set(COLUMNS[object_column]))
+        with located(where):
+            rows.append(_row(where, record, object_column))
+        unused |= record.keys() - set(COLUMNS[object_column])
     if not rows:
         raise UserError(f"{path} contains no sentences.")
-    for column, values in ((object_column, [row.object for row in rows]), ("split", [row.split for row in rows])):
-        first_empty = values.index("") if "" in values else None
-        if first_empty is not None and (any(values) or column in REQUIRED_COLUMNS):
-            raise UserError(f"{rows[first_empty].where}: {column} is empty.")
+    _check_complete(object_column, {row.where: row.object for row in rows})
+    _check_complete("split", {row.where: row.split for row in rows})
     return rows, sorted(unused)
 
 
@@ -127,7 +126,8 @@ def _read_table(path: Path, delimiter: str, object_column: str) -> Iterator[tupl
                 raise UserError(
                     f"{where}: the columns are separated by {min(found)!r}. Use commas in .csv and tabs in .tsv files."
                 )
-            _check_columns(where, columns, object_column)
+            with located(where):
+                _check_columns(tuple(columns), object_column)
         elif len(fields) != len(columns):
             raise UserError(
                 f"{where}: {len(fields)} fields, but the first line names {len(columns)} columns. A sentence that "
@@ -148,7 +148,8 @@ def _read_json_lines(path: Path, object_column: str) -> Iterator[tuple[str, Reco
             raise UserError(f"{where}: invalid JSON ({' '.join(str(error).split())[:100]}).") from error
         if not isinstance(record, dict):
             raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}.")
-        _check_columns(where, list(record), object_column)
+        with located(where):
+            _check_columns(tuple(record), object_column)
         yield where, record
 
 
@@ -163,28 +164,22 @@ def _record(pairs: list[tuple[str, Any]]) -> Record:
     return record
 
 
-def _check_columns(where: str, columns: list[str], object_column: str) -> None:
-    if problem := _column_problem(tuple(columns), object_column):
-        raise UserError(f"{where}: {problem}")
-
-
 @lru_cache(maxsize=100)  # the lines of a JSONL file usually have the same keys
-def _column_problem(columns: tuple[str, ...], object_column: str) -> str:
-    """Return what is wrong with the names of the columns, or an empty string."""
+def _check_columns(columns: tuple[str, ...], object_column: str) -> None:
+    """Raise a UserError if a column is repeated, missing or probably misspelled."""
     repeated = [name for name in columns if name and columns.count(name) > 1]
     if repeated:
-        return f"the column {listed(repeated[:1])} occurs twice."
+        raise UserError(f"the column {listed(repeated[:1])} occurs twice.")
     known = COLUMNS[object_column]
     missing = [name for name in known if name in REQUIRED_COLUMNS and name not in columns]
     if missing:
-        return f"no column {', '.join(missing)}. Found: {listed(columns)}."
+        raise UserError(f"no column {', '.join(missing)}. Found: {listed(columns)}.")
+    absent = [name for name in known if name not in columns]
     for name in columns:
-        unused = [column for column in known if column not in columns]
-        close = difflib.get_close_matches(name, unused, n=1, cutoff=0.75) if name not in known else []
+        close = difflib.get_close_matches(name, absent, n=1, cutoff=0.75) if name not in known else []
         # Ids of other things, such as image_id, are common and no mistake.
-        if close and not (name.endswith("_id") and close[0] != "annotation_id"):
-            return f"unknown column {listed([name])}. Did you mean {close[0]}?"
-    return ""
+        if close and (not name.endswith("_id") or close[0] == "annotation_id"):
+            raise UserError(f"unknown column {listed([name])}. Did you mean {close[0]}?")
 
 
 def listed(columns: Iterable[str]) -> str:
@@ -194,31 +189,43 @@ def listed(columns: Iterable[str]) -> str:
 
 
 def _row(where: str, record: Record, object_column: str) -> Row:
-    """Return a record as a row, or raise a UserError that says what is wrong with it."""
-    texts = {column: _text(where, column, record.get(column)) for column in COLUMNS[object_column]}
+    """Check the values of a row. UserError: what is wrong, without the place."""
+    texts = {column: _text(column, record.get(column)) for column in COLUMNS[object_column]}
     for column in ("image", "sentence"):
         if not texts[column]:
-            raise UserError(f"{where}: {column} is empty.")
+            raise UserError(f"{column} is empty.")
     sentence, split = texts["sentence"], texts["split"]
     if len(sentence) > MAX_SENTENCE:
-        raise UserError(f"{where}: the sentence is longer than {MAX_SENTENCE} characters.")
+        raise UserError(f"the sentence is longer than {MAX_SENTENCE} characters.")
     if not words(sentence):
-        raise UserError(f"{where}: the sentence {sentence!r} contains no words.")
+        raise UserError(f"the sentence {sentence!r} contains no words.")
     if split and not SPLIT_NAME.fullmatch(split):
         close = [name for name in ("train", "val", "test") if split.lower().startswith(name)]
         names = "Use train, val, test, testA, testB, testC or a name such as test-hard."
-        hint = f"Did you mean {close[0]}?" if close else names
-        raise UserError(f"{where}: unknown split {split!r}. {hint}")
+        raise UserError(f"unknown split {split!r}. " + (f"Did you mean {close[0]}?" if close else names))
     return Row(where, texts["image"], texts[object_column], sentence, split, texts.get("category", ""))
 
 
-def _text(where: str, column: str, value: Any) -> str:
-    """Return a value of a column as stripped text."""
+def _text(column: str, value: Any) -> str:
+    """Return a value as stripped text. UserError: it is not text, or contains control characters."""
     if type(value) is int and column in ("image", "annotation_id"):
         value = str(value)
     if value is not None and type(value) is not str:
-        raise UserError(f"{where}: {column} must be text, not {type(value).__name__}.")
+        raise UserError(f"{column} must be text, not {type(value).__name__}.")
     text = (value or "").strip()
     if CONTROL_CHARACTER.search(text):
-        raise UserError(f"{where}: {column} contains a line break, a tab or another control character.")
+        raise UserError(f"{column} contains a line break, a tab or another control character.")
     return text
+
+
+def _check_complete(column: str, values: dict[str, str]) -> None:
+    """Raise a UserError if a column is empty in some rows: a required one in any, an optional one in some but not all.
+
+    Args:
+        column: its name.
+        values: the value in each row, by the place of the row.
+    """
+    if any(values.values()) or column in REQUIRED_COLUMNS:
+        for where, value in values.items():
+            if not value:
+                raise UserError(f"{where}: {column} is empty.")

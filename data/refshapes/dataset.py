@@ -75,7 +75,7 @@ def is_complete(folder: Path, settings: Settings) -> bool:
 
 
 def check_replaceable(folder: Path) -> None:
-    """UserError if the folder exists and holds anything but a RefShapes dataset."""
+    """Raise a UserError if the folder exists and holds anything but a RefShapes dataset."""
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not read_info(folder):

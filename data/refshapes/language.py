@@ -32,9 +32,10 @@ FULL_ONLY = ("medium", "topmost", "bottommost")  # words of level full only, as 
 
 # How often a kind of description is chosen where the scene allows it.
 KIND_WEIGHTS = {
-    "basic": {"color": 9, "shape": 3, "color+shape": 14, "size": 5, "extent": 1, "place": 1.5, "position": 0.4},
-    "full": {"color": 4, "shape": 4, "color+shape": 5, "size": 5, "extent": 1.5, "place": 3, "position": 1.5,
-             "relation": 7, "overlap": 10},
+    "basic": {"color": 9, "shape": 3, "color+shape": 14, "size": 5, "size superlative": 1,
+              "place": 1.5, "place superlative": 0.4},
+    "full": {"color": 4, "shape": 4, "color+shape": 5, "size": 5, "size superlative": 1.5,
+             "place": 3, "place superlative": 1.5, "relation": 7, "overlap": 10},
 }  # fmt: skip
 REDUNDANT_WEIGHT = 0.5  # factor for redundant descriptions, such as "the small red circle" if there is one red circle
 PHRASES: dict[str, tuple[str, ...]] = {  # ways to say a property; any other property is said by its own name
@@ -69,7 +70,7 @@ class Description(NamedTuple):
         if self.relation:
             return "overlap" if self.relation in ("behind", "in front of") else "relation"
         if self.superlative:
-            return "extent" if self.superlative in ("biggest", "smallest") else "position"
+            return "size superlative" if self.superlative in ("biggest", "smallest") else "place superlative"
         if self.place:
             return "place"
         if self.size:
