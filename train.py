@@ -36,7 +36,7 @@ from bert.files import resolve_bert_file
 from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer
 from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
-from data.loaders import DeviceBatches, build_eval_batches, build_train_loader
+from data.loaders import DeviceBatches, build_train_loader
 from data.mixed import MixedDataset, mix
 from lib import config
 from lib.checkpoint import Checkpoint, load_pretrained, load_strictly, load_weights, read_checkpoint, rebuild
@@ -50,11 +50,13 @@ from lib.engine.progress import Progress, restore_random_states
 from lib.engine.resume import check_recipe, check_same, find_resumed, for_share, share_of, warn_once
 from lib.engine.step import TrainingStep
 from lib.engine.trainer import Trainer
-from lib.engine.validation import Validation
+from lib.engine.validation import time_validation, validate
 from lib.errors import MissingFileError, UserError
+from lib.evaluation import EvalSetup
 from lib.files import write_text
 from lib.journal import Journal, write_environment
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
+from lib.report.figures import draw_validation
 from refer.datasets import check_dataset
 from refer.refer import REFER
 from refer.sources import BERT_WEIGHTS, SWIN_ADDRESS, SWIN_FILES
@@ -296,17 +298,8 @@ def fit(
         loader.batch_sampler.set_position(epoch, first_step)
 
     with Control(train.SAVE_STEPS, train.SAVE_MINUTES, step.group) as control, contextlib.ExitStack() as at_the_end:
-        validation = Validation(
-            splits.val,
-            lambda indices: build_eval_batches(splits.val, device, indices=indices, **loading),
-            batch_size=cfg.BATCH_SIZE,
-            looked_at=2 * cfg.BATCH_SIZE * processes.world_size,
-            title=cfg.DATA.SPLIT if processes.is_main else None,
-            stop_requested=control.stop_requested,
-            group=step.group,
-            compiled=train.COMPILE,
-        )
-        judging = validation.look_ahead(model)
+        setup = EvalSetup(processes, cfg.BATCH_SIZE, cfg.WORKERS, cfg.PIN_MEM, control.stop_requested)
+        judging = time_validation(model, splits.val, setup)
         step.model, batches = wrap(model, processes), DeviceBatches(loader, device)
         training = time_training(step.model, step.criterion, precision, next(iter(batches)))
         LOG.info(
@@ -327,8 +320,8 @@ def fit(
             accum_steps=accum_steps,
             steps_per_epoch=steps_per_epoch,
             total_steps=total_steps,
-            validate=validation,
-            draw=validation.draw,
+            validate=lambda model: validate(model, splits.val, setup),
+            draw=functools.partial(draw_validation, splits.val),
             progress=progress,
             control=control,
             checkpoints=folder,

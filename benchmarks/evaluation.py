@@ -1,10 +1,10 @@
-"""What an evaluation costs: what sharing a picture's work among its sentences brings, and whether memory grows.
+"""Measure evaluation: the speedup of encoding each image once, and memory over a whole split.
 
-    python -m benchmarks.evaluation                          # base at 480: batches of 1 and of 8, shared or not
-    python -m benchmarks.evaluation --scale                  # a set of RefCOCO val's size, a small model at 64 px
+    python -m benchmarks.evaluation              # base at 480, batches of 1 and 8: image encoded once or per sentence
+    python -m benchmarks.evaluation --scale      # a split as large as RefCOCO val, a small model at 64 px
 
-Both write a set of their own: random pictures of 640×480 with rectangles as objects. Prints Markdown with machine and
-versions; results worth keeping are in benchmarks/results/.
+Both generate a dataset: random images of 640×480 with rectangles as objects. The output is Markdown with machine and
+versions; selected results are kept in benchmarks/results/.
 """
 
 import json
@@ -12,32 +12,31 @@ import pickle
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.forward import machine
 from bert.tokenization import SPECIAL_TOKENS, read_vocabulary
-from CrossVLT import CrossVLT, build_crossvlt
+from CrossVLT import CrossVLT, CrossVLTOutput, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
-from data.loaders import DeviceBatches, build_eval_batches
+from data.image_batches import ImageBatches
 from data.transforms import normalize_images
 from lib.cli import Parser, run_command
 from lib.errors import UserError
-from lib.evaluation import evaluate
+from lib.evaluation import EvalSetup, evaluate
 from lib.files import write_text
 from lib.protocols import PAPER
 from lib.report.results import ResultFile
-from lib.report.splits import judge_splits
 from lib.variants import SWIN_VARIANTS
 from refer.datasets import COCO_IMAGES
 from refer.refer import REFER
-from utils import init_distributed
+from utils import Distributed, init_distributed
 
 WIDTH, HEIGHT = 640, 480
 WORDS = ("the", "a", "left", "right", "red", "tall", "man", "dog", "cup", "near", "behind", "window", "in", "front")
@@ -48,7 +47,7 @@ SMALL = {
 
 
 class Size(NamedTuple):
-    """How large a generated split is."""
+    """Size of a generated split."""
 
     images: int
     refs: int
@@ -61,11 +60,11 @@ FEW = Size(2, 5, 15)
 
 
 def write_set(root: Path, size: Size, seed: int = 0) -> None:
-    """A split named val in the REFER layout under ``root``/refcoco, with its pictures and a vocabulary."""
+    """Write a split named val in the REFER layout under ``root``/refcoco, with its images and a vocabulary."""
     source = np.random.default_rng(seed)
-    folder, pictures = root / "refcoco", root / COCO_IMAGES
+    folder, image_folder = root / "refcoco", root / COCO_IMAGES
     folder.mkdir(parents=True)
-    pictures.mkdir(parents=True)
+    image_folder.mkdir(parents=True)
     (folder / "vocab.txt").write_text("\n".join([*SPECIAL_TOKENS, *WORDS]) + "\n", encoding="utf-8")
     images = [
         {"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "width": WIDTH, "height": HEIGHT}
@@ -73,7 +72,7 @@ def write_set(root: Path, size: Size, seed: int = 0) -> None:
     ]
     for image in images:
         coarse = Image.fromarray(source.integers(0, 256, (HEIGHT // 20, WIDTH // 20, 3), dtype=np.uint8))
-        coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(pictures / image["file_name"])
+        coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(image_folder / image["file_name"])
     annotations, refs, sentences = [], [], 0
     for number in range(size.refs):
         x, y = int(source.integers(0, WIDTH // 2)), int(source.integers(0, HEIGHT // 2))
@@ -103,37 +102,56 @@ def open_set(root: Path, img_size: int) -> ReferDataset:
     return ReferDataset(REFER(root), "val", read_vocabulary(root / "refcoco" / "vocab.txt"), img_size=img_size)
 
 
-def sharing(model: CrossVLT, dataset: ReferDataset, device: torch.device, sizes: list[int], repeats: int) -> list[str]:
-    """A table of expressions per second, by batch size, without and with sharing a picture's work."""
+class EncodePerSentence(nn.Module):
+    """A model with the interface that evaluate() uses, which encodes the image again for every sentence."""
+
+    def __init__(self, model: CrossVLT) -> None:
+        super().__init__()
+        self.model = model
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def segment(self, images: torch.Tensor, *text: torch.Tensor, size: tuple[int, int]) -> CrossVLTOutput:
+        return self.model(images, *text)
+
+
+def sharing(
+    model: CrossVLT, dataset: ReferDataset, dist: Distributed, batch_sizes: list[int], repeats: int
+) -> list[str]:
+    """Return a table of expressions per second by batch size, with the image encoded per sentence and once."""
 
     def rate(batch_size: int, shared: bool) -> float:
-        # Without: each sentence decodes and encodes its picture anew, as if it were alone in the split.
-        parts = [range(len(dataset))] if shared or batch_size > 1 else [[index] for index in range(len(dataset))]
+        evaluated = model if shared else EncodePerSentence(model)
+        # At a batch size of 1, each sentence also loads its image again, as if it were alone in the split.
+        parts = [None] if shared or batch_size > 1 else [[index] for index in range(len(dataset))]
         started = time.perf_counter()
         for indices in parts:
-            batches = build_eval_batches(
-                dataset, device, batch_size=batch_size, workers=0, rank=0, world_size=1, indices=indices
-            )
-            evaluate(model, batches, indices=indices, batch_size=batch_size, share_images=shared)
+            evaluate(evaluated, dataset, [PAPER], EvalSetup(dist, batch_size), indices=indices)
         return len(dataset) / (time.perf_counter() - started)
 
-    rate(1, True)  # warms up
-    rates: dict[tuple[int, bool], list[float]] = {(size, shared): [] for size in sizes for shared in (False, True)}
-    for _ in range(repeats):  # in turns, so that what else the machine does meets all alike
-        for way, values in rates.items():
-            values.append(rate(*way))
-    lines = ["| batch | picture encoded | expressions/s (median) | spread | with ÷ without |", "|---|---|---|---|---|"]
+    rate(1, True)  # warm-up
+    rates: dict[tuple[int, bool], list[float]] = {
+        (size, shared): [] for size in batch_sizes for shared in (False, True)
+    }
+    for _ in range(repeats):  # alternating, so that other load on the machine affects all of them alike
+        for case, values in rates.items():
+            values.append(rate(*case))
+    lines = [
+        "| batch | image encoded | expressions/s (median) | range | once ÷ per sentence |",
+        "|---|---|---|---|---|",
+    ]
     for (size, shared), values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[size, False], strict=True)]
         ratio = f"{statistics.median(ratios):.3f} ({min(ratios):.3f}…{max(ratios):.3f})" if shared else ""
-        how = "once" if shared else "for each sentence" + (", and decoded" if size == 1 else "")
+        encoded = "once" if shared else "per sentence" + (", and loaded" if size == 1 else "")
         spread = f"{min(values):.3f}…{max(values):.3f}"
-        lines.append(f"| {size} | {how} | {statistics.median(values):.3f} | {spread} | {ratio} |")
+        lines.append(f"| {size} | {encoded} | {statistics.median(values):.3f} | {spread} | {ratio} |")
     return [*lines, "", shared_part(model, dataset)]
 
 
 def shared_part(model: CrossVLT, dataset: ReferDataset) -> str:
-    """How much of the work a picture's sentences can share."""
+    """Return how much of the computation the sentences of an image share."""
     sample = dataset[0]
     inputs = (normalize_images(sample["image"])[None], sample["input_ids"][None], sample["attention_mask"][None])
     model, work = model.cpu(), []
@@ -144,54 +162,32 @@ def shared_part(model: CrossVLT, dataset: ReferDataset) -> str:
             work.append(counter.get_total_flops() / 1e9)
     whole, shared = work
     part = f"{shared:.1f} ({shared / whole:.1%})"
-    return f"Of {whole:.1f} GFLOP per expression {part} are stage 0's blocks, computed once per picture."
+    return f"Of {whole:.1f} GFLOP per expression, {part} are the blocks of the first stage, computed once per image."
 
 
 def resident_mib() -> float:
-    """Memory of this process that is in RAM (Linux)."""
+    """Return the resident memory of this process (Linux)."""
     with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * 4096 / 2**20
 
 
-class Watched:
-    """Batches that note, as they are taken, how many expressions are done, the memory and the time."""
-
-    def __init__(self, batches: DeviceBatches) -> None:
-        self.batches, self.marks, self.done, self.started = batches, [], 0, time.perf_counter()
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self.batches:
-            self.note()
-            yield batch
-            self.done += len(batch["index"])
-
-    def note(self) -> None:
-        self.marks.append((self.done, resident_mib(), time.perf_counter() - self.started))
-
-
-def scale(model: CrossVLT, dataset: ReferDataset, device: torch.device, batch_size: int, folder: Path) -> list[str]:
-    """A table of memory and time after each tenth of a split, whose every result and mask goes to a file."""
-    how = {"batch_size": batch_size, "workers": 0, "rank": 0, "world_size": 1}
-    watched = Watched(build_eval_batches(dataset, device, **how))
+def scale(model: CrossVLT, dataset: ReferDataset, dist: Distributed, batch_size: int, folder: Path) -> list[str]:
+    """Return a table of memory and time after each tenth of a split whose masks are all written to a file."""
     file = ResultFile(folder / "results.jsonl", {"splits": {"val": len(dataset)}, "protocols": [PAPER.settings()]})
-    judging = judge_splits(
-        model,
-        {"val": dataset},
-        [PAPER],
-        make_batches=lambda dataset, done: watched,
-        batch_size=batch_size,
-        drawn={},
-        file=file,
-    )
-    ((_, results),) = judging
-    watched.done = len(dataset)
-    watched.note()
+    file.open()
+    done = np.cumsum([0, *map(len, ImageBatches(dataset, batch_size).batches)]).tolist()  # before each batch
+    marks: list[tuple[int, float, float]] = []
+    started = time.perf_counter()
+
+    def mark() -> bool:
+        marks.append((done[len(marks)], resident_mib(), time.perf_counter() - started))
+        return False
+
+    results = evaluate(model, dataset, [PAPER], EvalSetup(dist, batch_size, stop_requested=mark), sink=file)
+    mark()
     lines = ["| expressions done | memory of the process | time |", "|---|---|---|"]
     for tenth in range(1, 11):
-        count, memory, seconds = min(watched.marks, key=lambda mark: abs(mark[0] - tenth * len(dataset) / 10))
+        count, memory, seconds = min(marks, key=lambda item: abs(item[0] - tenth * len(dataset) / 10))
         lines.append(f"| {count} | {memory:.0f} MiB | {seconds:.0f} s |")
     written = file.path.stat().st_size / 2**20
     overall = results["paper"].metrics["oIoU"]
@@ -202,12 +198,18 @@ def get_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.evaluation", description=__doc__)
     parser.add_argument("--swin_type", choices=SWIN_VARIANTS, default="base")
     parser.add_argument("--img_size", type=int, default=480)
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8], help="default: 1 8; --scale: the last")
-    parser.add_argument("--repeats", type=int, default=3, help="of the timing (default: 3)")
-    parser.add_argument("--scale", action="store_true", help="memory and time on a set of RefCOCO val's size instead")
-    parser.add_argument("--images", type=int, default=REFCOCO_VAL.images, help="of --scale (default: 1500)")
+    parser.add_argument(
+        "--batch_sizes", type=int, nargs="+", default=[1, 8], help="default: 1 8; --scale uses the last"
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="number of timed runs (default: 3)")
+    parser.add_argument(
+        "--scale", action="store_true", help="measure memory and time on a split as large as RefCOCO val"
+    )
+    parser.add_argument(
+        "--images", type=int, default=REFCOCO_VAL.images, help="for --scale: number of images (default: 1500)"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", metavar="FILE", help="write what is printed into a file too")
+    parser.add_argument("--out", metavar="FILE", help="also write the output to this file")
     return parser
 
 
@@ -215,7 +217,7 @@ def main() -> None:
     args = get_parser().parse_args()
     if min(args.images, args.repeats, *args.batch_sizes) < 1:
         raise UserError("--images, --repeats and --batch_sizes must be at least 1")
-    device = init_distributed(args.device).device
+    dist = init_distributed(args.device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         if args.scale:
@@ -227,13 +229,13 @@ def main() -> None:
             model = build_crossvlt(args.swin_type)
         write_set(Path(folder), size)
         dataset = open_set(Path(folder), img_size)
-        model = model.to(device).eval()
+        model = model.to(dist.device).eval()
         if args.scale:
-            lines = scale(model, dataset, device, args.batch_sizes[-1], Path(folder))
+            lines = scale(model, dataset, dist, args.batch_sizes[-1], Path(folder))
         else:
-            lines = sharing(model, dataset, device, args.batch_sizes, args.repeats)
+            lines = sharing(model, dataset, dist, args.batch_sizes, args.repeats)
     what = f"{size.expressions} expressions, {size.refs} refs, {size.images} images of {WIDTH}×{HEIGHT}"
-    text = "\n".join([f"{name} at {img_size}×{img_size}: {what}", machine(device), "", *lines])
+    text = "\n".join([f"{name} at {img_size}×{img_size}: {what}", machine(dist.device), "", *lines])
     print(text)
     if args.out:
         write_text(args.out, text + "\n")

@@ -1,27 +1,32 @@
-"""The one evaluate loop, for validation while training and for test.py, and the one predict().
+"""Evaluate a model on a split, during training and in test.py, and predict masks.
 
-Letters: P pictures, R objects, B expressions, S the pictures' side, N tokens; H×W the size masks are judged at.
+Shapes: B expressions, N tokens, S the model's image size, H×W the size at which masks are compared.
 """
 
+import logging
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from data.dataset_refer_bert import ReferDataset
+from data.loaders import Batch, build_eval_batches
 from lib.errors import StoppedError, UserError
 from lib.metrics import compute_metrics, intersection_and_union, iou
 from lib.protocols import PAPER, Protocol
 from refer.masks import encode_mask
-from utils import gather, sum_over_processes
+from utils import Distributed, gather, on_main, sum_over_processes
 
+LOG = logging.getLogger("crossvlt")
 SECONDS_BETWEEN_LINES = 30
-SECONDS_BETWEEN_REPORTS = 60  # what at most is lost when a process is killed
-Batch = dict[str, Any]
+SECONDS_BETWEEN_WRITES = 60  # longest work lost if a process is killed
 UNKNOWN = -1
 
 
@@ -32,20 +37,172 @@ class ExpressionResult(NamedTuple):
     protocol: str
     intersection: int  # pixels
     union: int
-    mask: dict[str, Any] | None  # the prediction as COCO RLE, where it was asked for
+    mask: dict[str, Any] | None  # the predicted mask as COCO RLE, if requested
 
 
 class EvaluationResult(NamedTuple):
-    """Every expression once under one protocol, in the dataset's order."""
+    """All expressions under one protocol, in the dataset's order."""
 
     indices: np.ndarray  # int64 [n]
     counts: np.ndarray  # int64 [n, 2]: intersection, union
     metrics: dict[str, float]  # in percent
-    masks: dict[int, dict[str, Any]]  # COCO RLE by index, of those that were to be kept (the first protocol's)
+    masks: dict[
+        int, dict[str, Any]
+    ]  # predicted masks (COCO RLE) by index, those of ``keep_masks``, first protocol only
 
     def iou(self, index: int) -> float:
-        """The IoU of the expression at ``index``, 0 where the union is empty."""
+        """Return the IoU of the expression at ``index``; 0 if the union is empty."""
         return iou(*self.counts[np.searchsorted(self.indices, index)].tolist())
+
+
+class ResultSink(ABC):
+    """Receives results while an evaluation runs, and knows those of an earlier, interrupted run."""
+
+    resume_hint = ""  # how an interrupted evaluation is continued
+
+    @abstractmethod
+    def earlier_results(self, split: str) -> Iterable[ExpressionResult]:
+        """Return the results of a split that are stored already."""
+
+    @abstractmethod
+    def write(self, dataset: ReferDataset, results: Sequence[ExpressionResult]) -> None:
+        """Store new results; called on the main process, once for each result."""
+
+
+@dataclass(frozen=True)
+class EvalSetup:
+    """Processes and resources of an evaluation. Apart from rounding, results do not depend on them.
+
+    Args:
+        dist: this process among all.
+        batch_size: expressions per forward pass.
+        workers: data-loading processes per process.
+        pin_memory: use page-locked memory.
+        stop_requested: called before each batch on all processes together; returns the same value on all.
+    """
+
+    dist: Distributed
+    batch_size: int
+    workers: int = 0
+    pin_memory: bool = False
+    stop_requested: Callable[[], bool] = lambda: False
+
+
+def evaluate(
+    model: nn.Module,
+    dataset: ReferDataset,
+    protocols: Sequence[Protocol],
+    setup: EvalSetup,
+    *,
+    indices: Iterable[int] | None = None,
+    keep_masks: Collection[int] = (),
+    sink: ResultSink | None = None,
+) -> dict[str, EvaluationResult]:
+    """Evaluate every expression of a split exactly once, independent of the number of processes.
+
+    All protocols are evaluated from the same logits. Whatever depends on the image alone is computed once per image.
+
+    Args:
+        model: an unwrapped CrossVLT; its training mode is restored afterwards.
+        dataset: the split, one sample per sentence.
+        protocols: at least one.
+        setup: processes and resources.
+        indices: of the expressions to evaluate (default: all).
+        keep_masks: indices of expressions whose predicted masks are returned, for the first protocol.
+        sink: receives each new result once, about every minute. Results that it has already are not computed again.
+
+    Returns:
+        results by protocol name, the same on every process.
+
+    Raises:
+        StoppedError: ``setup.stop_requested`` returned True; ``sink`` has all results up to there.
+        UserError: a batch does not fit into the GPU's memory, or ``sink`` cannot write.
+        RuntimeError: an expression was evaluated twice or not at all.
+    """
+    selected = np.arange(len(dataset)) if indices is None else np.unique(np.fromiter(indices, np.int64))
+    results = _Results(dataset, selected, protocols, keep_masks, sink)
+    batches = build_eval_batches(
+        dataset,
+        setup.dist.device,
+        batch_size=setup.batch_size,
+        workers=setup.workers,
+        pin_memory=setup.pin_memory,
+        rank=setup.dist.rank,
+        world_size=setup.dist.world_size,
+        targets=[protocol.target_key for protocol in protocols],
+        indices=selected,
+        evaluated=results.complete_indices(),
+    )
+    progress = _ProgressBar(dataset.split, results, show=setup.dist.is_main)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in _same_number_on_all(batches):
+            if setup.stop_requested():
+                results.exchange()
+                hint = f" {sink.resume_hint}" if sink else ""
+                raise StoppedError(f"Stopped while evaluating split {dataset.split}.{hint}")
+            new = (
+                [] if batch is None else _evaluate_batch(model, batch, protocols, setup.batch_size, results.needs_mask)
+            )
+            progress.update(*results.add(new))
+        results.exchange()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{setup.batch_size} expressions do not fit into the GPU's memory. Lower --batch-size."
+        ) from error
+    finally:
+        progress.close()
+        model.train(was_training)
+    return results.by_protocol()
+
+
+@torch.inference_mode()
+def _evaluate_batch(
+    model: nn.Module, batch: Batch, protocols: Sequence[Protocol], batch_size: int, needs_mask: Callable[[int], bool]
+) -> list[ExpressionResult]:
+    """Return the results of a batch of :class:`data.image_batches.ImageBatches`, at most ``batch_size`` at a time."""
+    results = []
+    indices, image_of, object_of = batch["index"].tolist(), batch["image_index"], batch["object_index"]
+    encoded = model.encode_images(batch["image"])
+    for start in range(0, len(indices), batch_size):
+        rows = slice(start, start + batch_size)
+        logits = model.segment(
+            encoded[image_of[rows]],
+            batch["input_ids"][rows],
+            batch["attention_mask"][rows],
+            size=batch["image"].shape[-2:],
+        ).mask_logits
+        for protocol in protocols:
+            targets, objects = batch["targets"][protocol.target_key], object_of[rows]
+            if protocol.eval_size == "resized":
+                pairs = [(logits, targets[objects])]
+            else:  # every image has its own size
+                pairs = [(logits[i : i + 1], targets[k][None]) for i, k in enumerate(objects.tolist())]
+            remaining = iter(indices[rows])
+            for part, target in pairs:
+                predicted = logits_to_masks(part, target.shape[-2:], protocol.threshold)
+                counts = torch.stack(intersection_and_union(predicted, target), dim=1).tolist()
+                for (intersection, union), mask in zip(counts, predicted, strict=True):
+                    index = next(remaining)
+                    rle = encode_mask(mask.cpu().numpy()) if needs_mask(index) else None
+                    results.append(ExpressionResult(index, protocol.name, intersection, union, rle))
+    return results
+
+
+def logits_to_masks(logits: torch.Tensor, size: Sequence[int], threshold: float | None = None) -> torch.Tensor:
+    """Turn logits [B, 2, h, w] into masks, bool [B, H, W].
+
+    Args:
+        logits: of background and object.
+        size: (H, W); logits of another size are resized (bilinear) first.
+        threshold: minimum object probability; None: the class with the higher logit.
+    """
+    if tuple(logits.shape[-2:]) != tuple(size):
+        logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+    if threshold is None:
+        return logits.argmax(1).bool()
+    return logits.softmax(1)[:, 1] >= threshold
 
 
 @torch.inference_mode()
@@ -58,24 +215,24 @@ def predict(
     size: tuple[int, int] | None = None,
     protocol: Protocol = PAPER,
 ) -> torch.Tensor:
-    """Masks of what the sentences mean: bool [B, H, W].
+    """Return the masks of the referred objects, bool [B, H, W].
 
     Args:
         model: a CrossVLT in eval mode.
         images: [B, 3, S, S], preprocessed.
         input_ids, attention_mask: [B, N].
-        size: (H, W) of the masks, where it is not the images': the logits are resized, then compared.
-        protocol: says how logits become a mask.
+        size: (H, W) of the masks (default: the images' size).
+        protocol: how logits become a mask.
     """
-    logits = model(images, input_ids, attention_mask, return_similarities=False).mask_logits
-    return protocol.predicted(logits, tuple(size or images.shape[-2:]))
+    logits = model(images, input_ids, attention_mask).mask_logits
+    return logits_to_masks(logits, size or images.shape[-2:], protocol.threshold)
 
 
 @torch.inference_mode()
 def alignment_maps(
     model: nn.Module, images: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> list[list[np.ndarray]]:
-    """What ties pixels and sentence at each stage, for each of B sentences: four float32 [h, w] of cosines (−1…1).
+    """Return the cosine similarity of pixels and sentence: per sentence and stage a float32 map [h, w] (−1…1).
 
     Args:
         model: a CrossVLT in eval mode.
@@ -88,221 +245,129 @@ def alignment_maps(
     return [[stage[b, 0].numpy() for stage in cosines] for b in range(len(images))]
 
 
-def evaluate(
-    model: nn.Module,
-    batches: Collection[Batch],
-    *,
-    indices: Sequence[int] | np.ndarray,
-    batch_size: int,
-    protocols: Sequence[Protocol] = (PAPER,),
-    keep_masks: Collection[int] = (),
-    report_masks: bool = False,
-    share_images: bool = True,
-    known: np.ndarray | None = None,
-    report: Callable[[list[ExpressionResult]], None] | None = None,
-    progress: str | None = None,
-    log: Callable[[str], None] | None = None,
-    stop_requested: Callable[[], bool] | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> dict[str, EvaluationResult]:
-    """Judge every expression exactly once, whatever the number of processes.
-
-    Args:
-        model: an unwrapped CrossVLT; left in the mode it was in.
-        batches: this process's share, on the model's device; see :class:`data.image_batches.ImageBatches`.
-        indices: of all expressions that all processes together judge, ascending.
-        batch_size: the most expressions of a forward pass.
-        protocols: each is judged of the same logits.
-        keep_masks: indices whose predicted masks by the first protocol its result keeps.
-        report_masks: whether ``report`` gets every predicted mask.
-        share_images: compute what depends on the picture alone once per picture, not once per expression.
-        known: what an earlier evaluation has found, which ``batches`` needn't have: int64 [k, 4] of index, number of
-            the protocol, intersection, union.
-        report: called now and then on the main process with what is new since, from all processes; every result of
-            ``batches`` that isn't known comes by once.
-        progress: a title: show a bar, or call ``log`` now and then where there is no terminal.
-        log: called with a line.
-        stop_requested: called before each batch, by all processes together, and the same on all: whether to leave.
-        group: joins the processes for exchanging numbers on the CPU (:func:`utils.cpu_group`).
-
-    Returns:
-        by the protocols' names, the same on every process.
-
-    Raises:
-        StoppedError: ``stop_requested`` said so; everything until then was reported.
-        UserError: a batch doesn't fit into the GPU's memory.
-        RuntimeError: an expression was judged twice or not at all.
-    """
-    tally = _Tally(np.asarray(indices, dtype=np.int64), protocols, known)
-    new: list[ExpressionResult] = []
-    first, masks = protocols[0].name, {}
-    wanted = range(int(indices[-1]) + 1) if report_masks else keep_masks
-    line = _ProgressLine(progress, tally, log)
-    reported_at = time.monotonic()
-
-    def exchange() -> None:
-        nonlocal reported_at
-        everyones = [result for part in gather(new) for result in part if tally.add(result)]
-        for result in everyones:
-            if result.protocol == first and result.index in keep_masks:
-                masks[result.index] = result.mask
-        if report is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-            report(everyones)
-        new.clear()
-        reported_at = time.monotonic()
-
-    was_training = model.training
-    model.eval()
-    try:
-        for batch in _in_rounds(batches):
-            if stop_requested is not None and stop_requested():
-                exchange()
-                raise StoppedError("stopped while judging: nothing was lost, and nothing has changed")
-            try:
-                done = [] if batch is None else _judged(model, batch, protocols, batch_size, wanted, share_images)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"the GPU's memory doesn't hold {batch_size} expressions: lower --batch-size"
-                ) from error
-            new += done
-            counts = [
-                (result.intersection, result.union)
-                for result in done
-                if result.protocol == first and not tally.is_known(result)
-            ]
-            due = time.monotonic() - reported_at > SECONDS_BETWEEN_REPORTS
-            news = [len(counts), sum(i for i, _ in counts), sum(u for _, u in counts), due]
-            *sums, due = sum_over_processes([float(number) for number in news], group)
-            line.add(*map(int, sums))
-            if due:
-                exchange()
-        exchange()
-    finally:
-        line.close()
-        model.train(was_training)
-    return tally.results({first: masks})
-
-
-@torch.inference_mode()
-def _judged(
-    model: nn.Module,
-    batch: Batch,
-    protocols: Sequence[Protocol],
-    batch_size: int,
-    keep_masks: Collection[int],
-    share_images: bool,
-) -> list[ExpressionResult]:
-    """The results of a batch, in its order."""
-    results, indices = [], batch["index"].tolist()
-    for rows, logits in _logits(model, batch, batch_size, share_images):
-        objects = batch["object_index"][rows]
-        for protocol in protocols:
-            truths = batch["targets"][protocol.truth]
-            if protocol.eval_size == "resized":
-                parts = [(logits, truths[objects])]
-            else:  # every picture has a size of its own
-                parts = [(logits[i : i + 1], truths[k][None]) for i, k in enumerate(objects.tolist())]
-            place = rows.start
-            for part, truth in parts:
-                predicted = protocol.predicted(part, tuple(truth.shape[-2:]))
-                counts = torch.stack(intersection_and_union(predicted, truth), dim=1).tolist()
-                for (intersection, union), mask in zip(counts, predicted, strict=True):
-                    kept = encode_mask(mask.cpu().numpy()) if indices[place] in keep_masks else None
-                    results.append(ExpressionResult(indices[place], protocol.name, intersection, union, kept))
-                    place += 1
-    return results
-
-
-def _logits(
-    model: nn.Module, batch: Batch, batch_size: int, share_images: bool
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Logits [b, 2, S, S] of at most ``batch_size`` successive expressions at a time."""
-    images, of = batch["image"], batch["image_index"]
-    encoded = model.encode_images(images) if share_images else None
-    for start in range(0, len(of), batch_size):
-        rows = slice(start, start + batch_size)
-        inputs = (batch["input_ids"][rows], batch["attention_mask"][rows])
-        if encoded is None:
-            output = model(images[of[rows]], *inputs, return_similarities=False)
-        else:
-            output = model.segment(encoded[of[rows]], *inputs, size=images.shape[-2:], return_similarities=False)
-        yield rows, output.mask_logits
-
-
-def _in_rounds(batches: Collection[Batch]) -> Iterator[Batch | None]:
-    """The batches, and None once they are done, as often on every process, though one may have a batch less."""
+def _same_number_on_all(batches: Collection[Batch]) -> Iterator[Batch | None]:
+    """Yield the batches, then None until every process has had as many as the process with the most batches."""
     iterator = iter(batches)
     for _ in range(max(gather(len(batches)))):
         yield next(iterator, None)
 
 
-class _Tally:
-    """Pixel counts of every expression under every protocol: as large before the first as after the last."""
+class _Results:
+    """Results of all processes: counts of every expression under every protocol, and the masks to keep.
 
-    def __init__(self, indices: np.ndarray, protocols: Sequence[Protocol], known: np.ndarray | None) -> None:
-        self.indices, self.names = indices, [protocol.name for protocol in protocols]
+    Memory does not grow with the number of masks: they are passed on to the sink at every exchange.
+    """
+
+    def __init__(
+        self,
+        dataset: ReferDataset,
+        indices: np.ndarray,
+        protocols: Sequence[Protocol],
+        keep_masks: Collection[int],
+        sink: ResultSink | None,
+    ) -> None:
+        self.dataset, self.indices, self.keep_masks, self.sink = dataset, indices, keep_masks, sink
+        self.position = {index: position for position, index in enumerate(indices.tolist())}
+        self.row = {protocol.name: row for row, protocol in enumerate(protocols)}
+        self.first = protocols[0].name
         self.counts = np.full((len(protocols), len(indices), 2), UNKNOWN, dtype=np.int64)
-        if known is not None and len(known):
-            self.counts[known[:, 1], self._places(known[:, 0])] = known[:, 2:]
-        self.known = self.counts[:, :, 0] != UNKNOWN
+        self.masks: dict[int, dict[str, Any]] = {}
+        self.new: list[ExpressionResult] = []  # of this process, since the last exchange
+        for result in on_main(self._read_sink) if sink else []:
+            self._count(result)
+        self.is_earlier = self.counts[:, :, 0] != UNKNOWN
+        self.exchanged_at = time.monotonic()
 
-    def _places(self, indices: np.ndarray) -> np.ndarray:
-        places = np.searchsorted(self.indices, indices).clip(max=len(self.indices) - 1)
-        if not np.array_equal(self.indices[places], indices):
-            raise RuntimeError("an expression was judged that isn't among those to be judged")
-        return places
+    def _read_sink(self) -> list[ExpressionResult]:
+        return [
+            result if result.index in self.keep_masks else result._replace(mask=None)
+            for result in self.sink.earlier_results(self.dataset.split)
+        ]
 
     def _place(self, result: ExpressionResult) -> tuple[int, int]:
-        return self.names.index(result.protocol), int(self._places(np.array([result.index]))[0])
+        if result.index not in self.position:
+            raise RuntimeError(f"expression {result.index} was evaluated, but is not among those to evaluate")
+        return self.row[result.protocol], self.position[result.index]
 
-    def is_known(self, result: ExpressionResult) -> bool:
-        """Whether it was known beforehand: a batch may be computed again for the sake of one expression."""
-        return bool(self.known[self._place(result)])
+    def _count(self, result: ExpressionResult) -> None:
+        place = self._place(result)
+        if self.counts[place][0] != UNKNOWN:
+            raise RuntimeError(f"expression {result.index} was evaluated twice")
+        self.counts[place] = result.intersection, result.union
+        if result.protocol == self.first and result.index in self.keep_masks:
+            self.masks[result.index] = result.mask
 
-    def add(self, result: ExpressionResult) -> bool:
-        """Count a result, unless it is known: whether it is news."""
-        if self.is_known(result):
-            return False
-        protocol, place = self._place(result)
-        if self.counts[protocol, place, 0] != UNKNOWN:
-            raise RuntimeError(f"expression {result.index} was judged twice")
-        self.counts[protocol, place] = result.intersection, result.union
-        return True
+    def complete_indices(self) -> set[int]:
+        """Return the expressions that have a result under every protocol."""
+        return set(self.indices[(self.counts[:, :, 0] != UNKNOWN).all(axis=0)].tolist())
 
-    def results(self, masks: dict[str, dict[int, dict[str, Any]]]) -> dict[str, EvaluationResult]:
-        never = int((self.counts[:, :, 0] == UNKNOWN).any(axis=0).sum())
-        if never:
-            raise RuntimeError(f"{never} of {len(self.indices)} expressions were never judged")
+    def needs_mask(self, index: int) -> bool:
+        return self.sink is not None or index in self.keep_masks
+
+    def add(self, results: Iterable[ExpressionResult]) -> tuple[int, int, int]:
+        """Add a batch of this process. Exchange results if it is time; called on all processes together.
+
+        Returns:
+            numbers for the progress bar, over all processes: new expressions, their intersection and union under the
+            first protocol.
+        """
+        # A batch may repeat expressions with an earlier result, because it holds all expressions of its images.
+        new = [result for result in results if not self.is_earlier[self._place(result)]]
+        self.new += new
+        shown = [(result.intersection, result.union) for result in new if result.protocol == self.first]
+        due = time.monotonic() - self.exchanged_at > SECONDS_BETWEEN_WRITES
+        sums = sum_over_processes([len(shown), sum(i for i, _ in shown), sum(u for _, u in shown), float(due)])
+        count, intersection, union, due = map(int, sums)
+        if due:
+            self.exchange()
+        return count, intersection, union
+
+    def exchange(self) -> None:
+        """Pass the new results of every process to all processes, and to the sink."""
+        everyones = [result for part in gather(self.new) for result in part]
+        for result in everyones:
+            self._count(result)
+        if self.sink is not None:
+            on_main(lambda: self.sink.write(self.dataset, everyones))
+        self.new.clear()
+        self.exchanged_at = time.monotonic()
+
+    def by_protocol(self) -> dict[str, EvaluationResult]:
+        missing = len(self.indices) - len(self.complete_indices())
+        if missing:
+            raise RuntimeError(f"{missing} of {len(self.indices)} expressions were not evaluated")
         found = {}
-        for name, counts in zip(self.names, self.counts, strict=True):
-            found[name] = EvaluationResult(self.indices, counts, compute_metrics(counts), masks.get(name, {}))
+        for name, row in self.row.items():
+            masks = self.masks if name == self.first else {}
+            found[name] = EvaluationResult(self.indices, self.counts[row], compute_metrics(self.counts[row]), masks)
         return found
 
 
-class _ProgressLine:
-    """A bar over all processes' expressions with the overall IoU so far, or a plain line now and then."""
+class _ProgressBar:
+    """A bar over the expressions of all processes with the overall IoU so far; without a terminal, lines in the log."""
 
-    def __init__(self, title: str | None, tally: _Tally, log: Callable[[str], None] | None) -> None:
-        self.title, self.log, self.total = title, log, len(tally.indices)
-        self.intersection, self.union = np.where(tally.known[0, :, None], tally.counts[0], 0).sum(0).tolist()
-        done = int(tally.known[0].sum())
+    def __init__(self, title: str, results: _Results, *, show: bool) -> None:
+        self.title, self.show, self.total = title, show, len(results.indices)
+        earlier = results.counts[0][results.is_earlier[0]]
+        self.done = self.initial = len(earlier)
+        self.intersection, self.union = earlier.sum(axis=0).tolist()
         self.bar = tqdm(
-            total=self.total, initial=done, desc=title, disable=None if title else True, leave=False, unit="expr"
+            total=self.total, initial=self.done, desc=title, disable=None if show else True, leave=False, unit="expr"
         )
-        self.done, self.begun_with, self.begun = done, done, time.monotonic()
-        self.told = self.begun
+        self.started = self.logged_at = time.monotonic()
 
-    def add(self, expressions: int, intersection: int, union: int) -> None:
-        self.done += expressions
-        self.intersection, self.union = self.intersection + intersection, self.union + union
+    def update(self, count: int, intersection: int, union: int) -> None:
+        self.done += count
+        self.intersection += intersection
+        self.union += union
         overall = f"oIoU {100 * iou(self.intersection, self.union):.2f}"
         self.bar.set_postfix_str(overall, refresh=False)
-        self.bar.update(expressions)
+        self.bar.update(count)
         now = time.monotonic()
-        if self.title and self.log and self.bar.disable and now - self.told > SECONDS_BETWEEN_LINES:
-            rate = (self.done - self.begun_with) / (now - self.begun)
-            self.log(f"{self.title}: {self.done}/{self.total} expressions, {rate:.1f}/s, {overall} so far")
-            self.told = now
+        if self.show and self.bar.disable and now - self.logged_at > SECONDS_BETWEEN_LINES:
+            rate = (self.done - self.initial) / (now - self.started)
+            LOG.debug(f"{self.title}: {self.done}/{self.total} expressions, {rate:.1f}/s, {overall} so far")
+            self.logged_at = now
 
     def close(self) -> None:
         self.bar.close()

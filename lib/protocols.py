@@ -1,97 +1,166 @@
-"""What a published number depends on besides the model, by name (docs/protocols.md).
+"""Evaluation protocols: what a published number depends on besides the model (docs/protocols.md). Imports no torch.
 
-Letters: B expressions, h×w the logits' size, H×W the size masks are judged at.
+A switch is a field of :class:`Protocol`. The flags of test.py and of lib.rescore, the checks of their values and the
+suffix of a protocol's name (``paper+gt_mask=union``) are generated from the field's :class:`Switch`.
 """
 
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
+from lib.cli import Parser, did_you_mean
 from lib.errors import UserError
 from lib.variants import EVAL_SIZES, MASK_MODES, MAX_TOKENS
 
-# What the loop over expressions always does; part of every result file, so that a number says how it came about.
+# Properties that all protocols share. They are written into result files, so that a number states how it was computed.
 FIXED = {"text": "raw", "sentences": "all", "precision": ">="}
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """How a prediction is made of the logits, and what it is judged against.
+class Switch:
+    """A setting of a protocol that a flag of the same name can change.
 
     Args:
-        name: of the protocol; a changed switch is part of it.
-        gt_mask: ``paper``: a pixel belongs to the object where exactly one of its polygons lies, so overlaps are
-            holes; ``union``: where any lies.
-        eval_size: ``resized``: prediction and truth at the model's picture size, the truth by nearest neighbour;
-            ``original``: the logits are brought back (bilinear) to the picture's own size, the truth is as annotated.
-        threshold: of the object's probability, reached or exceeded; None: the class with the higher logit.
-        max_tokens: ids kept of a sentence, [CLS] and [SEP] among them.
+        help: of the flag.
+        type: of the value.
+        choices: the allowed values, if there are few.
+        limits: exclusive bounds of a number.
+        config_key: key of the configuration that holds the value; test.py's flag is then one of lib.config.
+        needs_model: why the value cannot be changed in a result file without running the model again; empty if it can.
+        without_target: whether it also applies where there is no target mask (``--image``).
+    """
+
+    help: str
+    type: type = str
+    choices: tuple[str, ...] | None = None
+    limits: tuple[float, float] | None = None
+    config_key: str = ""
+    needs_model: str = ""
+    without_target: bool = False
+
+    def flag_options(self) -> dict[str, Any]:
+        """Return keywords for ``add_argument``, without the help text."""
+        return {"choices": self.choices} if self.choices else {"type": self.type, "metavar": "X"}
+
+    def check(self, flag: str, value: Any) -> None:
+        """Raise a UserError if a flag's value is not allowed."""
+        if self.choices and value not in self.choices:
+            hint = did_you_mean(str(value), self.choices)
+            raise UserError(f"{flag} {value}: choose one of {', '.join(self.choices)}.{hint}")
+        if self.limits and not self.limits[0] < value < self.limits[1]:
+            raise UserError(f"{flag} {value}: must be between {self.limits[0]} and {self.limits[1]}")
+
+
+def _switch(default: Any, help: str, **options: Any) -> Any:
+    return field(default=default, metadata={"switch": Switch(help, **options)})
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How logits become a mask, and which target mask it is compared with.
+
+    Args:
+        name: of the protocol, with a suffix for each changed switch.
+        gt_mask: ``paper``: a pixel belongs to the object if exactly one of its polygons covers it, so overlaps are
+            holes; ``union``: if at least one does.
+        eval_size: ``resized``: masks are compared at the model's image size, targets resized by nearest neighbour;
+            ``original``: logits are resized (bilinear) to the image's own size and compared with the full-size target.
+        threshold: minimum object probability of a mask pixel; None: the class with the higher logit.
+        max_tokens: token ids kept of a sentence, [CLS] and [SEP] included.
     """
 
     name: str
-    gt_mask: str = "paper"
-    eval_size: str = "resized"
-    threshold: float | None = None
-    max_tokens: int = MAX_TOKENS
+    gt_mask: str = _switch(
+        "paper",
+        "pixels in several polygons of one object: not part of the object (paper), or part of it (union)",
+        choices=MASK_MODES,
+    )
+    eval_size: str = _switch(
+        "resized",
+        "compare masks at the model's image size (resized) or at each image's own (original)",
+        choices=EVAL_SIZES,
+        needs_model="a binary mask cannot be converted to the logits at another size",
+    )
+    threshold: float | None = _switch(
+        None,
+        "object where its probability is at least X (default: where it is the more probable class)",
+        type=float,
+        limits=(0, 1),
+        needs_model="a binary mask has no probabilities",
+        without_target=True,
+    )
+    max_tokens: int = _switch(
+        MAX_TOKENS,
+        "token ids kept of a sentence",
+        type=int,
+        config_key="DATA.MAX_TOKENS",
+        needs_model="the model predicts other masks for sentences that are cut elsewhere",
+        without_target=True,
+    )
 
     @property
-    def truth(self) -> tuple[str, str]:
-        """Which true masks are needed: (gt_mask, eval_size)."""
+    def target_key(self) -> tuple[str, str]:
+        """Which target masks are needed: (gt_mask, eval_size)."""
         return self.gt_mask, self.eval_size
 
-    def predicted(self, logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """logits [B, 2, h, w] → masks, bool [B, H, W] of ``size`` (H, W)."""
-        if logits.shape[-2:] != size:
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        if self.threshold is None:
-            return logits.argmax(1).bool()
-        return logits.softmax(1)[:, 1] >= self.threshold
-
     def settings(self) -> dict[str, Any]:
-        """Everything that this protocol settles, for result files."""
+        """Return everything that this protocol determines, as written into result files."""
         return {**asdict(self), **FIXED}
 
 
+SWITCHES: dict[str, Switch] = {item.name: item.metadata["switch"] for item in fields(Protocol) if item.metadata}
 PAPER = Protocol("paper")
 PROTOCOLS = {"paper": PAPER, "original": Protocol("original", gt_mask="union", eval_size="original")}
 
 
-def choose_protocols(
-    names: str,
-    *,
-    gt_mask: str | None = None,
-    eval_size: str | None = None,
-    threshold: float | None = None,
-    max_tokens: int = MAX_TOKENS,
-) -> list[Protocol]:
-    """The protocols of ``--protocol paper,original``, with the single switches that were given.
+def add_protocol_flags(parser: Parser) -> None:
+    """Add ``--protocol`` and a flag for each switch that is not a flag of lib.config."""
+    parser.add_argument(
+        "--protocol",
+        metavar="NAMES",
+        default="paper",
+        help=f"{', '.join(PROTOCOLS)} or several (paper,original); see docs/protocols.md (default: paper)",
+    )
+    for name, switch in SWITCHES.items():
+        if not switch.config_key:
+            parser.add_argument(f"--{name}", help=switch.help, **switch.flag_options())
 
-    A switch that changes a protocol becomes part of its name: ``paper+gt_mask=union``.
+
+def protocol_name(base: str, settings: Mapping[str, Any]) -> str:
+    """Return the name of protocol ``base`` with these settings: ``paper``, or ``paper+gt_mask=union``.
+
+    Args:
+        base: a key of ``PROTOCOLS``. Of an unknown protocol every setting becomes part of the name.
+        settings: values by the names of switches; missing ones are those of ``base``.
+    """
+    unchanged = asdict(PROTOCOLS[base]) if base in PROTOCOLS else {}
+    changed = [name for name in SWITCHES if name in settings and settings[name] != unchanged.get(name)]
+    return "+".join([base, *(f"{name}={settings[name]}" for name in changed)])
+
+
+def choose_protocols(names: str, **switches: Any) -> list[Protocol]:
+    """Return the protocols of ``--protocol paper,original`` with the given switches applied to each.
+
+    Args:
+        names: comma-separated keys of ``PROTOCOLS``.
+        switches: values by the names in ``SWITCHES``; None: as the protocol has it.
 
     Raises:
-        UserError: an unknown name or value, or two protocols that the switches make the same.
+        UserError: an unknown name or value, or two protocols that the switches make equal.
     """
-    if gt_mask is not None and gt_mask not in MASK_MODES:
-        raise UserError(f"--gt_mask {gt_mask}: choose one of {', '.join(MASK_MODES)}")
-    if eval_size is not None and eval_size not in EVAL_SIZES:
-        raise UserError(f"--eval_size {eval_size}: choose one of {', '.join(EVAL_SIZES)}")
-    if threshold is not None and not 0 < threshold < 1:
-        raise UserError(f"--threshold {threshold}: a probability between 0 and 1")
-    switches = {"gt_mask": gt_mask, "eval_size": eval_size, "threshold": threshold, "max_tokens": max_tokens}
+    changes = {name: value for name, value in switches.items() if value is not None}
+    for name, value in changes.items():
+        SWITCHES[name].check(f"--{name}", value)
     chosen: list[Protocol] = []
-    for name in dict.fromkeys(part.strip() for part in names.split(",") if part.strip()):
-        if name not in PROTOCOLS:
-            raise UserError(f"--protocol {name}: choose of {', '.join(PROTOCOLS)}")
-        protocol = PROTOCOLS[name]
-        changed = {k: v for k, v in switches.items() if v is not None and v != getattr(protocol, k)}
-        full_name = "+".join([name, *(f"{key}={value}" for key, value in changed.items())])
-        protocol = replace(protocol, name=full_name, **changed)
-        same = [one.name for one in chosen if replace(one, name=full_name) == protocol]
-        if same:
-            raise UserError(f"--protocol {names}: with these switches {same[0]} and {full_name} are the same")
+    for base in dict.fromkeys(part.strip() for part in names.split(",") if part.strip()):
+        if base not in PROTOCOLS:
+            hint = did_you_mean(base, list(PROTOCOLS))
+            raise UserError(f"--protocol {base}: choose from {', '.join(PROTOCOLS)}.{hint}")
+        protocol = replace(PROTOCOLS[base], name=protocol_name(base, changes), **changes)
+        for other in chosen:
+            if replace(other, name=protocol.name) == protocol:
+                raise UserError(f"--protocol {names}: these switches make {other.name} and {protocol.name} the same")
         chosen.append(protocol)
     if not chosen:
-        raise UserError(f"--protocol {names!r} names no protocol: choose of {', '.join(PROTOCOLS)}")
+        raise UserError(f"--protocol {names!r} contains no name. Choose from {', '.join(PROTOCOLS)}.")
     return chosen

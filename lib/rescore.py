@@ -20,8 +20,9 @@ from typing import Any
 from lib.cli import Parser, run_command
 from lib.errors import MissingFileError, UserError
 from lib.files import check_writable, write_text
+from lib.protocols import SWITCHES
 from lib.tables import to_text
-from lib.variants import EVAL_SIZES, MASK_MODES
+from lib.variants import MASK_MODES
 
 LOG = logging.getLogger("crossvlt")
 CONDITIONS = ("split", "protocol", "sentences", "sentence", "words", "ids", "gt_mask", "precision_at", "strict")
@@ -49,9 +50,9 @@ def get_parser() -> Parser:
     add("--strict", action="store_true", help="P@X counts IoU > X instead of IoU ≥ X")
     add("--gt_mask", choices=MASK_MODES, help="compare the stored masks with these target masks")
     add("--refer_data_root", default=str(ROOT), metavar="DIR", help="dataset folder, for --gt_mask (%(default)s)")
-    add("--eval_size", choices=EVAL_SIZES, help="must be that of the file; another size needs the model")
-    add("--threshold", type=float, help="must be that of the file; another threshold needs the model")
-    add("--max_tokens", type=int, help="must be that of the file; another length needs the model")
+    for name, switch in SWITCHES.items():
+        if switch.needs_model:
+            add(f"--{name}", help="must be that of the file; another value needs the model", **switch.flag_options())
     add("--draws", type=int, default=2000, help="number of bootstrap draws (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
     add("--json", metavar="OUT", help="also write everything that is printed as JSON")

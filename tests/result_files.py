@@ -9,7 +9,7 @@ import utils
 from lib import rescore
 from lib.metrics import iou
 from lib.protocols import choose_protocols
-from lib.report.results import ResultFile
+from lib.report.results import PARTIAL, settings_path
 
 IMG_SIZE = 16
 # split, ref_id, image_id, sent_id, sentence, intersection, union
@@ -54,18 +54,21 @@ def write_results(
     names = [expression[0] for expression in expressions]
     header = SETTINGS | {"splits": splits or {name: names.count(name) for name in names}}
     header["protocols"] = [protocol.settings() for protocol in chosen]
-    path.unlink(missing_ok=True)
-    file = ResultFile(path, header, replace=True)
-    file.begin()
+    header = {"format": "crossvlt results 1", "complete": complete, **header}
+    lines = []
     for index, (split, ref_id, image_id, sent_id, sentence, intersection, union) in enumerate(expressions):
         for protocol in chosen:
             line = {"split": split, "index": index, "image_id": image_id, "ref_id": ref_id, "ann_id": 10 * ref_id}
             line |= {"sent_id": sent_id, "sentence": sentence, "protocol": protocol.name}
             line |= {"intersection": intersection, "union": union, "iou": iou(intersection, union)}
-            file.append([line | ({"mask": masks[sent_id, protocol.name]} if masks else {})])
+            lines.append(line | ({"mask": masks[sent_id, protocol.name]} if masks else {}))
     if complete:
-        file.finish()
-    return path if complete else file.partial
+        settings_path(path).write_text(json.dumps(header))
+    else:
+        path = path.with_name(f"{path.name}{PARTIAL}")
+        lines.insert(0, header)
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return path
 
 
 def with_counts(*counts, expressions=EXPRESSIONS):

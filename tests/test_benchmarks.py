@@ -3,13 +3,13 @@
 import sys
 
 import pytest
-import torch
 
 from benchmarks import evaluation, train_step
 from benchmarks.annotations.__main__ import main as annotations_main
 from benchmarks.annotations.generate import Size, generate_dataset
 from lib.errors import UserError
 from refer.refer import REFER
+from utils import init_distributed
 
 
 def run(monkeypatch, *flags):
@@ -50,15 +50,15 @@ def test_training_step_refuses_sizes_that_no_step_has(monkeypatch):
 def test_sharing_is_reported_by_batch_size(tmp_path):
     evaluation.write_set(tmp_path, evaluation.Size(1, 2, 5))
     model = evaluation.build_crossvlt("tiny", **evaluation.SMALL).eval()
-    lines = evaluation.sharing(model, evaluation.open_set(tmp_path, 64), torch.device("cpu"), [1, 4], 1)
+    lines = evaluation.sharing(model, evaluation.open_set(tmp_path, 64), init_distributed("cpu"), [1, 4], 1)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:6]]
     assert [row[:2] for row in rows] == [
-        ["1", "for each sentence, and decoded"], ["1", "once"], ["4", "for each sentence"], ["4", "once"]
+        ["1", "per sentence, and loaded"], ["1", "once"], ["4", "per sentence"], ["4", "once"]
     ]  # fmt: skip
     for row in rows:
         assert float(row[2]) > 0
         assert (row[4] == "") == (row[1] != "once")
-    assert "computed once per picture" in lines[-1]
+    assert "computed once per image" in lines[-1]
 
 
 def test_the_scale_is_reported_by_tenths(tmp_path, monkeypatch, capsys):

@@ -12,8 +12,8 @@ from PIL import Image
 
 import lib.evaluation
 from lib.metrics import METRIC_NAMES, compute_metrics
+from lib.report.published import PUBLISHED
 from lib.report.results import read_results
-from lib.report.table import PUBLISHED
 from refer.masks import decode_mask
 from refer.refer import REFER
 
@@ -28,21 +28,21 @@ def best(trained):
     return trained[0] / "checkpoints" / "run" / "best.pth"
 
 
-def test_the_number_of_processes_changes_no_byte(best, data, run_script, run_here, tmp_path):
+def test_results_do_not_depend_on_the_number_of_processes(best, data, run_script, run_here, tmp_path):
     files = {}
     for processes in (1, 2, 3):
         out, report = tmp_path / f"{processes}.jsonl", tmp_path / f"{processes}.json"
         flags = ["test.py", *data, "--resume", best, "-b", 4, "--protocol", "paper,original", "--threshold", 0.15]
         flags += ["--predictions", out, "--json", report]
-        alone = processes == 1
-        text = run_here(*flags, check=True).out if alone else run_script(*flags, processes=processes).stdout
+        single = processes == 1
+        text = run_here(*flags, check=True).out if single else run_script(*flags, processes=processes).stdout
         files[processes] = out.read_bytes(), report.read_bytes(), text.replace(f"/{processes}.", "/out.")
     header, lines = read_results(out)
     number = header["splits"]["val"]
     assert number % 2
     assert number % 3
     assert len({(line["sent_id"], line["protocol"]) for line in lines}) == len(lines) == 2 * number
-    assert len({(line["intersection"], line["union"]) for line in lines}) > number / 2  # masks that say something
+    assert len({(line["intersection"], line["union"]) for line in lines}) > number / 2  # the masks are not all alike
     assert files[1] == files[2] == files[3]
 
 
@@ -63,25 +63,26 @@ def test_all_outputs_of_an_evaluation(best, data, run_here, tmp_path):
     assert [protocol["name"] for protocol in header["protocols"]] == names
     assert header["checkpoint_sha256"] == subprocess.check_output(["sha256sum", best], text=True).split()[0]
     for row in report:
-        own = [one for one in predictions if (one["split"], one["protocol"]) == (row["split"], row["protocol"])]
-        assert (row["dataset"], row["split_by"], row["num_expressions"]) == ("refshapes", "unc", len(own))
-        assert row["metrics"] == compute_metrics([(line["intersection"], line["union"]) for line in own])
+        key = (row["split"], row["protocol"])
+        lines = [line for line in predictions if (line["split"], line["protocol"]) == key]
+        assert (row["dataset"], row["split_by"], row["num_expressions"]) == ("refshapes", "unc", len(lines))
+        assert row["metrics"] == compute_metrics([(line["intersection"], line["union"]) for line in lines])
         assert set(row["metrics"]) == set(METRIC_NAMES) == set(row["interval_95"])
         assert row["settings"]["img_size"] == 64  # as trained, though the flag's default is 480
         assert row["settings"]["protocol"]["eval_size"] == ("resized" if row["protocol"] == "paper" else "original")
         assert 0 < row["baselines"]["all foreground"]["mIoU"] < row["baselines"]["best object"]["mIoU"] < 100
         assert f"{row['metrics']['oIoU']:.2f}" in done.out
-        pictures = sorted((tmp_path / "vis").glob(f"{row['split']}_*.png"))
-        assert len(pictures) == 4
-        for picture in pictures:
-            assert np.asarray(Image.open(picture)).std() > 10
+        images = sorted((tmp_path / "vis").glob(f"{row['split']}_*.png"))
+        assert len(images) == 4
+        for image in images:
+            assert np.asarray(Image.open(image)).std() > 10
     assert len(predictions) == sum(row["num_expressions"] for row in report)
     sizes = {tuple(line["mask"]["size"]) for line in predictions if line["protocol"] == "paper"}
     assert sizes == {(64, 64)}
     assert decode_mask(predictions[0]["mask"]).sum() >= predictions[0]["intersection"]
 
 
-def test_switches_are_part_of_the_protocols_name(best, data, run_here, tmp_path):
+def test_switches_become_part_of_the_protocol_name(best, data, run_here, tmp_path):
     run_here(
         "test.py", *data, "--resume", best, "--json", tmp_path / "out.json", "--shuffle_sentences",
         "--gt_mask", "union", "--threshold", "0.9", "--max_tokens", "5", check=True,
@@ -95,21 +96,33 @@ def test_switches_are_part_of_the_protocols_name(best, data, run_here, tmp_path)
     }  # fmt: skip
 
 
-def test_ctrl_c_leaves_what_the_same_command_goes_on_with(best, data, run_here, tmp_path, monkeypatch):
+@pytest.fixture
+def interrupt_after(monkeypatch):
+    """Return a function that sends Ctrl-C when masks are computed for the n-th time, and returns the calls so far."""
+
+    def run(count):
+        calls, logits_to_masks = [], lib.evaluation.logits_to_masks
+
+        def interrupted(*args):
+            calls.append(None)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGINT)
+            return logits_to_masks(*args)
+
+        monkeypatch.setattr(lib.evaluation, "logits_to_masks", interrupted)
+        return calls
+
+    return run
+
+
+def test_an_interrupted_evaluation_continues(best, data, run_here, tmp_path, interrupt_after):
     flags = ["test.py", *data, "--split", "val,testA", "--resume", best, "-b", 1]
     run_here(*flags, "--predictions", tmp_path / "whole.jsonl", check=True)
-    judged, real = [], lib.evaluation._judged
-
-    def interrupted(*args):
-        judged.append(None)
-        if len(judged) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-
-    monkeypatch.setattr(lib.evaluation, "_judged", interrupted)
+    interrupt_after(5)
     stopped = run_here(*flags, "--predictions", tmp_path / "a.jsonl")
     assert stopped.status == 75
-    assert "a.jsonl.partial has what was done, and the same command goes on" in stopped.err
+    assert "Stopped while evaluating split val." in stopped.err
+    assert "a.jsonl.partial holds the results so far. Run the same command again to continue." in stopped.err
     assert not (tmp_path / "a.jsonl").exists()
     header, lines = read_results(tmp_path / "a.jsonl.partial")
     assert header["complete"] is False
@@ -119,7 +132,13 @@ def test_ctrl_c_leaves_what_the_same_command_goes_on_with(best, data, run_here, 
     assert not (tmp_path / "a.jsonl.partial").exists()
 
 
-def test_models_side_by_side(best, trained, data, run_here, tmp_path):
+def test_an_interrupted_evaluation_without_a_file_keeps_nothing(best, data, run_here, interrupt_after):
+    interrupt_after(2)
+    stopped = run_here("test.py", *data, "--resume", best, "-b", 1)
+    assert (stopped.status, stopped.err.splitlines()[-1]) == (130, "interrupted")
+
+
+def test_comparing_models(best, trained, data, run_here, tmp_path):
     other = trained[0] / "checkpoints" / "run" / "last.pth"
     done = run_here(
         "test.py", *data, "--split", "val,testB", "--vis_compare", f"{best},{other}", "--vis", tmp_path, "--vis-num", 2,
@@ -133,7 +152,7 @@ def test_models_side_by_side(best, trained, data, run_here, tmp_path):
     assert both.width * both.height > one.width * one.height
 
 
-def test_own_picture(best, refshapes_root, run_here, tmp_path):
+def test_own_image(best, refshapes_root, run_here, tmp_path):
     Image.effect_noise((123, 77), 80).convert("RGB").save(tmp_path / "own.jpg")
     flags = ["test.py", "--image", tmp_path / "own.jpg", "--sentence", "the red circle", "--resume", best]
     flags += ["--bert_tokenizer", refshapes_root / "refshapes"]
@@ -142,14 +161,16 @@ def test_own_picture(best, refshapes_root, run_here, tmp_path):
     assert overlay.size == (123, 77)
     assert mask.shape == (77, 123)
     assert set(np.unique(mask)) <= {0, 255}
-    assert f"{(mask > 0).mean():.1%} of the picture" in done.out
+    share = f"{(mask > 0).mean():.1%}"
+    files = f"Overlay: {tmp_path}/own.png. Mask: {tmp_path}/own_mask.png."
+    assert done.out == f"Mask covers {share} of the image. {files}\n"
     run_here(*flags, "--out", tmp_path / "all.png", "--threshold", "1e-6", check=True)
     assert np.asarray(Image.open(tmp_path / "all_mask.png")).all()
 
 
 @pytest.fixture
 def coco_layout(refshapes_root, tmp_path):
-    """The generated set under two of the paper's names; a picture of testB is missing."""
+    """The generated dataset under two of the paper's names; an image of testB is missing."""
     root, source = tmp_path / "data", refshapes_root / "refshapes"
     (root / "images/mscoco/images").mkdir(parents=True)
     shutil.copytree(source / "images", root / "images/mscoco/images/train2014")
@@ -162,23 +183,15 @@ def coco_layout(refshapes_root, tmp_path):
     return root
 
 
-def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path, monkeypatch):
+def test_the_paper_table(best, coco_layout, refshapes_root, run_here, tmp_path, interrupt_after):
     sets = tmp_path / "sets.yaml"
     sets.write_text(f"refcoco: {best}\nrefcocog: {best}\nrefcoco+: {best}\n")
     flags = ["test.py", "--table", "--checkpoints", sets, "--refer_data_root", coco_layout, "-j", 0, "--device", "cpu"]
     flags += ["--bert_tokenizer", refshapes_root / "refshapes", "--table_dir", tmp_path / "table"]
-    real, calls = lib.evaluation._judged, []
-
-    def noted(*args):
-        calls.append(None)
-        if len(calls) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(*args)
-
-    monkeypatch.setattr(lib.evaluation, "_judged", noted)
+    calls = interrupt_after(4)
     assert run_here(*flags).status == 75
     done = run_here(*flags, check=True)
-    whole = len(calls)
+    num_calls = len(calls)
     entries = json.loads((tmp_path / "table" / "table.json").read_text(encoding="utf-8"))
     assert [entry["title"] for entry in entries] == [row.title for row in PUBLISHED]
     assert [entry["ours"] is not None for entry in entries] == [True, True] + [False] * 4 + [True, False]
@@ -188,8 +201,8 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
     assert f"{entries[1]['ours']['mIoU']:.2f}" in done.out
     assert "71.54†" in done.out
     again = run_here(*flags, check=True)
-    assert len(calls) == whole  # finished rows are kept
-    assert again.err.count("finished before") == 3
+    assert len(calls) == num_calls  # complete rows are not evaluated again
+    assert again.err.count("already complete") == 3
     assert again.out == done.out
     header, lines = read_results(tmp_path / "table" / "refcoco_unc_val.jsonl")
     assert (header["dataset"], len(lines)) == ("refcoco", entries[0]["num_expressions"])
@@ -197,68 +210,72 @@ def test_the_papers_table(best, coco_layout, refshapes_root, run_here, tmp_path,
     assert [line.split()[1] for line in some.out.splitlines() if " ours " in line] == ["testA", "testB"]
     assert run_here(*flags, "--dataset", "refcocog", check=True).out.count(" ours ") == 2
     assert run_here(*flags, "--dataset", "refcoco+").status == 2
-    picture = REFER(coco_layout, "refcoco").get_image_path(lines[0]["image_id"])
-    picture.write_bytes(picture.read_bytes()[:60])
+    image = REFER(coco_layout, "refcoco").get_image_path(lines[0]["image_id"])
+    image.write_bytes(image.read_bytes()[:60])
     (tmp_path / "table" / "refcoco_unc_val.jsonl").unlink()
     damaged = run_here(*flags, "--dataset", "refcoco", check=True)
-    assert f"RefCOCO val: Cannot decode image {picture}" in damaged.out
+    assert f"RefCOCO val: Cannot decode image {image}" in damaged.out
     assert " ours " in damaged.out
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
-        ([], "give --resume too"),
+        ([], "--resume is missing"),
         (["--resume", "nowhere.pth"], "Checkpoint file nowhere.pth does not exist."),
-        (["--resume", "{best}", "--swin_type", "base"], "trained with swin_type tiny, not base"),
-        (["--resume", "{best}", "--window12"], "trained with window_size 4, not 12"),
+        (["--resume", "{best}", "--swin_type", "base"], "was trained with swin_type tiny, not base. Drop --swin_type"),
+        (["--resume", "{best}", "--window12"], "was trained with window_size 4, not 12. Drop --window12"),
         (["--resume", "{best}", "--ddp_trained_weights"], "do not begin with 'module.'"),
         (["--resume", "{best}", "DATA", "--refer_data_root", "{tmp}", "--bert_tokenizer", "{data}/refshapes"],
          "refs(unc).p is missing"),
         (["--resume", "{best}", "DATA", "--split", "val,tset"], "No split 'tset'"),
-        (["--resume", "{best}", "DATA", "--json", "{tmp}/torn.pth/x.json"], "can't write"),
+        (["--resume", "{best}", "DATA", "--json", "{tmp}/torn.pth/x.json"], "cannot write"),
         (["--resume", "{best}", "DATA", "--predictions", "{tmp}"], "it is a folder"),
         (["--resume", "{best}", "DATA", "--bert_tokenizer", "{tmp}/other"], "vocabulary (180 entries, RefShapes)"),
         (["--resume", "{best}", "DATA", "--bert_tokenizer", "{tmp}/big"], "vocabulary (180 entries, RefShapes)"),
         (["--resume", "{best}", "DATA", "--bert_tokenizer", "{tmp}/none"], "no such file or folder"),
-        (["--resume", "{best}", "DATA", "--protocol", "papr"], "--protocol papr: choose of paper, original"),
-        (["--resume", "{best}", "DATA", "--threshold", "2"], "--threshold 2.0: a probability between 0 and 1"),
+        (["--resume", "{best}", "DATA", "--protocol", "papr"],
+         "--protocol papr: choose from paper, original. Did you mean paper?"),
+        (["--resume", "{best}", "DATA", "--threshold", "2"], "--threshold 2.0: must be between 0 and 1"),
         (["--resume", "{best}", "DATA", "--eval_size", "480"], "invalid choice: '480'"),
         (["--resume", "{best}", "DATA", "--predictions", "{tmp}/a.jsonl.partial"],
-         "name what it becomes: {tmp}/a.jsonl"),
+         "is a partial file. To continue it, pass --predictions {tmp}/a.jsonl"),
         (["--resume", "{best}", "DATA", "--predictions", "{tmp}/a", "--json", "{tmp}/./a"],
-         "is one of the files of --predictions"),
+         "is one of the files of --predictions. Choose another file name"),
         (["--resume", "{best}", "DATA", "--vis_maps"], "--vis_maps needs --vis DIR"),
-        (["--resume", "{best}", "DATA", "--checkpoints", "{checkpoints}"], "give --table too"),
-        (["--table", "--checkpoints", "{checkpoints}", "--resume", "{best}"], "--resume does nothing beside --table"),
+        (["--resume", "{best}", "DATA", "--checkpoints", "{checkpoints}"],
+         "--table is missing; it is required with --checkpoints"),
+        (["--table", "--checkpoints", "{checkpoints}", "--resume", "{best}"],
+         "--resume cannot be combined with --table"),
         (["--table", "--checkpoints", "{checkpoints}"], "no best_<set>.pth for any of refcoco"),
-        (["--vis_compare", "{best}", "DATA"], "give --vis too"),
-        (["--vis_compare", " ,", "DATA", "--vis", "{tmp}/vis"], "names no checkpoint"),
+        (["--vis_compare", "{best}", "DATA"], "--vis is missing; it is required with --vis_compare"),
+        (["--vis_compare", " ,", "DATA", "--vis", "{tmp}/vis"], "contains no checkpoint"),
         (["--vis_compare", "{best}", "DATA", "--vis", "{tmp}/vis", "--protocol",
-          "paper,original"], "draws by one protocol"),
-        (["--resume", "{best}", "DATA", "--vis-num", "3"], "--vis-num needs --vis DIR"),
-        (["--table", "--checkpoints", "{best}", "--dataset", "refcocog", "--splitBy", "google"], "is not a yaml"),
+          "paper,original"], "draws under one protocol"),
+        (["--resume", "{best}", "DATA", "--vis-num", "3"], "--vis_num needs --vis DIR"),
+        (["--table", "--checkpoints", "{best}", "--dataset", "refcocog", "--splitBy", "google"], "is not a YAML file"),
         (["--vis_compare", "{best},{tmp}/torn.pth", "DATA", "--vis", "{tmp}/vis"], "torn.pth is corrupt or not"),
-        (["--resume", "{best}", "DATA", "--image", "a.jpg"], "give --sentence too (all of --resume, --image"),
+        (["--resume", "{best}", "DATA", "--image", "a.jpg"],
+         "--sentence is missing; it is required with --resume, --image, --out"),
         (["--resume", "{best}", "DATA", "--image", "no.jpg", "--sentence", "a", "--out", "o.png"],
          "--image no.jpg: no such file"),
         (["--resume", "{best}", "DATA", "--image", "{tmp}/torn.pth", "--sentence", "a", "--out", "o.png"],
          "Cannot decode image {tmp}/torn.pth"),
         (["--resume", "{best}", "DATA", "--image", "{tmp}/torn.pth", "--sentence", "a", "--out", "o.jpg"],
-         "o.jpg: must end in .png"),
+         "cannot write o.jpg: the name must end in .png"),
         (["--resume", "{best}", "DATA", "--image", "{tmp}/a.png", "--sentence", "a", "--out", "{tmp}/a.png"],
-         "can't write {tmp}/a.png: it is one of the files that are read"),
+         "cannot write {tmp}/a.png: it is one of the input files"),
         (["--resume", "{best}", "DATA", "--image", "a.jpg", "--sentence", "a", "--out", "o.png", "--json", "x"],
-         "--json does nothing beside --resume and --image"),
+         "--json cannot be combined with --image"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_clear_line(error_line, tmp_path, flags, told):
+def test_a_mistake_is_reported_in_one_line(error_line, tmp_path, flags, message):
     data = ["--dataset", "refshapes", "--refer_data_root", "{data}", "-j", "0"]
     given = [part for flag in flags for part in (data if flag == "DATA" else [flag])]
-    assert told.replace("{tmp}", str(tmp_path)) in error_line("test.py", *given)
+    assert message.replace("{tmp}", str(tmp_path)) in error_line("test.py", *given)
 
 
-def test_a_missing_picture_is_found_before_the_work(best, data, refshapes_root, run_here, tmp_path):
+def test_a_missing_image_is_reported_before_the_evaluation(best, data, refshapes_root, run_here, tmp_path):
     root = tmp_path / "data"
     shutil.copytree(refshapes_root / "refshapes", root / "refshapes")
     refer = REFER(root, "refshapes")

@@ -1,4 +1,6 @@
-"""The evaluate loop against values known beforehand, its rounds and reports; predict."""
+"""evaluate() against counts worked out by hand and by pycocotools; predict() and alignment maps."""
+
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from golden_cases import golden_inputs, set_golden_weights
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 import lib.evaluation
@@ -13,64 +16,107 @@ from bert.tokenization import read_vocabulary
 from CrossVLT import CrossVLTOutput, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_eval_batches
+from lib.baselines import baseline_metrics
 from lib.errors import StoppedError
-from lib.evaluation import ExpressionResult, alignment_maps, evaluate, predict
+from lib.evaluation import EvalSetup, ExpressionResult, ResultSink, alignment_maps, evaluate, logits_to_masks, predict
 from lib.metrics import compute_metrics
 from lib.protocols import PAPER, PROTOCOLS, Protocol
 from refer.masks import decode_mask
 from refer.refer import REFER
+from utils import Distributed
+
+BOTH = list(PROTOCOLS.values())
 
 
 class Echo(torch.nn.Module):
-    """Predicts as the object what is above 0 in the picture's first channel; counts the pictures it encodes."""
+    """Predicts the bright pixels of an image as the object; counts the images that it encodes."""
 
-    encoded = 0
+    num_encoded = 0
 
     def encode_images(self, images):
         assert not torch.is_grad_enabled()
         assert not self.training
-        self.encoded += len(images)
+        self.num_encoded += len(images)
         return images[:, 0]
 
-    def segment(self, encoded, input_ids, attention_mask, *, size, return_similarities=None):
-        assert len(encoded) == len(input_ids)
-        return CrossVLTOutput(torch.stack([-encoded, encoded], dim=1), None)
+    def segment(self, encoded_images, input_ids, attention_mask, *, size):
+        assert len(encoded_images) == len(input_ids)
+        return CrossVLTOutput(torch.stack([-encoded_images, encoded_images], dim=1), None)
 
-    def forward(self, images, input_ids, attention_mask, return_similarities=None):
+    def forward(self, images, input_ids, attention_mask):
         return self.segment(self.encode_images(images), input_ids, attention_mask, size=images.shape[-2:])
 
 
-def batch_of(indices, truths, predictions, objects=None, pictures=None, full_size=None):
-    """A batch as ImageBatches makes it: ``predictions`` are what Echo answers for each picture."""
-    ids = torch.zeros(len(indices), 4, dtype=torch.long)
-    truths = {("paper", "resized"): torch.tensor(truths, dtype=torch.uint8)}
-    if full_size is not None:
-        truths["union", "original"] = [torch.tensor(one, dtype=torch.uint8) for one in full_size]
-    every = torch.arange(len(indices))
-    return {
-        "image": (2 * torch.tensor(predictions).float() - 1)[:, None].expand(-1, 3, -1, -1),
-        "input_ids": ids,
-        "attention_mask": ids,
-        "index": torch.tensor(indices),
-        "image_index": every if pictures is None else torch.tensor(pictures),
-        "object_index": every if objects is None else torch.tensor(objects),
-        "targets": truths,
-    }
+class Split:
+    """What evaluate() needs of a ReferDataset: ``predictions`` are what Echo predicts for each image.
+
+    Args:
+        predictions: an image of 0 and 1 per image.
+        targets: a mask per expression, or a dict of masks by gt_mask.
+        images: per expression, its image (default: an image each).
+        objects: per expression, its object (default: an object each).
+    """
+
+    split = "val"
+
+    def __init__(self, predictions, targets, images=None, objects=None, img_size=None):
+        self.predictions, self.targets = np.array(predictions, np.uint8), targets
+        self.img_size = img_size or self.predictions.shape[-1]
+        everyone = range(len(targets))
+        self.expressions = [
+            SimpleNamespace(image_id=image, ref_id=ref)
+            for image, ref in zip(images or everyone, objects or everyone, strict=True)
+        ]
+        self.input_ids = self.attention_mask = torch.zeros(len(targets), 4, dtype=torch.long)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def load_image(self, index):
+        return Image.fromarray(255 * self.predictions[self.expressions[index].image_id]).convert("RGB")
+
+    def full_size_mask(self, index, mode="paper"):
+        target = self.targets[index]
+        return np.array(target[mode] if isinstance(target, dict) else target, np.uint8)
+
+    def check_size(self, index, image, mask):
+        assert image.size == mask.shape[::-1]
 
 
-# Expression 2 is right, 0 finds half of its object, 1 finds something where there is nothing.
-PERFECT = batch_of([2], [[[1, 1], [0, 0]]], [[[1, 1], [0, 0]]])
-HALF = batch_of([0, 1], [[[1, 1], [0, 0]], [[0, 0], [0, 0]]], [[[1, 0], [0, 0]]], pictures=[0, 0])
+class Memory(ResultSink):
+    """Keeps results in lists, one per call."""
+
+    def __init__(self, earlier=()):
+        self.earlier, self.calls = earlier, []
+
+    def earlier_results(self, split):
+        return self.earlier
+
+    def write(self, dataset, results):
+        self.calls.append([(result.index, result.intersection, result.union) for result in results])
+        self.masks = [result.mask for result in results]
+
+
+# Expression 0 finds half of its object, 1 finds something where there is nothing, 2 is right.
+EXAMPLE = Split(
+    predictions=[[[1, 0], [0, 0]], [[1, 1], [0, 0]]],
+    targets=[[[1, 1], [0, 0]], [[0, 0], [0, 0]], [[1, 1], [0, 0]]],
+    images=[0, 0, 1],
+)
 COUNTS = [[1, 2], [0, 1], [2, 2]]
 
 
-def judge(batches, number=3, **how):
-    return evaluate(Echo(), batches, indices=range(number), **{"batch_size": 4, **how})
+def setup(batch_size=4, **options):
+    return EvalSetup(Distributed(0, 0, 1, torch.device("cpu")), batch_size, **options)
 
 
-def test_evaluate_counts_pixels_in_order():
+def evaluate_echo(split, protocols=(PAPER,), batch_size=4, **options):
+    return evaluate(Echo(), split, protocols, setup(batch_size), **options)
+
+
+def test_pixels_are_counted_in_the_order_of_the_dataset():
     model = Echo().train()
-    results = evaluate(model, [PERFECT, HALF], indices=range(3), batch_size=4, keep_masks={0, 2})
+    results = evaluate(model, EXAMPLE, [PAPER], setup(), keep_masks={0, 2})
     assert list(results) == ["paper"]
     result = results["paper"]
     assert result.indices.tolist() == [0, 1, 2]
@@ -80,100 +126,109 @@ def test_evaluate_counts_pixels_in_order():
     assert [result.iou(index) for index in range(3)] == [0.5, 0, 1]
     assert set(result.masks) == {0, 2}
     assert decode_mask(result.masks[0]).tolist() == [[True, False], [False, False]]
-    assert model.training  # left as it was
+    assert model.training  # restored
+    assert result.metrics == compute_metrics(COUNTS)
 
 
-def test_nothing_predicted_and_nothing_there():
-    empty = batch_of([0, 1], [[[0, 0], [0, 0]], [[1, 1], [1, 1]]], [[[0, 0], [0, 0]]], pictures=[0, 0])
-    result = judge([empty], 2)["paper"]
-    assert result.counts.tolist() == [[0, 0], [0, 4]]  # U = 0 counts as an IoU of 0
+def test_a_subset_is_evaluated_alone():
+    result = evaluate_echo(EXAMPLE, indices=[2, 0])["paper"]
+    assert result.indices.tolist() == [0, 2]
+    assert result.counts.tolist() == [COUNTS[0], COUNTS[2]]
+    assert (result.iou(0), result.iou(2)) == (0.5, 1)
+
+
+def test_the_iou_of_two_empty_masks_is_zero():
+    result = evaluate_echo(Split([[[0, 0], [0, 0]]], [[[0, 0], [0, 0]], [[1, 1], [1, 1]]], images=[0, 0]))["paper"]
+    assert result.counts.tolist() == [[0, 0], [0, 4]]
     assert set(result.metrics.values()) == {0.0}
 
 
-def test_a_picture_is_encoded_once_for_all_its_sentences():
-    number = 7
-    batch = batch_of(range(number), [[[1, 0], [0, 0]]], [[[1, 1], [0, 0]]], [0] * number, [0] * number)
-    for share, times in ((True, 1), (False, number)):
-        model = Echo()
-        result = evaluate(model, [batch], indices=range(number), batch_size=3, share_images=share)["paper"]
-        assert result.counts.tolist() == [[1, 2]] * number
-        assert model.encoded == times
+def test_an_image_is_encoded_once_for_all_its_sentences():
+    model = Echo()
+    split = Split([[[1, 1], [0, 0]]], [[[1, 0], [0, 0]]] * 7, images=[0] * 7, objects=[0] * 7)
+    assert evaluate(model, split, [PAPER], setup(3))["paper"].counts.tolist() == [[1, 2]] * 7
+    assert model.num_encoded == 1
 
 
 @pytest.mark.parametrize(
-    ("indices", "told"), [([0, 0], "judged twice"), ([0], "1 of 2 expressions were never"), ([0, 2], "isn't among")]
+    ("evaluated", "message"),
+    [([[0, 1], [1, 2]], "1 was evaluated twice"), ([[0, 2]], "1 of 3 expressions were not"), ([[0, 3]], "not among")],
 )
-def test_evaluate_insists_on_every_expression_once(indices, told):
-    batch = batch_of(indices, [[[1, 0]]] * len(indices), [[[1, 0]]] * len(indices))
-    with pytest.raises(RuntimeError, match=told):
-        judge([batch], 2)
+def test_every_expression_is_evaluated_exactly_once(monkeypatch, evaluated, message):
+    """A loader that repeats, forgets or invents expressions is a bug and is reported."""
+    (batch,) = build_eval_batches(EXAMPLE, torch.device("cpu"), batch_size=4, workers=0, rank=0, world_size=1)
+    batches = []
+    for indices in evaluated:
+        first = {name: value[: len(indices)] for name, value in batch.items() if name not in ("image", "targets")}
+        batches.append({**batch, **first, "index": torch.tensor(indices)})
+    monkeypatch.setattr(lib.evaluation, "build_eval_batches", lambda *_, **__: batches)
+    with pytest.raises(RuntimeError, match=message):
+        evaluate_echo(EXAMPLE)
 
 
-def test_one_pass_scores_several_protocols():
-    # The picture is 2×2 for the model and 2×4 itself. The model answers: left half. The two polygons of the object
-    # are the left half and the second column of the original: they overlap there.
-    union, paper = [[1, 1, 0, 0]] * 2, [[1, 0, 0, 0]] * 2
-    batch = batch_of([0], [[[1, 0], [1, 0]]], [[[1, 0], [1, 0]]], full_size=[union])
-    results = judge([batch], 1, protocols=list(PROTOCOLS.values()), keep_masks={0})
+def test_protocols_are_evaluated_from_the_same_logits():
+    # The image is 2×4, for the model 2×2. The model predicts the left half. The two polygons of the object are the left
+    # half and the first column: they overlap there.
+    union, paper = [[1, 1, 0, 0]] * 2, [[0, 1, 0, 0]] * 2
+    split = Split([union], [{"union": union, "paper": paper}], img_size=2)
+    results = evaluate_echo(split, BOTH, keep_masks={0})
     assert results["paper"].counts.tolist() == [[2, 2]]
     assert results["original"].counts.tolist() == [[4, 4]]
     assert decode_mask(results["paper"].masks[0]).shape == (2, 2)
-    batch["targets"]["paper", "original"] = [torch.tensor(paper)]
+    assert not results["original"].masks  # masks are kept for the first protocol
     holes = Protocol("original+gt_mask=paper", "paper", "original")
-    assert judge([batch], 1, protocols=[holes])[holes.name].counts.tolist() == [[2, 4]]
+    assert evaluate_echo(split, [holes])[holes.name].counts.tolist() == [[2, 4]]
 
 
-@pytest.mark.parametrize("size", [(5, 7), (1, 1), (40, 33)])
-def test_counts_are_what_pycocotools_says(size):
+@pytest.mark.parametrize("size", [5, 1, 40])
+def test_counts_agree_with_pycocotools(size):
     source = np.random.default_rng(0)
-    truths, predictions = source.integers(0, 2, (2, 6, *size))
-    truths[0], predictions[1] = 0, 0
-    result = judge([batch_of(range(6), truths.tolist(), predictions.tolist())], 6, batch_size=4)["paper"]
-    as_rle = [[coco_mask.encode(np.asfortranarray(m, np.uint8)) for m in several] for several in (predictions, truths)]
+    targets, predictions = source.integers(0, 2, (2, 6, size, size))
+    targets[0], predictions[1] = 0, 0
+    result = evaluate_echo(Split(predictions, list(targets)))["paper"]
+    as_rle = [[coco_mask.encode(np.asfortranarray(m, np.uint8)) for m in several] for several in (predictions, targets)]
     for k, (intersection, union) in enumerate(result.counts.tolist()):
-        wanted = coco_mask.iou([as_rle[0][k]], [as_rle[1][k]], [0])[0, 0] if union else 0.0
-        assert intersection / max(union, 1) == pytest.approx(wanted)
+        expected = coco_mask.iou([as_rle[0][k]], [as_rle[1][k]], [0])[0, 0] if union else 0.0
+        assert intersection / max(union, 1) == pytest.approx(expected)
         assert union == coco_mask.area(coco_mask.merge([as_rle[0][k], as_rle[1][k]]))
 
 
-def test_what_is_known_is_not_judged_again(monkeypatch):
-    known = np.array([[0, 0, 7, 9]])
-    reported, lines = [], []
+def test_earlier_results_are_not_computed_again(monkeypatch, caplog):
     monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_LINES", -1)
-    how = {"report": reported.extend, "report_masks": True, "progress": "val", "log": lines.append}
-    result = judge([PERFECT, HALF], known=known, **how)["paper"]
-    assert [line.split(", ")[0] for line in lines] == ["val: 2/3 expressions", "val: 3/3 expressions"]
-    assert result.counts.tolist() == [[7, 9], *COUNTS[1:]]  # the batch held 0 for the sake of 1
-    assert [(one.index, one.intersection, one.union) for one in reported] == [(2, 2, 2), (1, 0, 1)]
-    assert all(decode_mask(one.mask).shape == (2, 2) for one in reported)
-    assert judge([], known=np.array([[i, 0, *COUNTS[i]] for i in range(3)]))["paper"].counts.tolist() == COUNTS
+    caplog.set_level("DEBUG", "crossvlt")
+    sink = Memory([ExpressionResult(0, "paper", 7, 9, None)])
+    result = evaluate_echo(EXAMPLE, batch_size=2, sink=sink)["paper"]
+    assert result.counts.tolist() == [[7, 9], *COUNTS[1:]]  # the batch contains 0 because of 1
+    assert [line.split(", ")[0] for line in caplog.messages] == ["val: 2/3 expressions", "val: 3/3 expressions"]
+    assert sink.calls == [[(1, 0, 1), (2, 2, 2)]]
+    assert all(decode_mask(mask).shape == (2, 2) for mask in sink.masks)
+    model = Echo()
+    complete = Memory([ExpressionResult(index, "paper", *COUNTS[index], None) for index in range(3)])
+    assert evaluate(model, EXAMPLE, [PAPER], setup(), sink=complete)["paper"].counts.tolist() == COUNTS
+    assert model.num_encoded == 0
 
 
-def test_reports_come_by_the_clock_and_before_leaving(monkeypatch):
-    batches = [batch_of([i], [[[1, 0]]], [[[1, 0]]]) for i in range(4)]
-    reports = []
-    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_REPORTS", -1)  # every round
-    judge(batches, 4, report=lambda new: reports.append([one.index for one in new]))
-    assert reports == [[0], [1], [2], [3], []]
-    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_REPORTS", 1000)
-    reports.clear()
-    asked = iter([False, False, True])
-    model = Echo().train()
-    with pytest.raises(StoppedError):
-        evaluate(
-            model, batches, indices=range(4), batch_size=2, stop_requested=lambda: next(asked),
-            report=lambda new: reports.append([one.index for one in new]),
-        )  # fmt: skip
-    assert reports == [[0, 1]]  # asked before the first batch, the second and the third
+def test_results_are_written_by_the_clock_and_before_a_stop(monkeypatch):
+    split = Split([[[1, 0], [0, 0]]] * 4, [[[1, 0], [0, 0]]] * 4)
+    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_WRITES", -1)  # after every batch
+    sink = Memory()
+    evaluate_echo(split, batch_size=1, sink=sink)
+    assert [[index for index, *_ in call] for call in sink.calls] == [[0], [1], [2], [3], []]
+    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_WRITES", 1000)
+    answers = iter([False, False, True])  # before the first, second and third batch
+    model, sink = Echo().train(), Memory()
+    with pytest.raises(StoppedError, match="Stopped while evaluating split val"):
+        evaluate(model, split, [PAPER], setup(1, stop_requested=lambda: next(answers)), sink=sink)
+    assert [[index for index, *_ in call] for call in sink.calls] == [[0, 1]]
     assert model.training
 
 
-def test_without_a_terminal_a_line_now_and_then(monkeypatch):
+def test_progress_is_logged_without_a_terminal(monkeypatch, caplog):
     monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_LINES", -1)
-    lines = []
-    judge([PERFECT, HALF], progress="val", log=lines.append)
-    assert [line.split(", ")[0] for line in lines] == ["val: 1/3 expressions", "val: 3/3 expressions"]
-    assert [line.split(", ")[2] for line in lines] == ["oIoU 100.00 so far", "oIoU 60.00 so far"]
+    caplog.set_level("DEBUG", "crossvlt")
+    evaluate_echo(EXAMPLE, batch_size=2)
+    assert [line.split(", ")[0] for line in caplog.messages] == ["val: 2/3 expressions", "val: 3/3 expressions"]
+    assert [line.split(", ")[2] for line in caplog.messages] == ["oIoU 33.33 so far", "oIoU 60.00 so far"]
 
 
 def test_predict_at_another_size():
@@ -187,79 +242,78 @@ def test_predict_at_another_size():
     assert not mask[4:].any()
 
 
-@pytest.fixture
-def small_split(refshapes_root):
+def test_batch_size_and_shared_encoding_change_nothing(small_model, refshapes_root):
+    """With weights whose masks have a structure: I and U within 2 pixels of a plain forward pass per expression."""
     tokenizer = read_vocabulary(refshapes_root / "refshapes" / "vocab.txt")
-    return ReferDataset(REFER(refshapes_root, "refshapes"), "val", tokenizer, img_size=64)
-
-
-def test_batch_limits_and_shared_pictures_change_nothing(small_model, small_split):
-    """With weights whose masks have a structure: I and U within 2 pixels of each other, however it is computed."""
+    split = ReferDataset(REFER(refshapes_root, "refshapes"), "val", tokenizer, img_size=64)
     model = small_model(vocab_size=200).eval()
-    device, number, found = torch.device("cpu"), len(small_split), {}
-    for limit, share in ((1, True), (3, True), (8, True), (8, False), (1000, True)):
-        batches = build_eval_batches(small_split, device, batch_size=limit, workers=0, rank=0, world_size=1)
-        how = {"indices": range(number), "batch_size": limit, "share_images": share}
-        found[limit, share] = evaluate(model, batches, **how)["paper"].counts
     one_by_one = []
-    with torch.inference_mode():  # the plainest way there is
-        for index in range(number):
-            sample = small_split[index]
-            image = next(iter(build_eval_batches(
-                small_split, device, batch_size=1, workers=0, rank=0, world_size=1, indices=[index]
-            )))["image"]  # fmt: skip
-            logits = model(image, sample["input_ids"][None], sample["attention_mask"][None]).mask_logits
-            predicted, truth = logits[0].argmax(0).bool(), sample["mask"].bool()
-            one_by_one.append([int((predicted & truth).sum()), int((predicted | truth).sum())])
+    with torch.inference_mode():
+        for index in range(len(split)):
+            sample = split[index]
+            (batch,) = build_eval_batches(
+                split, torch.device("cpu"), batch_size=1, workers=0, rank=0, world_size=1, indices=[index]
+            )
+            ids, attention_mask = sample["input_ids"][None], sample["attention_mask"][None]
+            logits = model(batch["image"], ids, attention_mask).mask_logits
+            predicted, target = logits[0].argmax(0).bool(), sample["mask"].bool()
+            one_by_one.append([int((predicted & target).sum()), int((predicted | target).sum())])
     assert np.array(one_by_one)[:, 0].max() > 20
-    for counts in found.values():
+    for batch_size in (1, 3, 8, 1000):
+        counts = evaluate(model, split, [PAPER], setup(batch_size))["paper"].counts
         assert np.abs(counts - one_by_one).max() <= 2
 
 
 @pytest.mark.usefixtures("every_thread")
-def test_shared_picture_work_keeps_the_golden_logits():
-    """Both recorded pictures with all three recorded sentences at once: the pairs that were recorded come out alike."""
+def test_shared_encoding_keeps_the_golden_logits():
+    """All recorded images with two sentences each at once: the recorded pairs keep their logits."""
     recorded = np.load(ROOT / "tests" / "data" / "golden" / "eval_tiny_224.npz")["logits"]
     inputs = golden_inputs("eval_tiny_224", 3, 224, 224)
     model = set_golden_weights(build_crossvlt("tiny")).eval()
-    pictures, sentences = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 2, 0])
+    images, sentences = torch.tensor([0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 1, 2, 2, 0])
     with torch.inference_mode():
-        encoded = model.encode_images(inputs.images)[pictures]
-        ids, text_mask = inputs.input_ids[sentences], inputs.attention_mask[sentences]
-        logits = model.segment(encoded, ids, text_mask, size=(224, 224)).mask_logits.numpy()
+        encoded = model.encode_images(inputs.images)[images]
+        ids, attention_mask = inputs.input_ids[sentences], inputs.attention_mask[sentences]
+        logits = model.segment(encoded, ids, attention_mask, size=(224, 224)).mask_logits.numpy()
     assert np.abs(logits[::2, :, ::8, ::8] - recorded).max() < 2e-4
-    assert np.abs(logits[1::2, :, ::8, ::8] - recorded).max() > 0.1  # another sentence is another answer
+    assert np.abs(logits[1::2, :, ::8, ::8] - recorded).max() > 0.1  # another sentence changes the prediction
 
 
-def test_alignment_maps_are_the_models(small_model, small_inputs):
+def test_alignment_maps_are_cosines(small_model, small_inputs):
     model = small_model().eval()
     model.temp.data[:] = torch.tensor([0.1, 1, 2, 3])
-    images, ids, text_mask, _ = small_inputs(2)
-    maps = alignment_maps(model, images, ids, text_mask)
+    images, ids, attention_mask, _ = small_inputs(2)
+    maps = alignment_maps(model, images, ids, attention_mask)
     with torch.inference_mode():
-        wanted = model(images, ids, text_mask, return_similarities=True).similarities
-    assert [[m.shape for m in one] for one in maps] == [[(16, 16), (8, 8), (4, 4), (2, 2)]] * 2
+        expected = model(images, ids, attention_mask, return_similarities=True).similarities
+    assert [[m.shape for m in of_sentence] for of_sentence in maps] == [[(16, 16), (8, 8), (4, 4), (2, 2)]] * 2
     for stage in range(4):
-        assert np.abs(maps[1][stage] - wanted[stage][1, 0].numpy() * model.temp[stage].item()).max() < 1e-6
+        assert np.abs(maps[1][stage] - expected[stage][1, 0].numpy() * model.temp[stage].item()).max() < 1e-6
         assert np.abs(maps[1][stage]).max() <= 1 + 1e-6
 
 
 @pytest.mark.parametrize(("threshold", "object_pixels"), [(None, 2), (0.2, 3), (0.5, 2), (0.85, 1), (0.999, 0)])
-def test_thresholds_of_the_objects_probability(threshold, object_pixels):
+def test_threshold_of_the_object_probability(threshold, object_pixels):
     # Probabilities 0.88, 0.73, 0.27, 0.12: a difference of 2, 1, -1, -2 between the logits.
     difference = torch.tensor([[2.0, 1.0], [-1.0, -2.0]])
     logits = torch.stack([torch.zeros(2, 2), difference])[None]
-    assert int(Protocol("p", threshold=threshold).predicted(logits, (2, 2)).sum()) == object_pixels
-    reached = Protocol("p", threshold=torch.sigmoid(torch.tensor(1.0)).item()).predicted(logits, (2, 2))
-    assert reached.tolist() == [[[True, True], [False, False]]]  # exactly there counts
+    assert int(logits_to_masks(logits, (2, 2), threshold).sum()) == object_pixels
+    equal = logits_to_masks(logits, (2, 2), torch.sigmoid(torch.tensor(1.0)).item())
+    assert equal.tolist() == [[[True, True], [False, False]]]  # a probability equal to the threshold counts
 
 
 def test_logits_are_resized_not_masks():
     logits = torch.randn(1, 2, 6, 6, generator=torch.Generator().manual_seed(0))
-    wanted = F.interpolate(logits, size=(9, 14), mode="bilinear", align_corners=False).argmax(1).bool()
-    assert torch.equal(PAPER.predicted(logits, (9, 14)), wanted)
+    expected = F.interpolate(logits, size=(9, 14), mode="bilinear", align_corners=False).argmax(1).bool()
+    assert torch.equal(logits_to_masks(logits, (9, 14)), expected)
 
 
-def test_metrics_of_a_result_are_those_of_its_counts():
-    assert judge([HALF, PERFECT])["paper"].metrics == compute_metrics(COUNTS)
-    assert ExpressionResult._fields == ("index", "protocol", "intersection", "union", "mask")
+def test_baselines_by_hand():
+    # One image of 16 pixels, three expressions: one of object b (2 pixels), two of object a (4 other pixels).
+    a, b = np.zeros((4, 4)), np.zeros((4, 4))
+    a[0], b[1, :2] = 1, 1
+    values = baseline_metrics(Split([a], [b, a, a], images=[0] * 3, objects=["b", "a", "a"]), PAPER)
+    assert values["all foreground"]["mIoU"] == pytest.approx(100 * (2 + 4 + 4) / 16 / 3)
+    assert values["all foreground"]["oIoU"] == pytest.approx(100 * 10 / 48)
+    assert values["best object"]["mIoU"] == pytest.approx(100 * 2 / 3)
+    assert values["best object"]["oIoU"] == pytest.approx(100 * 8 / (6 + 4 + 4))

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from lib.baselines import baseline_metrics
 from lib.metrics import METRIC_NAMES, compute_metrics, expression_terms, intersection_and_union, metrics_from_sums
 
 
@@ -59,16 +58,3 @@ def test_intersection_and_union():
     target = torch.tensor([[[1, 0], [1, 0]], [[0, 0], [0, 0]]])
     intersections, unions = intersection_and_union(predicted, target)
     assert (intersections.tolist(), unions.tolist()) == ([1, 0], [3, 0])
-
-
-def test_baselines_by_hand():
-    # One image of 10 pixels with three expressions: two refer to object a (4 pixels), one to object b (2 other pixels).
-    masks = {"a": torch.zeros(1, 10).long(), "b": torch.zeros(1, 10).long()}
-    masks["a"][0, :4] = 1
-    masks["b"][0, 4:6] = 1
-    objects = ["b", "a", "a"]
-    values = baseline_metrics(["image"] * 3, objects, lambda index: masks[objects[index]])
-    assert values["all foreground"]["mIoU"] == pytest.approx(100 * (0.2 + 0.4 + 0.4) / 3)
-    assert values["all foreground"]["oIoU"] == pytest.approx(100 * 10 / 30)
-    assert values["best object"]["mIoU"] == pytest.approx(100 * 2 / 3)
-    assert values["best object"]["oIoU"] == pytest.approx(100 * 8 / (6 + 4 + 4))

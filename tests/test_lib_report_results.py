@@ -1,152 +1,264 @@
-"""Result files: begun, gone on with, whole; torn and foreign ones."""
+"""Result files: written during an evaluation, interrupted, continued and complete; damaged ones and those of others."""
 
+import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from lib.errors import MissingFileError, UserError
+import lib.evaluation
+from bert.tokenization import read_vocabulary
+from data.dataset_refer_bert import ReferDataset
+from lib.errors import MissingFileError, StoppedError, UserError
+from lib.evaluation import EvalSetup, ExpressionResult, evaluate
+from lib.protocols import PROTOCOLS
 from lib.report.results import ResultFile, read_results
 from refer.masks import decode_mask, encode_mask
+from refer.refer import REFER
+from utils import Distributed
 
-HEADER = {
-    "checkpoint": "a.pth", "checkpoint_sha256": "0", "splits": {"val": 2, "testA": 1},
-    "protocols": [{"name": "paper", "threshold": None}, {"name": "original", "threshold": None}],
-}  # fmt: skip
+BOTH = list(PROTOCOLS.values())
 
 
-def line(split, index, protocol, intersection=1, union=2):
+@pytest.fixture(scope="module")
+def datasets(refshapes_root):
+    tokenizer = read_vocabulary(refshapes_root / "refshapes" / "vocab.txt")
+    refer = REFER(refshapes_root, "refshapes")
+    return {split: ReferDataset(refer, split, tokenizer, img_size=64) for split in ("testA", "val")}
+
+
+@pytest.fixture(scope="module")
+def header(datasets):
     return {
-        "split": split, "index": index, "image_id": 1, "ref_id": 1, "ann_id": 1, "sent_id": index, "sentence": "“é”",
-        "protocol": protocol, "intersection": intersection, "union": union, "iou": intersection / union, "mask": None,
-    }  # fmt: skip
+        "checkpoint": "a.pth",
+        "checkpoint_sha256": "2222222222",
+        "splits": {split: len(dataset) for split, dataset in datasets.items()},
+        "protocols": [protocol.settings() for protocol in BOTH],
+    }
 
 
-ORDER = (("val", 0), ("val", 1), ("testA", 0))
-LINES = [line(split, index, name) for split, index in ORDER for name in ("paper", "original")]
+@pytest.fixture(scope="module")
+def results(datasets):
+    """(split, result) of every expression and protocol; the masks are no real ones."""
+    return [
+        (split, ExpressionResult(index, protocol.name, index % 3, 3, None))
+        for split, dataset in datasets.items()
+        for index in range(len(dataset))
+        for protocol in BOTH
+    ]
 
 
-def whole(path, lines=LINES, header=HEADER):
-    file = ResultFile(path, header)
-    file.begin()
-    file.append(lines)
-    file.finish()
-    return file
+@pytest.fixture
+def write(datasets, header):
+    """Open a result file and write results into it."""
+
+    def run(path, results, *, replace=False, **changes):
+        file = ResultFile(path, {**header, **changes}, replace=replace)
+        file.open()
+        for split, result in results:
+            file.write(datasets[split], [result])
+        return file
+
+    return run
 
 
-def test_a_whole_file_is_ordered_however_it_came_about(tmp_path):
-    whole(tmp_path / "a.jsonl")
-    order = np.random.default_rng(0).permutation(len(LINES))
-    file = whole(tmp_path / "b.jsonl", [LINES[i] for i in order])
+def test_a_complete_file_is_sorted(write, header, results, datasets, tmp_path):
+    write(tmp_path / "a.jsonl", results)
+    order = np.random.default_rng(0).permutation(len(results))
+    file = write(tmp_path / "b.jsonl", [results[i] for i in order])
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    assert file.is_complete()
     assert not file.partial.exists()
-    header, lines = read_results(tmp_path / "a.jsonl")
-    assert header == {"format": "crossvlt results 1", "complete": True, **HEADER}
-    assert header == json.loads((tmp_path / "a.jsonl.settings.json").read_text())
-    assert [json.loads(one) for one in (tmp_path / "a.jsonl").read_text().splitlines()] == LINES
-    assert lines == LINES
+    settings, lines = read_results(tmp_path / "a.jsonl")
+    assert settings == {"format": "crossvlt results 1", "complete": True, **header}
+    assert settings == json.loads((tmp_path / "a.jsonl.settings.json").read_text())
+    assert [json.loads(text) for text in (tmp_path / "a.jsonl").read_text().splitlines()] == lines
+    for line, (split, result) in zip(lines, results, strict=True):
+        expression = datasets[split].expressions[result.index]
+        assert (line["dataset"], line["split_by"], line["split"]) == ("refshapes", "unc", split)
+        assert {name: line[name] for name in expression._fields} == expression._asdict()
+        assert {name: line[name] for name in result._fields} == result._asdict()
+        assert line["iou"] == result.intersection / 3
 
 
 @pytest.mark.parametrize("tail", [b"", b'{"split": "va', b"\xff\xfe"])
-def test_going_on_drops_a_torn_line_only(tmp_path, tail):
-    first = ResultFile(tmp_path / "a.jsonl", HEADER)
-    first.begin()
-    first.append(LINES[:3])
+def test_continuing_drops_a_truncated_last_line_only(write, results, tmp_path, tail):
+    first = write(tmp_path / "a.jsonl", results[:5])
     with open(first.partial, "ab") as file:
         file.write(tail)
-    second = ResultFile(tmp_path / "a.jsonl", {**HEADER, "checkpoint": "elsewhere/a.pth"})
-    second.begin()
-    assert list(second.lines()) == LINES[:3]
+    second = write(tmp_path / "a.jsonl", [], checkpoint="elsewhere/a.pth", batch_size=3)
+    assert list(second.earlier_results("testA")) == [result for split, result in results[:5] if split == "testA"]
     assert read_results(second.partial)[0]["complete"] is False
-    assert not second.is_finished()
-    second.append(LINES[3:])
-    second.finish()
-    assert second.is_finished()
-    assert read_results(second.path)[1] == LINES
+    assert not second.is_complete()
+    third = write(tmp_path / "a.jsonl", results[5:])
+    assert third.is_complete()
+    assert [line["index"] for line in read_results(third.path)[1]] == [result.index for _, result in results]
 
 
-def test_a_file_torn_in_its_header_is_begun_anew(tmp_path):
-    file = ResultFile(tmp_path / "a.jsonl", HEADER)
-    file.partial.write_bytes(b'{"format": "cross')
-    file.begin()
-    assert list(file.lines()) == []
+def test_a_partial_file_with_all_results_is_completed(write, results, tmp_path, monkeypatch):
+    """The process was killed after the last result, before the complete file was there."""
+    with monkeypatch.context() as patch:
+        patch.setattr("lib.report.results.atomic_write", lambda path: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            write(tmp_path / "a.jsonl", results)
+    assert write(tmp_path / "a.jsonl", []).is_complete()
 
 
-def test_another_evaluations_lines_are_never_mixed_in(tmp_path):
-    ResultFile(tmp_path / "a.jsonl", HEADER).begin()
-    other = ResultFile(tmp_path / "a.jsonl", {**HEADER, "checkpoint_sha256": "1"})
-    with pytest.raises(UserError, match=r"a\.jsonl\.partial is left from .* another checkpoint_sha256 \(0, now 1\)"):
-        other.begin()
+def test_a_file_truncated_within_its_header_is_started_again(write, tmp_path):
+    (tmp_path / "a.jsonl.partial").write_bytes(b'{"format": "cross')
+    assert list(write(tmp_path / "a.jsonl", []).earlier_results("val")) == []
+
+
+def test_results_of_other_evaluations_are_never_mixed(write, results, tmp_path):
+    write(tmp_path / "a.jsonl", results[:2])
+    with pytest.raises(UserError) as error:
+        write(tmp_path / "a.jsonl", [], checkpoint_sha256="0d95")
+    assert str(error.value) == (
+        f"{tmp_path}/a.jsonl.partial was written by another checkpoint (22222222…, this one is 0d95…). Choose another "
+        "file name or delete it."
+    )
+    one = [PROTOCOLS["paper"].settings()]
+    with pytest.raises(UserError, match=r"with other settings \(protocols: paper, original, now paper\)\. Choose"):
+        write(tmp_path / "a.jsonl", [], protocols=one)
     (tmp_path / "a.jsonl.partial").write_text("something else\n")
-    with pytest.raises(UserError, match="doesn't belong to a result file"):
-        other.begin()
-    finished = whole(tmp_path / "b.jsonl")
-    assert finished.is_finished()
-    assert not ResultFile(tmp_path / "b.jsonl", {**HEADER, "checkpoint_sha256": "1"}).is_finished()
-    finished.partial.touch()  # killed between the last line and the settings
-    assert not finished.is_finished()
-    finished.partial.unlink()
-    finished.settings.write_text("{}\n")
-    assert not finished.is_finished()
+    with pytest.raises(UserError, match=r"is not a result file\. Choose another"):
+        write(tmp_path / "a.jsonl", [])
 
 
-def test_a_whole_file_is_kept_unless_it_is_to_be_replaced(tmp_path):
-    path, other = tmp_path / "a.jsonl", {**HEADER, "checkpoint_sha256": "1"}
-    whole(path)
-    again = ResultFile(path, {**HEADER, "checkpoint": "elsewhere/a.pth", "batch_size": 3})
-    again.begin()
-    assert list(again.lines()) == LINES
-    again.finish()
-    assert read_results(path)[1] == LINES
-    with pytest.raises(UserError, match=r"is there already, .* \(another checkpoint_sha256: 0, now 1\): name another"):
-        ResultFile(path, other).begin()
-    replacing = ResultFile(path, other, replace=True)
-    replacing.begin()
-    assert read_results(path)[0]["checkpoint_sha256"] == "0"  # until the new one is whole
-    replacing.append(LINES)
-    replacing.finish()
+def test_a_complete_file_is_kept_unless_it_may_be_replaced(write, results, header, tmp_path):
+    path = tmp_path / "a.jsonl"
+    write(path, results)
+    content = path.read_bytes()
+    assert len(list(write(path, []).earlier_results("val"))) == header["splits"]["val"] * len(BOTH)
+    assert path.read_bytes() == content
+    with pytest.raises(UserError, match=r"a\.jsonl was written by another checkpoint \(2222"):
+        write(path, [], checkpoint_sha256="1")
+    write(path, results[:1], checkpoint_sha256="1", replace=True)
+    assert read_results(path)[0]["checkpoint_sha256"].startswith("2222")  # until the new one is complete
+    write(path, results[1:], checkpoint_sha256="1", replace=True)
     assert read_results(path)[0]["checkpoint_sha256"] == "1"
     path.write_text("".join(path.read_text().splitlines(True)[:-1]))
-    assert not replacing.is_finished()
-    with pytest.raises(UserError, match="lines are missing"):
-        ResultFile(path, other).begin()
-    replacing.settings.unlink()
-    with pytest.raises(UserError, match="it isn't a result file"):
-        ResultFile(path, other).begin()
+    with pytest.raises(UserError, match=f"has {len(results) - 1} lines instead of {len(results)}"):
+        write(path, [], checkpoint_sha256="1")
+    Path(f"{path}.settings.json").unlink()
+    with pytest.raises(UserError, match="is not a result file"):
+        write(path, [], checkpoint_sha256="1")
 
 
-def test_damage_is_named(tmp_path):
+def test_messages_about_damaged_files(write, results, tmp_path):
     with pytest.raises(MissingFileError, match="no result file"):
         read_results(tmp_path / "none.jsonl")
     path = tmp_path / "a.jsonl"
-    file = whole(path)
+    file = write(path, results)
     settings = file.settings.read_text()
     for content in (b"", b"[1]\n", b"\xff\n", b'{"format": "other"}\n'):
         file.settings.write_bytes(content)
-        with pytest.raises(UserError, match=r"a\.jsonl\.settings\.json doesn't belong to a result file"):
+        with pytest.raises(UserError, match=r"a\.jsonl\.settings\.json was not written by test\.py --predictions"):
             read_results(path)
     file.settings.unlink()
-    with pytest.raises(UserError, match="keep them together"):
+    with pytest.raises(UserError, match="keep both files together"):
         read_results(path)
     file.settings.write_text(settings)
     lines = path.read_text().splitlines()
-    for change in ({"intersection": 3}, {"union": "2"}, {"index": True}, {"protocol": None}, {"split": 1}):
-        damaged = [lines[0], json.dumps({**LINES[1], **change}), *lines[2:]]
+    for change in ({"intersection": 4}, {"union": "2"}, {"index": True}, {"protocol": None}, {"split": 1}):
+        damaged = [lines[0], json.dumps({**json.loads(lines[1]), **change}), *lines[2:]]
         path.write_text("\n".join(damaged) + "\n")
-        with pytest.raises(UserError, match="line 2 is damaged"):
+        with pytest.raises(UserError, match="is corrupt: line 2 is not a result"):
             read_results(path)
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
-    file = ResultFile(tmp_path / "a.jsonl", HEADER)
-    file.begin()
+def test_a_full_disk_is_reported(write, results, tmp_path, monkeypatch):
+    write(tmp_path / "a.jsonl", [])
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match=r"can't write .*a\.jsonl\.partial: No space left"):
-        file.append(LINES)
+    with pytest.raises(UserError, match=r"cannot write .*a\.jsonl\.partial: No space left"):
+        write(tmp_path / "a.jsonl", results[:1])
+
+
+@pytest.fixture
+def run_evaluation(small_model, datasets, header):
+    """Evaluate all splits with a result file; returns its results and the number of encoded images."""
+
+    def run(path, *, stop_after=None, keep_masks=None):
+        rounds, model = itertools.count(), small_model(vocab_size=200)
+        num_images, encode_images = [], model.encode_images
+        model.encode_images = lambda images: num_images.append(len(images)) or encode_images(images)
+        file = ResultFile(path, header)
+        file.open()
+        setup = EvalSetup(
+            Distributed(0, 0, 1, torch.device("cpu")),
+            batch_size=4,
+            stop_requested=lambda: stop_after is not None and next(rounds) >= stop_after,
+        )
+        found = {
+            split: evaluate(model, dataset, BOTH, setup, keep_masks=(keep_masks or {}).get(split, ()), sink=file)
+            for split, dataset in datasets.items()
+        }
+        return found, sum(num_images)
+
+    return run
+
+
+def test_an_interrupted_evaluation_continues_to_the_same_file(run_evaluation, datasets, tmp_path):
+    keep_masks = {"val": [0, 9], "testA": [1]}
+    expected, num_images = run_evaluation(tmp_path / "whole.jsonl", keep_masks=keep_masks)
+    for stop_after in (0, 2, 4):  # before the first batch, within the first split, within the second
+        path = tmp_path / f"{stop_after}.jsonl"
+        with pytest.raises(
+            StoppedError, match=rf"{stop_after}\.jsonl\.partial holds the results so far\. Run the same"
+        ):
+            run_evaluation(path, stop_after=stop_after, keep_masks=keep_masks)
+        assert not path.exists()
+        settings, lines = read_results(f"{path}.partial")
+        assert settings["complete"] is False
+        assert len(lines) < len(BOTH) * sum(map(len, datasets.values()))
+        content = Path(f"{path}.partial").read_bytes()  # as if the process was killed while writing a line
+        Path(f"{path}.partial").write_bytes(content[: max(len(content) - 5, content.index(b"\n") + 1)])
+        found, num_left = run_evaluation(path, keep_masks=keep_masks)
+        assert num_left < num_images if stop_after else num_left == num_images
+        assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+        for split, name in itertools.product(datasets, PROTOCOLS):
+            assert np.array_equal(found[split][name].counts, expected[split][name].counts)
+            assert found[split][name].metrics == expected[split][name].metrics
+            assert found[split][name].masks == expected[split][name].masks
+        assert sorted(found["val"]["paper"].masks) == keep_masks["val"]
+    found, num_left = run_evaluation(path, keep_masks=keep_masks)  # a complete file is only read
+    assert num_left == 0
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert found["val"]["paper"].masks == expected["val"]["paper"].masks
+
+
+def test_counts_are_those_of_the_stored_masks(run_evaluation, datasets, tmp_path):
+    found, _ = run_evaluation(tmp_path / "a.jsonl")
+    for line in read_results(tmp_path / "a.jsonl")[1]:
+        dataset, mask = datasets[line["split"]], decode_mask(line["mask"])
+        if line["protocol"] == "original":
+            target = dataset.full_size_mask(line["index"], "union") == 1
+        else:
+            target = dataset[line["index"]]["mask"].numpy() == 1
+        counts = [line["intersection"], line["union"]]
+        assert [int((mask & target).sum()), int((mask | target).sum())] == counts
+        assert found[line["split"]][line["protocol"]].counts[line["index"]].tolist() == counts
+
+
+def test_memory_does_not_grow_with_the_number_of_masks(run_evaluation, tmp_path, monkeypatch):
+    """Results are written at each exchange: never more than one batch is kept in memory."""
+    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_WRITES", -1)
+    sizes, write = [], ResultFile.write
+
+    def count(file, dataset, results):
+        sizes.append(len(results))
+        write(file, dataset, results)
+
+    monkeypatch.setattr(ResultFile, "write", count)
+    run_evaluation(tmp_path / "a.jsonl")
+    assert max(sizes) <= len(BOTH) * 12  # expressions of an image
+    assert sum(sizes) == len(read_results(tmp_path / "a.jsonl")[1])
 
 
 @pytest.mark.parametrize("size", [(1, 1), (4, 7), (33, 2)])
-def test_masks_come_back(size):
+def test_masks_survive_encoding(size):
     several = np.random.default_rng(0).random((5, *size)) < 0.5
     for mask in (*several, np.zeros(size, bool), np.ones(size, bool)):
         rle = json.loads(json.dumps(encode_mask(mask)))

@@ -1,4 +1,4 @@
-"""The paper's table: rows, checkpoints, four formats."""
+"""The paper's table: published rows, their checkpoints, and our numbers in four formats."""
 
 import csv
 import io
@@ -8,19 +8,8 @@ import pytest
 
 from lib.errors import MissingFileError, UserError
 from lib.metrics import METRIC_NAMES
-from lib.report.results import ResultFile
-from lib.report.table import (
-    PUBLISHED,
-    MeasuredRow,
-    choose_rows,
-    find_checkpoints,
-    latex_table,
-    markdown_table,
-    measured_rows,
-    metrics_table,
-    text_table,
-    write_tables,
-)
+from lib.report.published import PUBLISHED, choose_rows, find_checkpoints
+from lib.report.table import MeasuredRow, latex_table, markdown_table, measured_rows, text_table, write_tables
 
 FIRST, LAST = PUBLISHED[0], PUBLISHED[-1]
 
@@ -37,7 +26,7 @@ def rows():
     ]
 
 
-def test_the_published_rows_are_the_papers():
+def test_published_numbers():
     assert [(row.title, row.values[-1]) for row in PUBLISHED] == [
         ("RefCOCO val", 73.44), ("RefCOCO testA", 76.16), ("RefCOCO testB", 70.15), ("RefCOCO+ val", 63.60),
         ("RefCOCO+ testA", 69.10), ("RefCOCO+ testB", 55.23), ("G-Ref (umd) val", 62.68), ("G-Ref (umd) test", 63.75),
@@ -49,7 +38,7 @@ def test_the_published_rows_are_the_papers():
     assert "oIoU" not in LAST.doubtful
 
 
-def test_a_terminals_table_has_ours_the_papers_and_the_difference(rows):
+def test_the_text_table_has_our_and_published_numbers_and_the_difference(rows):
     text = text_table(rows, "paper")
     lines = text.splitlines()
     assert lines[1].split() == ["RefCOCO", "val", "ours", *(f"{value + 0.5:.2f}" for value in FIRST.values)]
@@ -57,20 +46,20 @@ def test_a_terminals_table_has_ours_the_papers_and_the_difference(rows):
     assert lines[3].split() == ["difference", *["+0.50"] * 7]
     assert lines[4].split() == ["G-Ref", "(umd)", "test", "ours", *["–"] * 7]
     assert lines[5].split() == ["paper", *(f"{value:.2f}†" for value in LAST.values[:-1]), "63.75"]
-    assert len({len(line) for line in lines[:6]}) == 1
-    assert "† the published entry equals another method's" in text
+    assert len({line.index(cell) + len(cell) for line in lines[1:3] for cell in line.split()[-1:]}) == 1
+    assert "† equals the value published for another method" in text
     assert "G-Ref (umd) test: no checkpoint for refcocog" in text
     other = text_table(rows, "original")
     assert "−63.44" in other
-    assert "differences are of protocol and model together" in other
-    assert "together" not in text
+    assert "differences come from both protocol and model" in other
+    assert "differences come" not in text
 
 
-def test_the_written_tables_say_the_same(rows, tmp_path):
+def test_written_tables_agree(rows, tmp_path):
     paths = write_tables(rows, tmp_path / "new")
     assert [path.name for path in paths] == ["table.md", "table.tex", "table.csv", "table.json"]
     markdown, latex, table, entries = (path.read_text(encoding="utf-8") for path in paths)
-    assert markdown.count("| RefCOCO val | ours |") == 2  # by either protocol
+    assert markdown.count("| RefCOCO val | ours |") == 2  # under each protocol
     assert markdown == "\n".join(markdown_table(rows, name) for name in ("paper", "original"))
     columns = {line.count("|") for line in markdown.splitlines() if line.startswith("|")}
     assert columns == {len(METRIC_NAMES) + 3}
@@ -79,7 +68,7 @@ def test_the_written_tables_say_the_same(rows, tmp_path):
     assert {line.count("&") for line in body} == {len(METRIC_NAMES) + 1}
     assert r"71.54\textsuperscript{\dag}" in latex
     assert "$-$63.44" in latex
-    assert r"\multicolumn{9}{l}{\footnotesize \textsuperscript{\dag} the published entry equals" in latex
+    assert r"\multicolumn{9}{l}{\footnotesize \textsuperscript{\dag} equals the value" in latex
     assert not set("−–†") & set("\n".join(body))
     lines = list(csv.DictReader(io.StringIO(table)))
     assert len(lines) == 3 * len(METRIC_NAMES)
@@ -94,27 +83,31 @@ def test_the_written_tables_say_the_same(rows, tmp_path):
     assert (last["ours"], last["not_measured"]) == (None, "no checkpoint for refcocog")
 
 
-def test_a_table_of_nothing_is_refused(rows, tmp_path):
+def test_a_table_without_measured_rows_is_an_error(rows, tmp_path):
     with pytest.raises(UserError, match="no row can be measured: no checkpoint for refcocog"):
         write_tables(rows[2:], tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_row_is_read_back_from_its_result_file(tmp_path):
-    header = {"checkpoint": "a.pth", "splits": {"val": 2}, "protocols": [{"name": "paper"}, {"name": "original"}]}
-    file = ResultFile(tmp_path / "a.jsonl", header)
-    file.begin()
-    for index, counts in enumerate(((1, 2), (3, 3))):
-        for name, factor in (("paper", 1), ("original", 0)):
-            file.append([{
-                "split": "val", "index": index, "image_id": index, "ref_id": index, "sent_id": index, "sentence": "a",
-                "protocol": name, "intersection": factor * counts[0], "union": counts[1],
-            }])  # fmt: skip
-    file.finish()
-    paper, original = measured_rows(FIRST, file)
+def test_a_row_is_read_from_its_result_file(tmp_path):
+    names, path = ("paper", "original"), tmp_path / "a.jsonl"
+    header = {"format": "crossvlt results 1", "complete": True, "checkpoint": "a.pth"}
+    header |= {"splits": {"val": 2}, "protocols": [{"name": name} for name in names]}
+    (tmp_path / "a.jsonl.settings.json").write_text(json.dumps(header))
+    lines = [
+        {
+            "split": "val", "index": index, "image_id": index, "ref_id": index, "sent_id": index, "sentence": "a",
+            "protocol": name, "intersection": counts[0] if name == "paper" else 0, "union": counts[1],
+        }
+        for index, counts in enumerate(((1, 2), (3, 3)))
+        for name in names
+    ]  # fmt: skip
+    path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    paper, original = measured_rows(FIRST, path)
     assert (paper.protocol, paper.num_expressions, paper.metrics["mIoU"]) == ("paper", 2, pytest.approx(75))
     assert paper.metrics["oIoU"] == pytest.approx(80)
     assert paper.intervals["mIoU"] == (50, 100)
+    assert paper.checkpoint == "a.pth"
     assert set(original.metrics.values()) == {0.0}
 
 
@@ -128,42 +121,34 @@ def test_checkpoints_are_found_in_a_folder(tmp_path):
     assert found == {"refcoco": "best_refcoco.pth", "refcoco+": "best_refcoco+.pth", "refcocog": "refcocog/best.pth"}
 
 
-def test_checkpoints_are_named_by_a_yaml(tmp_path):
+def test_checkpoints_are_listed_in_a_yaml_file(tmp_path):
     (tmp_path / "a.pth").touch()
     listed = tmp_path / "sets.yaml"
     listed.write_text("refcoco+: a.pth\n")
     assert find_checkpoints(listed) == {"refcoco+": tmp_path / "a.pth"}
-    for content, told in (
-        ("refcoc: a.pth", "unknown set 'refcoc'; did you mean refcoco"),
+    for content, message in (
+        ("refcoc: a.pth", "unknown dataset 'refcoc'\\. Did you mean refcoco"),
         ("refcoco: b.pth", "refcoco: no file"),
-        ("- a.pth", "is not a yaml of set: file"),
-        ("refcoco: [1]", "is not a yaml of set: file"),
-        ("a: b: c", "is not a yaml of set: file"),
-        ("", "is not a yaml of set: file"),
+        ("- a.pth", "is not a YAML file of `set: file`"),
+        ("refcoco: [1]", "is not a YAML file of `set: file`"),
+        ("a: b: c", "is not a YAML file of `set: file`"),
+        ("", "is not a YAML file of `set: file`"),
     ):
         listed.write_text(content)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             find_checkpoints(listed)
     with pytest.raises(MissingFileError, match="no such folder or file"):
         find_checkpoints(tmp_path / "none")
 
 
-def test_metrics_under_their_names():
-    metrics = dict(zip(METRIC_NAMES, range(7), strict=True))
-    heading, first, second = metrics_table([("val", metrics, 5), ("a longer name", metrics, 123456)]).splitlines()
-    assert heading.split() == ["split", *METRIC_NAMES, "expressions"]
-    assert first.split() == ["val", *(f"{i}.00" for i in range(7)), "5"]
-    assert len(heading) == len(first) == len(second)
-
-
-def test_flags_choose_rows():
+def test_flags_select_rows():
     assert choose_rows(None, None, None) == list(PUBLISHED)
     assert [row.title for row in choose_rows("refcocog", None, " test")] == ["G-Ref (umd) test"]
     assert [row.split for row in choose_rows("refcoco", "unc", "testB, val")] == ["val", "testB"]
-    for flags, told in (
-        (("refcocog", "google", None), "none with that --dataset and --splitBy"),
+    for flags, message in (
+        (("refcocog", "google", None), "none with this --dataset and --splitBy"),
         (("refcoco", None, "val,tstA"), "no published row has split 'tstA'"),
-        (("refshapes", None, "all"), "none with that"),
+        (("refshapes", None, "all"), "none with this"),
     ):
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             choose_rows(*flags)

@@ -1,4 +1,4 @@
-"""Pictures: overlays, the maps' colours, panels of any shape and text, sheets."""
+"""Overlays, colors of alignment maps, panels of any shape and text, contact sheets."""
 
 import numpy as np
 import pytest
@@ -11,34 +11,34 @@ from lib.visualize import (
     HEAT,
     HEAT_COLORS,
     MARGIN,
+    MAX_SHEET_WIDTH,
     MODEL_COLORS,
     PREDICTION_COLOR,
-    SHEET_WIDTH,
-    TRUTH_COLOR,
-    Column,
+    TARGET_COLOR,
+    Cell,
     Prediction,
+    contact_sheet,
     expression_panel,
     heat_overlay,
     overlay,
     panel,
-    sheet,
 )
 
-GREY = Image.new("RGB", (80, 60), (90, 90, 90))
+GRAY = Image.new("RGB", (80, 60), (90, 90, 90))
 NOTHING = np.zeros((60, 80), bool)
 CELL_HEIGHT = CELL * 60 // 80
 MAPS = [np.full((side, side), value, np.float32) for side, value in ((8, -1), (4, -0.5), (2, 0), (1, 1))]
 
 
 def heat(value, lightness=90):
-    """The colour of a value on the usual scale over a grey picture."""
+    """Return the color of a value on the default scale over a gray image."""
     stops = np.linspace(-1, 1, len(HEAT_COLORS))
     color = [np.interp(value, stops, channel) for channel in zip(*HEAT_COLORS, strict=True)]
     return HEAT * np.array(color) + (1 - HEAT) * (255 - CONTRAST * (255 - lightness))
 
 
 def cells(drawn, rows, bottom):
-    """The pictures of a panel of GREY by row and place, found from its bottom; a caption is 39 pixels high."""
+    """Return the cells of a panel of GRAY by row and column, found from its bottom; a title is 39 pixels high."""
     pixels, pitch = np.asarray(drawn).astype(int), CELL_HEIGHT + 39
     tops = [drawn.height - bottom - (rows - row) * pitch + 27 for row in range(rows)]
     lefts = range(MARGIN, drawn.width - MARGIN, CELL + MARGIN)
@@ -59,18 +59,18 @@ def test_overlay_tints_the_mask_only():
     inside = drawn[15, 20].astype(int)
     assert inside[0] > 100 > inside[2]
     assert np.array_equal(np.asarray(overlay(image, np.zeros((30, 40), bool))), np.asarray(image))
-    with pytest.raises(ValueError, match="doesn't fit"):
+    with pytest.raises(ValueError, match=r"the mask has shape \(40, 30\)"):
         overlay(image, mask.T)
 
 
 @pytest.mark.parametrize("value", [-7, -1, -0.3, 0, 0.8, 1, 7, -np.inf, np.inf])
-def test_a_maps_colour_is_that_of_its_value(value):
-    drawn = np.asarray(heat_overlay(GREY, np.full((3, 5), value, np.float32)))
+def test_the_color_of_a_map_is_that_of_its_value(value):
+    drawn = np.asarray(heat_overlay(GRAY, np.full((3, 5), value, np.float32)))
     assert drawn.shape == (60, 80, 3)
     assert close(drawn, heat(np.clip(value, -1, 1)), 0.51).all()
 
 
-def test_the_maps_scale_is_even_to_both_sides():
+def test_the_color_scale_is_symmetric():
     blue, white, red = heat(-1), heat(0), heat(1)
     assert blue[2] > blue[0] + 50
     assert red[0] > red[2] + 50
@@ -78,17 +78,17 @@ def test_the_maps_scale_is_even_to_both_sides():
     luminance = np.array(HEAT_COLORS) @ (0.2126, 0.7152, 0.0722)
     half = len(HEAT_COLORS) // 2
     assert (np.diff(luminance[: half + 1]) > 0).all()
-    assert np.abs(luminance - luminance[::-1]).max() < 40  # so grey prints don't favour a side
-    shifted = np.asarray(heat_overlay(GREY, np.full((2, 2), -3.0), -4, -2))
+    assert np.abs(luminance - luminance[::-1]).max() < 40  # so that neither side dominates in gray print
+    shifted = np.asarray(heat_overlay(GRAY, np.full((2, 2), -3.0), -4, -2))
     assert close(shifted, white, 0.51).all()
     for low, high in ((1, 1), (1, -1), (0, np.nan)):
         with pytest.raises(ValueError, match="scale"):
-            heat_overlay(GREY, np.ones((2, 2)), low, high)
+            heat_overlay(GRAY, np.ones((2, 2)), low, high)
 
 
-def test_maps_are_resized_smoothly_and_let_the_picture_through():
-    row = np.asarray(heat_overlay(GREY, np.array([[-1.0, 1.0]])))[30].astype(int)
-    assert (np.diff(row[:, 0] - row[:, 2]) >= 0).all()  # ever less blue, ever more red
+def test_maps_are_resized_smoothly_and_leave_the_image_visible():
+    row = np.asarray(heat_overlay(GRAY, np.array([[-1.0, 1.0]])))[30].astype(int)
+    assert (np.diff(row[:, 0] - row[:, 2]) >= 0).all()  # from blue to red
     assert close(row[0], heat(-1)).all()
     assert close(row[-1], heat(1)).all()
     assert len(np.unique(row, axis=0)) > 20
@@ -96,31 +96,31 @@ def test_maps_are_resized_smoothly_and_let_the_picture_through():
         heat_overlay(Image.new("RGB", (1, 1), (v, v, v)), np.ones((1, 1))).getpixel((0, 0)) for v in (0, 255)
     )
     assert max(np.subtract(light, dark)) > 40
-    assert np.asarray(heat_overlay(GREY, np.full((2, 2), np.nan, np.float32))).max() == 0
-    assert np.asarray(heat_overlay(GREY, np.array([[np.inf, 0.0]]))).min() > 0  # infinity is clipped, not spread
+    assert np.asarray(heat_overlay(GRAY, np.full((2, 2), np.nan, np.float32))).max() == 0
+    assert np.asarray(heat_overlay(GRAY, np.array([[np.inf, 0.0]]))).min() > 0  # infinity is clipped, not spread
 
 
-def test_a_panel_shows_picture_truth_and_prediction_in_order():
-    truth = NOTHING.copy()
-    truth[10:40, 10:40] = True
-    drawn = expression_panel(GREY, truth, [Prediction("a", ~truth, 0.0)], "x")
+def test_a_panel_shows_image_target_and_prediction_in_order():
+    target = NOTHING.copy()
+    target[10:40, 10:40] = True
+    drawn = expression_panel(GRAY, target, [Prediction("a", ~target, 0.0)], "x")
     assert drawn.width == MARGIN + 3 * (CELL + MARGIN)
-    ((image, true, predicted),) = cells(drawn, 1, bottom=8)
-    assert close(image, (90, 90, 90)).all()
-    inside = np.kron(truth, np.ones((4, 4))).astype(bool)
-    for picture, area, color in ((true, inside, TRUTH_COLOR), (predicted, ~inside, PREDICTION_COLOR)):
-        tinted = ~close(picture, (90, 90, 90), 3)
+    ((original, true, predicted),) = cells(drawn, 1, bottom=8)
+    assert close(original, (90, 90, 90)).all()
+    inside = np.kron(target, np.ones((4, 4))).astype(bool)
+    for image, area, color in ((true, inside, TARGET_COLOR), (predicted, ~inside, PREDICTION_COLOR)):
+        tinted = ~close(image, (90, 90, 90), 3)
         assert tinted[area].mean() > 0.99  # resampling blurs the outline by a pixel
         assert tinted[~area].mean() < 0.05
-        assert close(picture, color).any()
-        assert (np.diff(picture[80, 80]) * np.diff(color) > 0).all() == area[80, 80]  # the model's or the truth's hue
+        assert close(image, color).any()
+        assert (np.diff(image[80, 80]) * np.diff(color) > 0).all() == area[80, 80]  # the hue of model or target
 
 
-def test_masks_of_other_sizes_are_resized_by_nearest_neighbour():
+def test_masks_of_other_sizes_are_resized_by_nearest_neighbor():
     small = np.zeros((3, 4), bool)
     small[1, 2] = True
     enlarged = np.kron(small, np.ones((20, 20))).astype(bool)
-    first, second = (expression_panel(GREY, NOTHING, [Prediction("a", mask, 0.5)], "x") for mask in (small, enlarged))
+    first, second = (expression_panel(GRAY, NOTHING, [Prediction("a", mask, 0.5)], "x") for mask in (small, enlarged))
     assert np.array_equal(np.asarray(first), np.asarray(second))
     ((_, _, drawn),) = cells(first, 1, bottom=8)
     marked = ~close(drawn, (90, 90, 90), 3)
@@ -129,26 +129,26 @@ def test_masks_of_other_sizes_are_resized_by_nearest_neighbour():
     assert not marked[162:].any()
     assert not marked[:, :158].any()
     assert not marked[:, 242:].any()
-    # Every second column of a mask larger than it is drawn: nearest neighbour takes these or the others, no mean.
+    # A mask of stripes, larger than it is drawn: nearest neighbor takes only the even or only the odd columns.
     stripes = np.tile([False, True], (960, 640))
-    halves = [expression_panel(GREY, NOTHING, [Prediction("a", one, 0.5)], "x") for one in (stripes, ~stripes)]
+    halves = [expression_panel(GRAY, NOTHING, [Prediction("a", one, 0.5)], "x") for one in (stripes, ~stripes)]
     whole, empty = (~close(cells(half, 1, bottom=8)[0][2], (90, 90, 90), 3) for half in halves)
     assert whole.all() != empty.all()
     assert whole.any() != empty.any()
-    with pytest.raises(ValueError, match="truth"):
-        expression_panel(GREY, small, [], "x")
+    with pytest.raises(ValueError, match="the target has shape"):
+        expression_panel(GRAY, small, [], "x")
 
 
-def test_each_model_has_its_place_and_its_colour():
+def test_each_model_has_its_own_cell_and_color():
     full = [Prediction(str(i), ~NOTHING, 1.0) for i in range(7)]
-    drawn = expression_panel(GREY, ~NOTHING, full, "x")
+    drawn = expression_panel(GRAY, ~NOTHING, full, "x")
     assert drawn.width == MARGIN + CELLS_PER_ROW * (CELL + MARGIN)
-    pictures = [picture for row in cells(drawn, 3, bottom=8) for picture in row]
-    colors = [TRUTH_COLOR, *MODEL_COLORS, PREDICTION_COLOR]
-    for picture, color in zip(pictures[1:], colors, strict=False):
-        assert close(picture[:2, 20:300], color, 12).any()  # the outline along the picture's edge
-        assert (~close(picture, (90, 90, 90))).all()
-    assert all((picture == 255).all() for picture in pictures[9:])
+    images = [image for row in cells(drawn, 3, bottom=8) for image in row]
+    colors = [TARGET_COLOR, *MODEL_COLORS, PREDICTION_COLOR]
+    for image, color in zip(images[1:], colors, strict=False):
+        assert close(image[:2, 20:300], color, 12).any()  # the outline along the image's edge
+        assert (~close(image, (90, 90, 90))).all()
+    assert all((image == 255).all() for image in images[9:])
     assert len(set(colors)) == 1 + len(MODEL_COLORS)
 
 
@@ -159,14 +159,14 @@ def test_maps_have_a_row_per_model_and_a_fixed_scale():
         ([Prediction("a", NOTHING, 0.0, MAPS), mute], 2),
         ([Prediction("a", NOTHING, 0.0, MAPS), Prediction("b", NOTHING, 0.0, MAPS[::-1])], 3),
     ):
-        drawn = expression_panel(GREY, NOTHING, predictions, "x")
+        drawn = expression_panel(GRAY, NOTHING, predictions, "x")
         found = cells(drawn, rows, bottom=8 + 28)
         for row, values in zip(found[1:], ((-1, -0.5, 0, 1), (1, 0, -0.5, -1)), strict=False):
-            assert all(close(picture, heat(value)).all() for picture, value in zip(row, values, strict=True))
+            assert all(close(image, heat(value)).all() for image, value in zip(row, values, strict=True))
         bar = np.asarray(drawn)[-28, -(CELL + MARGIN) : -MARGIN]
         for value in (-0.9, 0, 0.9):
             assert close(bar, heat(value, 255), 4).any()
-    wide = expression_panel(GREY, NOTHING, [Prediction("a", NOTHING, 0.0, MAPS)], "x", scale=(-2, 2))
+    wide = expression_panel(GRAY, NOTHING, [Prediction("a", NOTHING, 0.0, MAPS)], "x", scale=(-2, 2))
     assert close(cells(wide, 2, bottom=36)[1][0], heat(-0.5)).all()
 
 
@@ -190,35 +190,35 @@ def test_panels_of_any_shape_and_sentence(size, sentence):
     assert pixels[:, : MARGIN - 2].min() == 255
     assert pixels[:, 2 - MARGIN :].min() == 255
     assert pixels[-8:].min() == 255
-    assert (pixels == TRUTH_COLOR).all(-1).any()
+    assert (pixels == TARGET_COLOR).all(-1).any()
 
 
-def test_titles_keep_to_their_cell():
-    """A long title is cut, keeping its end and the score; the next cell's begins where it should."""
+def test_titles_stay_inside_their_cell():
+    """A long title loses its middle and keeps its score; the next title does not move."""
     drawn = [
-        panel(GREY, [Column(name, GREY, TRUTH_COLOR, "IoU 0.50"), Column("b", GREY)], "x") for name in ("m", "m" * 90)
+        panel(GRAY, [Cell(name, GRAY, TARGET_COLOR, "IoU 0.50"), Cell("b", GRAY)], "x") for name in ("m", "m" * 90)
     ]
-    short, long = (np.asarray(picture)[: -CELL_HEIGHT - 20].astype(int) for picture in drawn)
+    short, long = (np.asarray(image)[: -CELL_HEIGHT - 20].astype(int) for image in drawn)
     changed = np.nonzero((short != long).any((0, 2)))[0]
     assert changed.min() > MARGIN + (CELL + MARGIN)
     assert MARGIN + 2 * CELL < changed.max() <= 2 * (MARGIN + CELL)
 
 
-def test_sheets_are_aligned():
+def test_panels_of_a_contact_sheet_are_aligned():
     sizes = ((300, 100), (200, 50), (250, 70), (310, 20), (10, 10))
     panels = [Image.new("RGB", size, color) for size, color in zip(sizes, MODEL_COLORS, strict=False)]
-    together = sheet(panels, columns=2)
+    together = contact_sheet(panels, columns=2)
     assert together.size == (300 + 310, 100 + 70 + 10)
     for (left, top), color in zip(((0, 0), (300, 0), (0, 101), (300, 101), (0, 171)), MODEL_COLORS, strict=False):
         assert together.getpixel((left, top)) == color
     assert together.getpixel((305, 175)) == (255, 255, 255)
-    assert sheet(panels[:1], columns=3).size == (300, 100)
+    assert contact_sheet(panels[:1], columns=3).size == (300, 100)
 
 
-def test_sheets_are_no_wider_than_a_page_by_default():
-    for width, columns in ((SHEET_WIDTH + 1, 1), (SHEET_WIDTH // 2 + 1, 1), (SHEET_WIDTH // 2, 2), (9, 5)):
-        assert sheet([Image.new("RGB", (width, 10))] * 5).width == columns * width
-    plain = expression_panel(GREY, NOTHING, [Prediction("a", NOTHING, 0.0)], "x")
-    with_maps = expression_panel(GREY, NOTHING, [Prediction("a", NOTHING, 0.0, MAPS)], "x")
-    assert sheet([plain] * 4).size == (2 * plain.width, 2 * plain.height)
-    assert sheet([with_maps] * 2).size == (with_maps.width, 2 * with_maps.height)
+def test_contact_sheets_are_no_wider_than_a_page_by_default():
+    for width, columns in ((MAX_SHEET_WIDTH + 1, 1), (MAX_SHEET_WIDTH // 2 + 1, 1), (MAX_SHEET_WIDTH // 2, 2), (9, 5)):
+        assert contact_sheet([Image.new("RGB", (width, 10))] * 5).width == columns * width
+    plain = expression_panel(GRAY, NOTHING, [Prediction("a", NOTHING, 0.0)], "x")
+    with_maps = expression_panel(GRAY, NOTHING, [Prediction("a", NOTHING, 0.0, MAPS)], "x")
+    assert contact_sheet([plain] * 4).size == (2 * plain.width, 2 * plain.height)
+    assert contact_sheet([with_maps] * 2).size == (with_maps.width, 2 * with_maps.height)

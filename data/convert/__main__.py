@@ -51,9 +51,8 @@ def main() -> None:
     from data.convert.dataset import SHEET_FILE, Source, convert
     from data.convert.splits import SplitShares
     from data.convert.summary import next_commands, samples
-    from lib.report.figures import MAX_PANELS, save_image, spread
     from lib.tables import to_text
-    from lib.visualize import expression_panel, sheet
+    from lib.visualize import MAX_PANELS, contact_sheet, expression_panel, save_image, spread_indices
     from refer.counts import Counts, counts_of
 
     source = Source(args.sentences, args.images, args.instances, args.masks)
@@ -78,10 +77,10 @@ def main() -> None:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"\nDataset written to {folder}. All masks were verified.")
     if args.samples:
-        chosen = samples(converted.refer, spread(len(converted.refer.Sents), args.samples))
+        chosen = samples(converted.refer, spread_indices(len(converted.refer.Sents), args.samples))
         panels = [expression_panel(sample.image, sample.mask, [], sample.sentence, sample.note) for sample in chosen]
         path = args.contact_sheet or folder / SHEET_FILE
-        save_image(sheet(panels), path)
+        save_image(contact_sheet(panels), path)
         print(f"Contact sheet: {path}. Check that the sentences fit the masks.")
     print("\nNext:")
     for command in next_commands(converted.refer, list(counts), args.refer_data_root):

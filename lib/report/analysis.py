@@ -14,19 +14,15 @@ import torch
 from lib.cli import did_you_mean
 from lib.errors import UserError
 from lib.metrics import compute_metrics, intersection_and_union, iou
-from lib.protocols import choose_protocols
+from lib.protocols import SWITCHES, protocol_name
 from lib.report.intervals import Scoring, intervals, paired_intervals
 from lib.report.results import Line, counts_of, read_results
 from refer.masks import decode_mask, resize_mask
 from refer.refer import REFER
 
 SHARED_SETTINGS = ("dataset", "split_by", "img_size", "shuffle_sentences")  # compared files should agree on these
-# Settings that stored masks cannot be converted to another value of, and why.
-MODEL_SETTINGS = {
-    "threshold": "a binary mask has no probabilities",
-    "eval_size": "a binary mask cannot be converted to the logits at another size",
-    "max_tokens": "the model predicts other masks for sentences that are cut elsewhere",
-}
+# Settings that stored masks cannot be converted to another value of.
+MODEL_SETTINGS = [name for name, switch in SWITCHES.items() if switch.needs_model]
 Row = dict[str, Any]
 
 
@@ -126,7 +122,7 @@ def select(results: Results, filters: Filters) -> Results:
 
 
 def check_model_settings(results: Results, requested: dict[str, Any]) -> None:
-    """Check that the masks were made with the requested settings (keys of ``MODEL_SETTINGS``; None: not requested).
+    """Check that the masks were made with the requested settings (``MODEL_SETTINGS``; None: not requested).
 
     UserError: they were made with another value; the message says how to get the requested one.
     """
@@ -139,7 +135,7 @@ def check_model_settings(results: Results, requested: dict[str, Any]) -> None:
             remedy = f"Choose --protocol {next(name for name in results.protocols if name not in others)}."
         raise UserError(
             f"--{setting} {value}: {results.path} has masks of protocol {others[0]}, which were made with {setting} "
-            f"{results.protocols[others[0]].get(setting)}, and {MODEL_SETTINGS[setting]}. {remedy}"
+            f"{results.protocols[others[0]].get(setting)}, and {SWITCHES[setting].needs_model}. {remedy}"
         )
 
 
@@ -159,8 +155,7 @@ def evaluate_masks(results: Results, gt_mask: str, get_refer: Callable[[str, str
     protocols, new_names = {}, {}
     for name, settings in results.protocols.items():
         if settings.get("gt_mask") != gt_mask:
-            switches = {key: settings.get(key) for key in ("eval_size", "threshold", "max_tokens")}
-            new_names[name] = choose_protocols(name.split("+")[0], gt_mask=gt_mask, **switches)[0].name
+            new_names[name] = protocol_name(name.split("+")[0], {**settings, "gt_mask": gt_mask})
             settings = {**settings, "name": new_names[name], "gt_mask": gt_mask}
         protocols[settings["name"]] = settings
     if not new_names:

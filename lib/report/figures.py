@@ -1,39 +1,123 @@
-"""Figures of results: a panel per expression, models side by side, and a sheet of them all."""
+"""Figures of evaluated expressions: a panel per expression, several models side by side, a contact sheet."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import nn
 
-from lib.evaluation import EvaluationResult, alignment_maps
-from lib.files import atomic_write
-from lib.visualize import Prediction, expression_panel, sheet
+from data.dataset_refer_bert import ReferDataset
+from data.transforms import normalize_images
+from lib.errors import UserError
+from lib.evaluation import EvaluationResult, alignment_maps, evaluate
+from lib.files import check_writable
+from lib.inference import load_for_evaluation, start_evaluation
+from lib.visualize import MAX_PANELS, Prediction, contact_sheet, expression_panel, save_image, spread_indices
 from refer.masks import decode_mask
+from refer.refer import REFER
+from utils import on_main
 
-MAX_PANELS = 60
 
-
-class Judged(NamedTuple):
-    """A model's results on a split: ``result`` keeps the masks of what is to be drawn."""
+class ModelResult(NamedTuple):
+    """A model's results on a split; ``result`` holds the masks of the expressions to draw."""
 
     name: str
-    dataset: Any  # a ReferDataset
+    dataset: ReferDataset
     result: EvaluationResult
-    gt_mask: str = "paper"  # which true masks are drawn
-    maps: Mapping[int, list[np.ndarray]] | None = None  # the alignment maps of what is to be drawn, by index
+    gt_mask: str = "paper"  # which target masks are drawn
+    maps: Mapping[int, list[np.ndarray]] | None = None  # alignment maps of the expressions to draw, by index
 
 
-def spread(length: int, number: int) -> list[int]:
-    """At most ``number`` of the first ``length`` integers, evenly spread."""
-    return np.unique(np.linspace(0, length - 1, min(number, length)).astype(int)).tolist()
+def compute_maps(model: nn.Module, dataset: ReferDataset, indices: Sequence[int]) -> dict[int, list[np.ndarray]]:
+    """Return the four alignment maps of each expression in ``indices``."""
+    maps = {}
+    for index in indices:
+        sample = dataset[index]
+        inputs = (normalize_images(sample["image"]), sample["input_ids"], sample["attention_mask"])
+        maps[index] = alignment_maps(model, *(tensor[None] for tensor in inputs))[0]
+    return maps
+
+
+def draw_expression(models: Sequence[ModelResult], index: int) -> Image.Image:
+    """Return image, target mask and each model's prediction for one expression."""
+    dataset = models[0].dataset
+    expression = dataset.expressions[index]
+    predictions = [
+        Prediction(
+            model.name,
+            decode_mask(model.result.masks[index]),
+            model.result.iou(index),
+            model.maps[index] if model.maps else None,
+        )
+        for model in models
+    ]
+    target = dataset.full_size_mask(index, models[0].gt_mask).astype(bool)
+    note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}"
+    return expression_panel(dataset.load_image(index), target, predictions, expression.sentence, note)
+
+
+def draw_validation(dataset: ReferDataset, result: EvaluationResult) -> dict[str, Image.Image]:
+    """Return the expressions whose masks a validation kept, by the names they have in TensorBoard."""
+    models = [ModelResult("prediction", dataset, result)]
+    return {f"val/{number}": draw_expression(models, index) for number, index in enumerate(sorted(result.masks))}
+
+
+def draw_split(models: Sequence[ModelResult], indices: Sequence[int], folder: Path) -> Path:
+    """Write a panel per index, and a contact sheet of the first ``MAX_PANELS``; return the path of the sheet.
+
+    Raises:
+        UserError: an image cannot be written.
+    """
+    dataset, panels = models[0].dataset, []
+    for index in indices:
+        expression, panel = dataset.expressions[index], draw_expression(models, index)
+        save_image(panel, folder / f"{dataset.split}_{index:06d}_ref{expression.ref_id}_sent{expression.sent_id}.png")
+        if len(panels) < MAX_PANELS:
+            panels.append(panel)
+    path = folder / f"{dataset.split}_sheet.png"
+    save_image(contact_sheet(panels), path)
+    return path
+
+
+def compare_models(args: Any) -> None:
+    """Draw the predictions of several checkpoints for the same expressions side by side.
+
+    Args:
+        args: the parsed flags of test.py; ``vis_compare`` names the checkpoints, ``vis`` the folder.
+
+    Raises:
+        UserError: a checkpoint or dataset cannot be used, or an image cannot be written.
+    """
+    paths, folder = [part.strip() for part in args.vis_compare.split(",") if part.strip()], Path(args.vis)
+    if not paths:
+        raise UserError(f"--vis_compare {args.vis_compare!r} contains no checkpoint")
+    checkpoints = [load_for_evaluation(args, path) for path in paths]
+    cfg, protocols = checkpoints[0].cfg, checkpoints[0].protocols
+    if len(protocols) > 1:
+        raise UserError(f"--protocol {args.protocol}: --vis_compare draws under one protocol. Choose one of them.")
+    refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    datasets = [loaded.open_splits(refer, refer.choose_splits(cfg.DATA.SPLIT)) for loaded in checkpoints]
+    drawn = {split: spread_indices(len(dataset), args.vis_num) for split, dataset in datasets[0].items()}
+    results: dict[str, list[ModelResult]] = defaultdict(list)
+    with start_evaluation(cfg) as setup:
+        on_main(lambda: check_writable(folder / "sheet.png"))
+        for name, loaded, splits in zip(distinct_names(paths), checkpoints, datasets, strict=True):
+            model = loaded.build_model(setup.dist.device)
+            for split, dataset in splits.items():
+                indices, (protocol,) = drawn[split], loaded.protocols
+                found = evaluate(model, dataset, [protocol], setup, indices=indices, keep_masks=indices)
+                maps = compute_maps(model, dataset, indices) if args.vis_maps else None
+                results[split].append(ModelResult(name, dataset, found[protocol.name], protocol.gt_mask, maps))
+        sheets = on_main(lambda: [draw_split(results[split], drawn[split], folder) for split in results])
+        if setup.dist.is_main:
+            print("\n".join(map(str, sheets)))
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """Files' names without folder and ending, or with their folder's where that doesn't tell them apart."""
+    """Return short names of files: without folder and suffix, with the folder if they would be equal, or the paths."""
     for names in (
         [Path(path).stem for path in paths],
         [f"{Path(path).parent.name}/{Path(path).stem}" for path in paths],
@@ -41,53 +125,3 @@ def distinct_names(paths: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return list(paths)
-
-
-def maps_of(
-    model: nn.Module, dataset: Any, indices: Iterable[int], normalize: Callable[[torch.Tensor], torch.Tensor]
-) -> dict[int, list[np.ndarray]]:
-    """The four alignment maps of some expressions; ``normalize`` makes of a dataset's picture the model's."""
-    maps = {}
-    for index in indices:
-        sample = dataset[index]
-        inputs = (normalize(sample["image"]), sample["input_ids"], sample["attention_mask"])
-        maps[index] = alignment_maps(model, *(one[None] for one in inputs))[0]
-    return maps
-
-
-def result_panel(judged: Sequence[Judged], index: int) -> Image.Image:
-    """Picture, truth and each model's prediction of one expression."""
-    dataset = judged[0].dataset
-    expression = dataset.expressions[index]
-    predictions = [
-        Prediction(
-            one.name, decode_mask(one.result.masks[index]), one.result.iou(index), one.maps[index] if one.maps else None
-        )
-        for one in judged
-    ]
-    truth = dataset.full_size_mask(index, judged[0].gt_mask).astype(bool)
-    note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}"
-    return expression_panel(dataset.load_image(index), truth, predictions, expression.sentence, note)
-
-
-def draw(judged: Sequence[Judged], indices: Sequence[int], folder: Path) -> Path:
-    """Write a panel per index and a sheet of them, or of the first ``MAX_PANELS``; gives back the sheet.
-
-    UserError: they can't be written.
-    """
-    dataset, panels = judged[0].dataset, []
-    for index in indices:
-        expression, panel = dataset.expressions[index], result_panel(judged, index)
-        name = f"{dataset.split}_{index:06d}_ref{expression.ref_id}_sent{expression.sent_id}.png"
-        save_image(panel, folder / name)
-        if len(panels) < MAX_PANELS:
-            panels.append(panel)
-    path = folder / f"{dataset.split}_sheet.png"
-    save_image(sheet(panels), path)
-    return path
-
-
-def save_image(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
-    with atomic_write(path) as aside:
-        picture.save(aside, format="PNG")

@@ -1,4 +1,4 @@
-"""Result files: a line of JSON per expression and protocol, and beside it how they came about.
+"""Result files: one line of JSON per expression and protocol, and beside it the settings that led to them.
 
 A line of ``out.jsonl`` is one expression under one protocol:
 
@@ -6,10 +6,10 @@ A line of ``out.jsonl`` is one expression under one protocol:
      "ref_id": 3, "ann_id": 7, "sent_id": 5, "sentence": "left dog", "intersection": 90, "union": 120, "iou": 0.75,
      "mask": {"size": [480, 480], "counts": "…"}}
 
-ordered by split, expression, protocol; ``mask`` is the prediction as COCO RLE at the size it was judged at.
-``out.jsonl.settings.json`` has the checkpoint and its SHA-256, ``splits`` with their numbers of expressions, and
-``protocols`` with everything they settle. While an evaluation runs, its lines are in ``out.jsonl.partial``, in the
-order they were done, under a first line with the settings, which says ``"complete": false``.
+Lines are sorted by split, expression and protocol. ``mask`` is the predicted mask as COCO RLE, at the size at which it
+was compared. ``out.jsonl.settings.json`` holds the checkpoint and its SHA-256, ``splits`` with their numbers of
+expressions, and ``protocols`` with all their settings. While an evaluation runs, its lines are in
+``out.jsonl.partial``, in the order of computation, below a first line with the settings and ``"complete": false``.
 """
 
 import json
@@ -20,159 +20,193 @@ from typing import Any
 
 import numpy as np
 
+from data.dataset_refer_bert import ReferDataset
 from lib.errors import MissingFileError, UserError
+from lib.evaluation import ExpressionResult, ResultSink
 from lib.files import atomic_write, translate_write_errors, write_text
+from lib.metrics import iou
 
 FORMAT = "crossvlt results 1"
 PARTIAL = ".partial"
-# Where the checkpoint lies doesn't matter, its SHA-256 says which it is; a batch that turned out too large may be
-# followed by smaller ones.
-INFORMATIVE = ("checkpoint", "batch_size")
+# Settings that may differ when an evaluation is continued. The checkpoint is identified by its SHA-256, not its path,
+# and the batch size may be lowered after running out of memory.
+IGNORED_SETTINGS = ("checkpoint", "batch_size")
+INTEGER_FIELDS = ("index", "image_id", "ref_id", "sent_id", "intersection", "union")
+TEXT_FIELDS = ("split", "sentence", "protocol")
 Line = dict[str, Any]
-NUMBERS = ("index", "image_id", "ref_id", "sent_id", "intersection", "union")
 
 
-class ResultFile:
-    """Writes a result file so that an evaluation which was stopped can go on.
+class ResultFile(ResultSink):
+    """Writes a result file such that an interrupted evaluation can be continued.
+
+    Call :meth:`open` before the evaluation. The last result completes the file.
 
     Args:
-        path: of the lines.
-        header: the settings; another evaluation's lines are never mixed in.
-        replace: what to do with another evaluation's whole file: False: refuse, True: replace it in the end.
+        path: of the result file.
+        header: the settings. Results with other settings are never mixed in.
+        replace: what happens to a complete file with other settings: False: error, True: it is replaced in the end.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any], *, replace: bool = False) -> None:
         self.replace = replace
         self.path, self.partial, self.settings = Path(path), Path(f"{path}{PARTIAL}"), settings_path(path)
-        self.header = json.loads(json.dumps({"format": FORMAT, "complete": False, **header}))  # as it is read back
+        # As JSON stores it, so that it can be compared with the header of a file.
+        self.header = json.loads(json.dumps({"format": FORMAT, "complete": False, **header}))
+        self.num_results = sum(self.header["splits"].values()) * len(self.header["protocols"])
+        self.num_written = 0
+        self.resume_hint = f"{self.partial} holds the results so far. Run the same command again to continue."
 
-    def is_finished(self) -> bool:
-        """Whether the file is there already, whole, and of an evaluation with these settings."""
-        if not self.path.exists() or self.partial.exists():
-            return False
-        try:
-            header = _header_of(self.path)
-        except UserError:
-            return False
-        with open(self.path, "rb") as file:
-            number = sum(1 for _ in file)
-        whole = sum(self.header["splits"].values()) * len(self.header["protocols"])
-        return _differing(header, self.header | {"complete": True}) is None and number == whole
+    def is_complete(self) -> bool:
+        """Return whether the complete file of an evaluation with these settings exists."""
+        return self.path.exists() and not self.partial.exists() and not self._difference(self.path)
 
-    def begin(self) -> None:
-        """Begin the partial file, or go on with the one that is there: :meth:`lines` are what it has.
+    def open(self) -> None:
+        """Start a partial file, or continue the existing one.
 
         Raises:
-            UserError: it can't be written; what is there is another evaluation's.
+            UserError: it cannot be written, or an existing file belongs to another evaluation.
         """
-        if self.is_finished():
+        if self.is_complete():
             return
         with translate_write_errors(self.partial):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
-            if not self.partial.exists() or not _drop_torn_line(self.partial):
+            if self.partial.exists() and _remove_truncated_line(self.partial):
+                self._check(self.partial)
+                self.num_written = sum(1 for _ in _lines(self.partial))
+            else:
                 if self.path.exists() and not self.replace:
-                    raise UserError(
-                        f"{self.path} is there already, and not this evaluation's ({self._why()}): name another file, "
-                        "or delete it"
-                    )
+                    self._check(self.path)
                 self._append([self.header])
-                return
-        found = _header_of(self.partial)
-        other = _differing(found, self.header)
-        if other:
-            raise UserError(
-                f"{self.partial} is left from an evaluation with another {other} ({found.get(other)}, now "
-                f"{self.header.get(other)}): go on with that one, name another file, or delete it"
-            )
+        self._finish_if_complete()
 
-    def _why(self) -> str:
-        """How the whole file that is there differs from this evaluation's."""
-        try:
-            found = _header_of(self.path)
-        except UserError:
-            return "it isn't a result file"
-        other = _differing(found, self.header | {"complete": True})
-        return f"another {other}: {found.get(other)}, now {self.header.get(other)}" if other else "lines are missing"
+    def earlier_results(self, split: str) -> Iterator[ExpressionResult]:
+        """Yield the stored results of a split."""
+        for _, line in _lines(self.partial if self.partial.exists() else self.path):
+            if line["split"] == split:
+                values = (line[name] for name in ("index", "protocol", "intersection", "union"))
+                yield ExpressionResult(*values, line.get("mask"))
 
-    def lines(self) -> Iterator[Line]:
-        """What is done so far: of the partial file in the order it was done, or of the whole one."""
-        return (line for _, line in _lines(self.partial if self.partial.exists() else self.path))
-
-    def append(self, lines: Iterable[Line]) -> None:
-        """Add lines, so that they outlive this process. UserError: the disk is full."""
-        lines = list(lines)
-        if lines:  # else there may be no partial file: a finished evaluation has nothing to add
-            with translate_write_errors(self.partial):
-                self._append(lines)
+    def write(self, dataset: ReferDataset, results: Sequence[ExpressionResult]) -> None:
+        """Append results and flush them to the disk. UserError: the disk is full."""
+        if not results:  # a complete file has no partial one to append to
+            return
+        with translate_write_errors(self.partial):
+            self._append(_make_line(dataset, result) for result in results)
+        self.num_written += len(results)
+        self._finish_if_complete()
 
     def _append(self, lines: Iterable[Line]) -> None:
         with open(self.partial, "ab") as file:
             for line in lines:
-                file.write(_encoded(line))
+                file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
 
-    def finish(self) -> None:
-        """Make the whole, ordered file of the partial one; nothing, where it is whole already."""
-        if not self.partial.exists():
+    def _finish_if_complete(self) -> None:
+        """Write the complete, sorted file once the partial one has all results."""
+        if self.num_written < self.num_results:
             return
-        splits, protocols = list(self.header["splits"]), [one["name"] for one in self.header["protocols"]]
-        places = sorted(
+        splits, protocols = list(self.header["splits"]), [settings["name"] for settings in self.header["protocols"]]
+        positions = sorted(
             (splits.index(line["split"]), line["index"], protocols.index(line["protocol"]), offset)
             for offset, line in _lines(self.partial)
         )
-        with atomic_write(self.path) as aside, open(aside, "wb") as whole, open(self.partial, "rb") as partial:
-            for *_, offset in places:  # one line in memory at a time
+        with atomic_write(self.path) as temporary, open(temporary, "wb") as whole, open(self.partial, "rb") as partial:
+            for *_, offset in positions:  # one line in memory at a time
                 partial.seek(offset)
                 whole.write(partial.readline())
         write_text(self.settings, json.dumps(self.header | {"complete": True}, indent=1, ensure_ascii=False) + "\n")
         self.partial.unlink()
 
+    def _check(self, path: Path) -> None:
+        difference = self._difference(path)
+        if difference:
+            raise UserError(f"{path} {difference}. Choose another file name or delete it.")
+
+    def _difference(self, path: Path) -> str:
+        """Return how an existing (partial or complete) file differs from this evaluation's, or an empty string."""
+        try:
+            found = read_header(path)
+        except UserError:
+            return "is not a result file"
+        key = next(
+            (
+                key
+                for key in {**found, **self.header}
+                if key not in (*IGNORED_SETTINGS, "complete") and found.get(key) != self.header.get(key)
+            ),
+            None,
+        )
+        if key == "checkpoint_sha256":
+            return (
+                f"was written by another checkpoint ({str(found.get(key))[:8]}…, this one is {self.header[key][:8]}…)"
+            )
+        if key is not None:
+            before, now = (_describe(header.get(key)) for header in (found, self.header))
+            return f"was written with other settings ({key}: {before}, now {now})"
+        if path == self.path:
+            with open(path, "rb") as file:
+                count = sum(1 for _ in file)
+            if count != self.num_results:
+                return f"has {count} lines instead of {self.num_results}"
+        return ""
+
+
+def _describe(value: Any) -> str:
+    """Return a setting for a message: protocols by name, anything else as it is."""
+    if isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value):
+        return ", ".join(str(item["name"]) for item in value)
+    return str(value)
+
+
+def _make_line(dataset: ReferDataset, result: ExpressionResult) -> Line:
+    """Return a result as its line in a result file."""
+    expression = dataset.expressions[result.index]
+    return {
+        "dataset": dataset.name,
+        "split_by": dataset.split_by,
+        "split": dataset.split,
+        "protocol": result.protocol,
+        "index": result.index,
+        "image_id": expression.image_id,
+        "ref_id": expression.ref_id,
+        "ann_id": expression.ann_id,
+        "sent_id": expression.sent_id,
+        "sentence": expression.sentence,
+        "intersection": result.intersection,
+        "union": result.union,
+        "iou": iou(result.intersection, result.union),
+        "mask": result.mask,
+    }
+
 
 def counts_of(lines: Sequence[Line]) -> np.ndarray:
-    """Intersections and unions of lines, int64 [n, 2]."""
+    """Return intersections and unions of lines, int64 [n, 2]."""
     return np.array([(line["intersection"], line["union"]) for line in lines], dtype=np.int64)
 
 
 def settings_path(path: str | Path) -> Path:
-    """Where the settings of a result file are."""
+    """Return the path of a result file's settings."""
     return Path(f"{path}.settings.json")
 
 
 def read_results(path: str | Path) -> tuple[dict[str, Any], list[Line]]:
-    """A result file's settings and lines; a partial one's too.
+    """Return the settings and lines of a complete or partial result file.
 
     Raises:
         MissingFileError: no such file.
-        UserError: not a result file, or damaged.
+        UserError: not a result file, or corrupt.
     """
     path = Path(path)
-    return _header_of(path), [line for _, line in _lines(path)]
+    return read_header(path), [line for _, line in _lines(path)]
 
 
-def _differing(a: dict[str, Any], b: dict[str, Any]) -> str | None:
-    """A setting that two headers don't share, of those that tell evaluations apart."""
-    return next((key for key in {**a, **b} if key not in INFORMATIVE and a.get(key) != b.get(key)), None)
+def read_header(path: Path) -> dict[str, Any]:
+    """Return the settings of a result file: from the file beside it, or from the first line of a partial one.
 
-
-def _encoded(line: dict[str, Any]) -> bytes:
-    return json.dumps(line, ensure_ascii=False).encode() + b"\n"
-
-
-def _drop_torn_line(path: Path) -> bool:
-    """Cut off what follows the last newline: a process was killed while writing it. Whether any line is left."""
-    content_end, position = 0, 0
-    with open(path, "rb") as file:
-        for line in file:
-            position += len(line)
-            if line.endswith(b"\n"):
-                content_end = position
-    os.truncate(path, content_end)
-    return content_end > 0
-
-
-def _header_of(path: Path) -> dict[str, Any]:
-    """The settings of a result file: beside it, or a partial one's first line."""
+    Raises:
+        MissingFileError, UserError: as for :func:`read_results`.
+    """
     if not path.is_file():
         raise MissingFileError(f"no result file {path}")
     source = path if path.suffix == PARTIAL else settings_path(path)
@@ -180,32 +214,49 @@ def _header_of(path: Path) -> dict[str, Any]:
         with open(source, "rb") as file:
             header = json.loads(file.readline() if path.suffix == PARTIAL else file.read())
     except FileNotFoundError as error:
-        raise UserError(f"{source} is missing: it says how {path} came about, keep them together") from error
+        raise UserError(f"{source} is missing. It holds the settings of {path}; keep both files together.") from error
     except OSError as error:
-        raise UserError(f"can't read {source}: {error.strerror}") from error
+        raise UserError(f"cannot read {source}: {error.strerror}") from error
     except ValueError:
         header = None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise UserError(f"{source} doesn't belong to a result file of test.py --predictions")
+        raise UserError(f"{source} was not written by test.py --predictions")
     return header
 
 
+def _remove_truncated_line(path: Path) -> bool:
+    """Cut off what follows the last newline: a process was killed while writing it. Return whether any line is left."""
+    end, position = 0, 0
+    with open(path, "rb") as file:
+        for line in file:
+            position += len(line)
+            if line.endswith(b"\n"):
+                end = position
+    os.truncate(path, end)
+    return end > 0
+
+
 def _lines(path: Path) -> Iterator[tuple[int, Line]]:
-    """Every line, checked, with its position in the file; a partial file's first line is its header."""
+    """Yield each checked line with its offset in the file; the header and a truncated last line are skipped."""
     with open(path, "rb") as file:
         offset = 0
         for number, text in enumerate(file, 1):
-            if path.suffix == PARTIAL and (number == 1 or not text.endswith(b"\n")):
-                offset += len(text)  # the header, or a line that is being written or torn
-                continue
-            try:
-                line = json.loads(text)
-                numbers = [line[name] for name in NUMBERS]
-                good = all(type(n) is int for n in numbers) and 0 <= line["intersection"] <= line["union"]
-                good = good and all(type(line[name]) is str for name in ("split", "sentence", "protocol"))
-            except (ValueError, KeyError, TypeError):
-                good = False
-            if not good:
-                raise UserError(f"{path}: line {number} is damaged")
-            yield offset, line
+            is_header = path.suffix == PARTIAL and number == 1
+            is_truncated = path.suffix == PARTIAL and not text.endswith(b"\n")
+            if not (is_header or is_truncated):
+                line = _parse_line(text)
+                if line is None:
+                    raise UserError(f"{path} is corrupt: line {number} is not a result")
+                yield offset, line
             offset += len(text)
+
+
+def _parse_line(text: bytes) -> Line | None:
+    """Return a line of a result file, or None if it is not valid."""
+    try:
+        line = json.loads(text)
+        valid = all(type(line[name]) is int for name in INTEGER_FIELDS)
+        valid = valid and all(type(line[name]) is str for name in TEXT_FIELDS)
+        return line if valid and 0 <= line["intersection"] <= line["union"] else None
+    except (ValueError, KeyError, TypeError):
+        return None

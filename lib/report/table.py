@@ -1,194 +1,178 @@
-"""The paper's table: the published rows, which checkpoint belongs to which, and ours beside them in four formats."""
+"""Reproduce the paper's table: evaluate its rows, and write our numbers beside the published ones in four formats."""
 
 import csv
+import functools
 import io
 import json
+import logging
+from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
+from torch import nn
 
-from lib.cli import did_you_mean
-from lib.errors import MissingFileError, UserError
-from lib.files import write_text
+from lib import config
+from lib.errors import UserError
+from lib.evaluation import EvalSetup, evaluate
+from lib.files import check_writable, write_text
+from lib.inference import LoadedCheckpoint, load_for_evaluation, start_evaluation
 from lib.metrics import METRIC_NAMES, compute_metrics
 from lib.report.intervals import intervals
+from lib.report.published import DOUBTFUL_NOTE, PublishedRow, choose_rows, find_checkpoints
 from lib.report.results import ResultFile, counts_of, read_results
+from lib.tables import to_latex, to_markdown, to_text
+from refer.refer import REFER
+from utils import attempt, on_main
 
-MINUS = "−"
-
-
-class PublishedRow(NamedTuple):
-    """A row of the paper's table, in percent, in the order of METRIC_NAMES."""
-
-    title: str
-    dataset: str
-    split_by: str
-    split: str
-    values: tuple[float, ...]
-    doubtful: tuple[str, ...] = ()  # metrics that equal another method's published ones
-
-    @property
-    def name(self) -> str:
-        """For files."""
-        return f"{self.dataset}_{self.split_by}_{self.split}"
-
-
-# fmt: off
-PUBLISHED = (
-    PublishedRow("RefCOCO val", "refcoco", "unc", "val", (85.82, 82.80, 77.49, 67.21, 35.97, 75.48, 73.44)),
-    PublishedRow("RefCOCO testA", "refcoco", "unc", "testA", (88.92, 86.25, 81.62, 69.79, 36.68, 77.54, 76.16)),
-    PublishedRow("RefCOCO testB", "refcoco", "unc", "testB", (81.35, 77.74, 72.27, 62.63, 37.64, 72.69, 70.15)),
-    PublishedRow("RefCOCO+ val", "refcoco+", "unc", "val", (76.41, 73.09, 68.49, 59.09, 31.39, 67.27, 63.60)),
-    PublishedRow("RefCOCO+ testA", "refcoco+", "unc", "testA", (82.43, 79.57, 74.80, 64.65, 32.89, 72.00, 69.10)),
-    PublishedRow("RefCOCO+ testB", "refcoco+", "unc", "testB", (67.19, 63.31, 58.89, 49.93, 29.15, 60.09, 55.23)),
-    PublishedRow("G-Ref (umd) val", "refcocog", "umd", "val", (74.75, 70.45, 64.58, 54.21, 28.57, 66.21, 62.68)),
-    PublishedRow("G-Ref (umd) test", "refcocog", "umd", "test", (71.54, 66.38, 59.00, 48.21, 23.10, 62.09, 63.75),
-                 doubtful=METRIC_NAMES[:-1]),
-)
-# fmt: on
-SETS = tuple(dict.fromkeys(row.dataset for row in PUBLISHED))
-DOUBTFUL_NOTE = (
-    "† the published entry equals another method's published row; of that row only the overall IoU is a safe target."
-)
+LOG = logging.getLogger("crossvlt")
 
 
 class MeasuredRow(NamedTuple):
-    """What became of a published row: our metrics by a protocol, with their intervals, or why there are none."""
+    """A published row with our metrics under a protocol, or with the reason why there are none."""
 
     published: PublishedRow
-    protocol: str = ""  # none: it was not measured
+    protocol: str = ""  # empty if the row was not measured
     metrics: dict[str, float] | None = None
     intervals: dict[str, tuple[float, float]] | None = None
     num_expressions: int = 0
     checkpoint: str = ""
-    reason: str = ""  # why it was not measured
+    reason: str = ""  # why the row was not measured
 
 
-def measured_rows(published: PublishedRow, file: ResultFile) -> list[MeasuredRow]:
-    """A row of each protocol of a whole result file."""
-    header, lines = read_results(file.path)
+def reproduce_table(args: Any) -> None:
+    """Evaluate the published rows that have a checkpoint and a dataset, and write the table.
+
+    Rows that an earlier run has finished are read from their result files.
+
+    Args:
+        args: the parsed flags of test.py; ``checkpoints`` and ``table_dir`` name the input and output folders.
+
+    Raises:
+        UserError: no row matches the flags or can be measured, or a file cannot be written.
+    """
+    flags, folder = vars(args), Path(args.table_dir)
+    checkpoints = find_checkpoints(args.checkpoints)
+    published = choose_rows(flags.get("DATA.NAME"), flags.get("DATA.SPLIT_BY"), flags.get("DATA.SPLIT"))
     rows = []
-    for protocol in (one["name"] for one in header["protocols"]):
-        own = [line for line in lines if line["protocol"] == protocol]
-        counts = counts_of(own)
-        interval = intervals([line["image_id"] for line in own], counts)
-        rows.append(MeasuredRow(published, protocol, compute_metrics(counts), interval, len(own), header["checkpoint"]))
+    with start_evaluation(config.resolve(_with_dataset(args, published[0]))[0], keeps_results=True) as setup:
+        on_main(lambda: check_writable(folder / "table.md"))
+        for dataset in dict.fromkeys(row.dataset for row in published):
+            of_dataset = [row for row in published if row.dataset == dataset]
+            rows += _measure_dataset(of_dataset, checkpoints.get(dataset), args, setup)
+        paths = on_main(lambda: write_tables(rows, folder))
+        if setup.dist.is_main:
+            for protocol in dict.fromkeys(row.protocol for row in rows if row.protocol):
+                print(f"\n{text_table(rows, protocol)}")
+            print("\n".join(map(str, paths)))
+
+
+def _with_dataset(args: Any, row: PublishedRow) -> Any:
+    """Return the flags with the dataset and split system of a row."""
+    changed = copy(args)
+    vars(changed).update({"DATA.NAME": row.dataset, "DATA.SPLIT_BY": row.split_by})
+    return changed
+
+
+def _measure_dataset(
+    published: Sequence[PublishedRow], checkpoint: Path | None, args: Any, setup: EvalSetup
+) -> list[MeasuredRow]:
+    """Return the rows of one dataset, evaluated now or by an earlier run."""
+    first = published[0]
+    if checkpoint is None:
+        reason = f"no checkpoint for {first.dataset} in {args.checkpoints}"
+        return [MeasuredRow(row, reason=reason) for row in published]
+
+    def load() -> tuple[LoadedCheckpoint, REFER]:
+        loaded = load_for_evaluation(_with_dataset(args, first), checkpoint)
+        return loaded, REFER(loaded.cfg.DATA.ROOT, first.dataset, first.split_by)
+
+    found, reason = attempt(load)
+    if reason:
+        return [MeasuredRow(row, reason=reason) for row in published]
+    loaded, refer = found
+    build_model = functools.cache(lambda: loaded.build_model(setup.dist.device))  # only if a row needs it
+    rows = []
+    for row in published:
+        rows += _measure_row(row, loaded, refer, build_model, Path(args.table_dir), setup)
     return rows
 
 
-def choose_rows(dataset: str | None, split_by: str | None, splits: str | None) -> list[PublishedRow]:
-    """The published rows that the flags leave; None: not given. UserError: none, or a split that none of them has."""
-    rows = [row for row in PUBLISHED if dataset in (None, row.dataset) and split_by in (None, row.split_by)]
-    names = [name.strip() for name in (splits or "all").split(",") if name.strip()]
-    for name in names:
-        if name != "all" and name not in [row.split for row in rows]:
-            raise UserError(f"--table: no published row has split {name!r} with that --dataset and --splitBy")
-    rows = [row for row in rows if "all" in names or row.split in names]
-    if not rows:
-        raise UserError(
-            f"--table has rows of {', '.join(SETS)} (refcocog: umd), none with that --dataset and --splitBy"
+def _measure_row(
+    row: PublishedRow,
+    loaded: LoadedCheckpoint,
+    refer: REFER,
+    build_model: Callable[[], nn.Module],
+    folder: Path,
+    setup: EvalSetup,
+) -> list[MeasuredRow]:
+    datasets, reason = attempt(lambda: loaded.open_splits(refer, [row.split]))
+    if reason:
+        return [MeasuredRow(row, reason=reason)]
+    file = ResultFile(folder / f"{row.file_name}.jsonl", loaded.settings(datasets), replace=True)
+    if on_main(file.is_complete):
+        LOG.info("%s: already complete in %s", row.title, file.path)
+    else:
+        on_main(file.open)
+        try:
+            evaluate(build_model(), datasets[row.split], loaded.protocols, setup, sink=file)
+        except UserError as error:  # such as a corrupt image
+            if setup.dist.world_size > 1:  # the other processes are waiting in a collective
+                raise
+            return [MeasuredRow(row, reason=str(error))]
+    return on_main(lambda: measured_rows(row, file.path))
+
+
+def measured_rows(published: PublishedRow, path: Path) -> list[MeasuredRow]:
+    """Return a row for each protocol of a complete result file."""
+    header, lines = read_results(path)
+    rows = []
+    for protocol in (settings["name"] for settings in header["protocols"]):
+        selected = [line for line in lines if line["protocol"] == protocol]
+        counts = counts_of(selected)
+        found = intervals([line["image_id"] for line in selected], counts)
+        rows.append(
+            MeasuredRow(published, protocol, compute_metrics(counts), found, len(selected), header["checkpoint"])
         )
     return rows
 
 
-def find_checkpoints(where: str | Path) -> dict[str, Path]:
-    """The checkpoint of each dataset of the table.
-
-    Args:
-        where: a folder with best_<set>.pth, <set>.pth or <set>/best.pth, or a yaml of set: file (relative to itself).
-
-    Raises:
-        MissingFileError, UserError: it isn't there, names an unknown set or a file that isn't there, or has none.
-    """
-    where = Path(where)
-    if where.is_dir():
-        found: dict[str, Path] = {}
-        for name in SETS:
-            candidates = (where / f"best_{name}.pth", where / f"{name}.pth", where / name / "best.pth")
-            first = next((path for path in candidates if path.is_file()), None)
-            if first is not None:
-                found[name] = first
-        if not found:
-            raise MissingFileError(f"--checkpoints {where}: no best_<set>.pth for any of {', '.join(SETS)}")
-        return found
-    try:
-        entries = yaml.safe_load(where.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingFileError(f"--checkpoints {where}: no such folder or file") from error
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--checkpoints {where} is not a yaml of set: file ({' '.join(str(error).split())})") from error
-    if not isinstance(entries, dict) or not entries or not all(isinstance(path, str) for path in entries.values()):
-        raise UserError(f"--checkpoints {where} is not a yaml of set: file")
-    for name, path in entries.items():
-        if name not in SETS:
-            raise UserError(f"--checkpoints {where}: unknown set {name!r}{did_you_mean(str(name), SETS)}")
-        if not (where.parent / path).is_file():
-            raise MissingFileError(f"--checkpoints {where}: {name}: no file {where.parent / path}")
-    return {name: where.parent / path for name, path in entries.items()}
-
-
-def metrics_table(rows: list[tuple[str, dict[str, float], int]]) -> str:
-    """(name, metrics, number of expressions) as lines under the metrics' names, in percent."""
-    width = max(len("split"), *(len(name) for name, _, _ in rows))
-    lines = [f"{'split':<{width}}" + "".join(f"{name:>8}" for name in METRIC_NAMES) + f"{'expressions':>13}"]
-    for name, metrics, count in rows:
-        lines.append(f"{name:<{width}}" + "".join(f"{metrics[m]:>8.2f}" for m in METRIC_NAMES) + f"{count:>13}")
-    return "\n".join(lines)
+def write_tables(rows: list[MeasuredRow], folder: Path) -> list[Path]:
+    """Write table.md, table.tex, table.csv and table.json, and return their paths. UserError: no row was measured."""
+    protocols = list(dict.fromkeys(row.protocol for row in rows if row.protocol))
+    if not protocols:
+        raise UserError("--table: no row can be measured: " + "; ".join(dict.fromkeys(row.reason for row in rows)))
+    contents = {
+        "table.md": "\n".join(markdown_table(rows, protocol) for protocol in protocols),
+        "table.tex": "\n".join(latex_table(rows, protocol) for protocol in protocols),
+        "table.csv": csv_table(rows),
+        "table.json": json_table(rows),
+    }
+    for name, content in contents.items():
+        write_text(folder / name, content)
+    return [folder / name for name in contents]
 
 
 def text_table(rows: list[MeasuredRow], protocol: str) -> str:
-    """The table for a terminal."""
-    heading = f"{protocol} protocol"
-    width = max(len(heading), *(len(row.published.title) for row in rows))
-    lines = [f"{heading:<{width}}" + " " * 12 + "".join(f"{name:>9}" for name in METRIC_NAMES)]
-    for row in _of(rows, protocol):
-        for number, (what, cells) in enumerate(_cells(row).items()):
-            title = row.published.title if number == 0 else ""
-            lines.append(f"{title:<{width}}{what:>12}" + "".join(f"{cell:>9}" for cell in cells))
-    return "\n".join([*lines, *_notes(rows, protocol)])
+    """Return the table for a terminal."""
+    cells = _cells(rows, protocol, corner=f"{protocol} protocol")
+    return "\n".join([to_text(cells, left=(0, 1)), *_notes(rows, protocol)])
 
 
 def markdown_table(rows: list[MeasuredRow], protocol: str) -> str:
-    """The table as Markdown."""
-    lines = [
-        f"**{protocol} protocol**\n",
-        f"| split | | {' | '.join(METRIC_NAMES)} |",
-        "|---|---|" + "---:|" * len(METRIC_NAMES),
-    ]
-    for row in _of(rows, protocol):
-        for number, (what, cells) in enumerate(_cells(row).items()):
-            title = row.published.title if number == 0 else ""
-            lines.append(f"| {title} | {what} | {' | '.join(cells)} |")
-    return "\n".join([*lines, *(f"\n{note}" for note in _notes(rows, protocol)), ""])
+    """Return the table as Markdown."""
+    table = to_markdown(_cells(rows, protocol, corner="split"), left=(0, 1))
+    return "\n".join([f"**{protocol} protocol**\n", table, *(f"\n{note}" for note in _notes(rows, protocol)), ""])
 
 
 def latex_table(rows: list[MeasuredRow], protocol: str) -> str:
-    """The table as LaTeX (booktabs)."""
-    lines = [
-        f"% {protocol} protocol",
-        r"\begin{tabular}{ll" + "r" * len(METRIC_NAMES) + "}",
-        r"\toprule",
-        " & ".join(["split", "", *METRIC_NAMES]) + r" \\",
-    ]
-    for row in _of(rows, protocol):
-        lines.append(r"\midrule")
-        for number, (what, cells) in enumerate(_cells(row).items()):
-            title = row.published.title if number == 0 else ""
-            marked = [
-                "--" if cell == "–" else cell.replace(MINUS, "$-$").replace("†", r"\textsuperscript{\dag}")
-                for cell in cells
-            ]
-            lines.append(" & ".join([title, what, *marked]) + r" \\")
-    width = 2 + len(METRIC_NAMES)
-    for note in _notes(rows, protocol):
-        text = note.replace("†", r"\textsuperscript{\dag}").replace("_", r"\_").replace("%", r"\%")
-        lines.append(rf"\multicolumn{{{width}}}{{l}}{{\footnotesize {text}}} \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+    """Return the table as LaTeX (booktabs)."""
+    table = to_latex(_cells(rows, protocol, corner="split"), left=(0, 1), notes=_notes(rows, protocol))
+    return f"% {protocol} protocol\n{table}\n"
 
 
 def csv_table(rows: list[MeasuredRow]) -> str:
-    """A line per row, protocol and metric."""
+    """Return a line per row, protocol and metric."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -201,21 +185,24 @@ def csv_table(rows: list[MeasuredRow]) -> str:
             if row.metrics is not None and row.intervals is not None:
                 low, high = (f"{bound:.4f}" for bound in row.intervals[metric])
                 ours, difference = f"{row.metrics[metric]:.4f}", f"{row.metrics[metric] - paper:.4f}"
-            which = (published.dataset, published.split_by, published.split, row.protocol, metric)
+            key = (published.dataset, published.split_by, published.split, row.protocol, metric)
             doubtful = int(metric in published.doubtful)
-            writer.writerow([*which, ours, low, high, f"{paper:.2f}", difference, doubtful])
+            writer.writerow([*key, ours, low, high, f"{paper:.2f}", difference, doubtful])
     return text.getvalue()
 
 
 def json_table(rows: list[MeasuredRow]) -> str:
-    """An object per row and protocol."""
-    entries: list[dict[str, Any]] = []
+    """Return a list with an object per row and protocol."""
+    entries = []
     for row in rows:
         published = row.published
         paper = dict(zip(METRIC_NAMES, published.values, strict=True))
         entries.append(
             {
-                **{name: getattr(published, name) for name in ("title", "dataset", "split_by", "split")},
+                "title": published.title,
+                "dataset": published.dataset,
+                "split_by": published.split_by,
+                "split": published.split,
                 "protocol": row.protocol,
                 "num_expressions": row.num_expressions,
                 "checkpoint": row.checkpoint,
@@ -230,39 +217,29 @@ def json_table(rows: list[MeasuredRow]) -> str:
     return json.dumps(entries, indent=1, ensure_ascii=False) + "\n"
 
 
-def write_tables(rows: list[MeasuredRow], folder: Path) -> list[Path]:
-    """Write table.md, table.tex, table.csv and table.json; gives back their paths. UserError: no row was measured."""
-    if not any(row.protocol for row in rows):
-        raise UserError("--table: no row can be measured: " + "; ".join(dict.fromkeys(row.reason for row in rows)))
-    protocols = list(dict.fromkeys(row.protocol for row in rows if row.protocol))
-    contents = {
-        "table.md": "\n".join(markdown_table(rows, protocol) for protocol in protocols),
-        "table.tex": "\n".join(latex_table(rows, protocol) for protocol in protocols),
-        "table.csv": csv_table(rows),
-        "table.json": json_table(rows),
-    }
-    for name, content in contents.items():
-        write_text(folder / name, content)
-    return [folder / name for name in contents]
-
-
-def _of(rows: list[MeasuredRow], protocol: str) -> list[MeasuredRow]:
+def _of_protocol(rows: list[MeasuredRow], protocol: str) -> list[MeasuredRow]:
+    """Return the rows measured under a protocol, and those that were not measured."""
     return [row for row in rows if row.protocol in (protocol, "")]
 
 
-def _cells(row: MeasuredRow) -> dict[str, list[str]]:
-    """What stands in the lines of a row: ours, the paper's, the difference."""
-    marks = ["†" if name in row.published.doubtful else "" for name in METRIC_NAMES]
-    paper = [f"{value:.2f}{mark}" for value, mark in zip(row.published.values, marks, strict=True)]
-    if row.metrics is None:
-        return {"ours": ["–"] * len(paper), "paper": paper}
-    ours = [row.metrics[name] for name in METRIC_NAMES]
-    differences = [f"{a - b:+.2f}".replace("-", MINUS) for a, b in zip(ours, row.published.values, strict=True)]
-    return {"ours": [f"{value:.2f}" for value in ours], "paper": paper, "difference": differences}
+def _cells(rows: list[MeasuredRow], protocol: str, corner: str) -> list[list[str]]:
+    """Return a header row and, for each row, lines with our metrics, the paper's, and the difference."""
+    cells = [[corner, "", *METRIC_NAMES]]
+    for row in _of_protocol(rows, protocol):
+        published = dict(zip(METRIC_NAMES, row.published.values, strict=True))
+        paper = [f"{value:.2f}{'†' * (name in row.published.doubtful)}" for name, value in published.items()]
+        if row.metrics is None:
+            cells += [[row.published.title, "ours", *["–"] * len(paper)], ["", "paper", *paper]]
+            continue
+        ours = [f"{row.metrics[name]:.2f}" for name in METRIC_NAMES]
+        difference = [f"{row.metrics[name] - value:+.2f}".replace("-", "−") for name, value in published.items()]
+        cells += [[row.published.title, "ours", *ours], ["", "paper", *paper], ["", "difference", *difference]]
+    return cells
 
 
 def _notes(rows: list[MeasuredRow], protocol: str) -> list[str]:
-    notes = [DOUBTFUL_NOTE] if any(row.published.doubtful for row in _of(rows, protocol)) else []
+    shown = _of_protocol(rows, protocol)
+    notes = [DOUBTFUL_NOTE] if any(row.published.doubtful for row in shown) else []
     if protocol != "paper":
-        notes.append("The paper's numbers are by its own protocol: the differences are of protocol and model together.")
-    return notes + [f"{row.published.title}: {row.reason}" for row in _of(rows, protocol) if row.reason]
+        notes.append("The paper uses its own protocol, so that differences come from both protocol and model.")
+    return notes + [f"{row.published.title}: {row.reason}" for row in shown if row.reason]

@@ -1,0 +1,139 @@
+"""Load a checkpoint with everything that evaluation and prediction need, and start an evaluation."""
+
+import functools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BertTokenizer
+from yacs.config import CfgNode
+
+from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer
+from CrossVLT import build_crossvlt
+from data.dataset_refer_bert import ReferDataset
+from lib import config
+from lib.checkpoint import Checkpoint, read_checkpoint, rebuild
+from lib.engine.control import Control
+from lib.errors import StoppedError, UserError
+from lib.evaluation import EvalSetup
+from lib.files import file_sha256
+from lib.protocols import SWITCHES, Protocol, choose_protocols
+from refer.refer import REFER
+from utils import init_distributed, on_main, set_up_logging
+
+# Settings taken from the checkpoint unless a flag or a YAML file sets them.
+KEYS_AS_TRAINED = ("DATA.IMG_SIZE", "DATA.MAX_TOKENS", "PRETRAINED.TOKENIZER")
+MODEL_FLAGS = (("MODEL.SWIN_TYPE", "swin_type", "--swin_type"), ("MODEL.WINDOW_SIZE", "window_size", "--window12"))
+
+_sha256 = functools.cache(file_sha256)  # --table needs the same digests for several splits
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint with its configuration, tokenizer and the protocols to evaluate it under."""
+
+    checkpoint: Checkpoint
+    cfg: CfgNode
+    tokenizer: BertTokenizer
+    protocols: list[Protocol]
+
+    def build_model(self, device: torch.device) -> nn.Module:
+        """Return the model on a device, in eval mode."""
+        return rebuild(self.checkpoint, build_crossvlt).to(device).eval()
+
+    def open_splits(
+        self, refer: REFER, splits: Iterable[str], *, shuffle_sentences: bool = False
+    ) -> dict[str, ReferDataset]:
+        """Return splits of a dataset as the model takes them. UserError: an image file is missing."""
+        datasets = {
+            split: ReferDataset(
+                refer,
+                split,
+                self.tokenizer,
+                img_size=self.cfg.DATA.IMG_SIZE,
+                max_tokens=self.cfg.DATA.MAX_TOKENS,
+                seed=self.cfg.SEED,
+                shuffle_sentences=shuffle_sentences,
+            )
+            for split in splits
+        }
+        for dataset in datasets.values():
+            dataset.check_images()
+        return datasets
+
+    def settings(self, datasets: dict[str, ReferDataset], *, shuffle_sentences: bool = False) -> dict[str, Any]:
+        """Return what result files state about the origin of their numbers. All processes call it together."""
+        cfg, model_config = self.cfg, self.checkpoint.model_config
+        annotation_files = next(iter(datasets.values())).annotation_files
+        return {
+            "checkpoint": str(self.checkpoint.path),
+            "checkpoint_sha256": on_main(lambda: _sha256(self.checkpoint.path)),
+            "swin_type": model_config["swin_type"],
+            "window_size": model_config["window_size"],
+            "img_size": cfg.DATA.IMG_SIZE,
+            "batch_size": cfg.BATCH_SIZE,
+            "dataset": cfg.DATA.NAME,
+            "split_by": cfg.DATA.SPLIT_BY,
+            "splits": {split: len(dataset) for split, dataset in datasets.items()},
+            "shuffle_sentences": shuffle_sentences,
+            "shuffle_seed": cfg.SEED if shuffle_sentences else None,
+            "protocols": [protocol.settings() for protocol in self.protocols],
+            "vocabulary": fingerprint(self.tokenizer),
+            "annotations_sha256": on_main(lambda: {path.name: _sha256(path) for path in annotation_files}),
+        }
+
+
+def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
+    """Read a checkpoint and combine its configuration with the flags.
+
+    Args:
+        args: the parsed flags of test.py.
+        path: of the checkpoint.
+
+    Raises:
+        MissingFileError, UserError: the file cannot be read, or a flag conflicts with it.
+    """
+    checkpoint = read_checkpoint(path)
+    saved = checkpoint.extra.get("config", {})
+    base = {key: saved[key] for key in KEYS_AS_TRAINED if key in saved}
+    tokenizer_path = Path(base.get("PRETRAINED.TOKENIZER", ""))
+    if tokenizer_path.suffix == ".txt" and not tokenizer_path.exists():
+        del base["PRETRAINED.TOKENIZER"]  # trained on another machine; check_vocabulary refuses another vocabulary
+    cfg, given = config.resolve(args, base)
+    checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
+    for key, name, flag in MODEL_FLAGS:
+        expected, trained = config.lookup(cfg, key), checkpoint.model_config[name]
+        if key in given and expected and expected != trained:
+            raise UserError(f"{path} was trained with {name} {trained}, not {expected}. Drop {flag}.")
+    vocab_size = checkpoint.model_config["vocab_size"]
+    tokenizer = load_tokenizer(config.tokenizer_name(cfg, vocab_size))
+    check_vocabulary(tokenizer, vocab_size, checkpoint.extra.get("vocabulary"))
+    switches = {
+        name: config.lookup(cfg, switch.config_key) if switch.config_key else getattr(args, name)
+        for name, switch in SWITCHES.items()
+    }
+    return LoadedCheckpoint(checkpoint, cfg, tokenizer, choose_protocols(args.protocol, **switches))
+
+
+@contextmanager
+def start_evaluation(cfg: CfgNode, *, keeps_results: bool = False) -> Iterator[EvalSetup]:
+    """Join the processes and let signals stop the evaluation between two batches.
+
+    Args:
+        cfg: sets device, batch size and workers.
+        keeps_results: whether results go to a file from which an interrupted evaluation continues. Otherwise a signal
+            ends the command like Ctrl-C.
+    """
+    dist = init_distributed(cfg.DEVICE)
+    set_up_logging(dist.rank)
+    with Control(0, 0.0) as signals:
+        try:
+            yield EvalSetup(dist, cfg.BATCH_SIZE, cfg.WORKERS, cfg.PIN_MEM, signals.stop_requested)
+        except StoppedError as error:
+            if not keeps_results:
+                raise KeyboardInterrupt from error
+            raise

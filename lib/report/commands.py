@@ -1,0 +1,68 @@
+"""Check which flags of test.py were given together."""
+
+from pathlib import Path
+from typing import Any
+
+from lib.cli import Parser
+from lib.errors import UserError
+from lib.protocols import SWITCHES
+from lib.report.results import PARTIAL, settings_path
+
+PROTOCOL_FLAGS = ("protocol", *(name for name, switch in SWITCHES.items() if not switch.config_key))
+# The commands of test.py: the flags that each requires, and those that it accepts besides the configuration's.
+COMMANDS = {
+    "image": (
+        ("resume", "image", "sentence", "out"),
+        tuple(name for name in PROTOCOL_FLAGS if name in SWITCHES and SWITCHES[name].without_target),
+    ),
+    "table": (("table", "checkpoints"), ("table_dir", *PROTOCOL_FLAGS)),
+    "vis_compare": (("vis_compare", "vis"), ("vis_num", "vis_maps", *PROTOCOL_FLAGS)),
+    "evaluate": (
+        ("resume",),
+        ("json", "predictions", "shuffle_sentences", "baselines", "vis", "vis_num", "vis_maps", *PROTOCOL_FLAGS),
+    ),
+}
+
+
+def choose_command(args: Any, parser: Parser) -> str:
+    """Return the key of ``COMMANDS`` that the flags select.
+
+    Args:
+        args: the parsed flags.
+        parser: that parsed them.
+
+    Raises:
+        UserError: a required flag is missing, or flags cannot be combined.
+    """
+    if args.image or args.sentence or args.out:
+        command = "image"
+    elif args.table or args.checkpoints:
+        command = "table"
+    else:
+        command = "vis_compare" if args.vis_compare else "evaluate"
+    required, accepted = COMMANDS[command]
+    for name in required:
+        if not getattr(args, name):
+            others = [f"--{other}" for other in required if other != name]
+            raise UserError(f"--{name} is missing" + (f"; it is required with {', '.join(others)}" if others else ""))
+    for name in {name: None for flags in COMMANDS.values() for group in flags for name in group}:
+        if name not in required + accepted and getattr(args, name) != parser.get_default(name):
+            selected_by = command if command != "evaluate" else "resume"
+            raise UserError(f"--{name} cannot be combined with --{selected_by}")
+    for name in ("vis_maps", "vis_num"):
+        if getattr(args, name) != parser.get_default(name) and not args.vis:
+            raise UserError(f"--{name} needs --vis DIR, the folder for the images")
+    if args.vis_num < 1:
+        raise UserError(f"--vis_num {args.vis_num}: must be at least 1")
+    _check_outputs(args.predictions, args.json)
+    return command
+
+
+def _check_outputs(predictions: str | None, json: str | None) -> None:
+    if predictions and Path(predictions).suffix == PARTIAL:
+        complete = predictions.removesuffix(PARTIAL)
+        raise UserError(f"--predictions {predictions} is a partial file. To continue it, pass --predictions {complete}")
+    if predictions and json:
+        written = (predictions, f"{predictions}{PARTIAL}", settings_path(predictions))
+        if Path(json).resolve() in [Path(path).resolve() for path in written]:
+            raise UserError(f"--json {json} is one of the files of --predictions. Choose another file name.")

@@ -1,0 +1,103 @@
+"""The paper's results: the published rows, and which checkpoint belongs to which dataset."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import yaml
+
+from lib.cli import did_you_mean
+from lib.errors import MissingFileError, UserError
+from lib.metrics import METRIC_NAMES
+
+
+class PublishedRow(NamedTuple):
+    """A row of the paper's table, in percent, in the order of METRIC_NAMES."""
+
+    title: str
+    dataset: str
+    split_by: str
+    split: str
+    values: tuple[float, ...]
+    doubtful: tuple[str, ...] = ()  # metrics that equal those published for another method
+
+    @property
+    def file_name(self) -> str:
+        """Name of the row's result file, without suffix."""
+        return f"{self.dataset}_{self.split_by}_{self.split}"
+
+
+# fmt: off
+PUBLISHED = (
+    PublishedRow("RefCOCO val", "refcoco", "unc", "val", (85.82, 82.80, 77.49, 67.21, 35.97, 75.48, 73.44)),
+    PublishedRow("RefCOCO testA", "refcoco", "unc", "testA", (88.92, 86.25, 81.62, 69.79, 36.68, 77.54, 76.16)),
+    PublishedRow("RefCOCO testB", "refcoco", "unc", "testB", (81.35, 77.74, 72.27, 62.63, 37.64, 72.69, 70.15)),
+    PublishedRow("RefCOCO+ val", "refcoco+", "unc", "val", (76.41, 73.09, 68.49, 59.09, 31.39, 67.27, 63.60)),
+    PublishedRow("RefCOCO+ testA", "refcoco+", "unc", "testA", (82.43, 79.57, 74.80, 64.65, 32.89, 72.00, 69.10)),
+    PublishedRow("RefCOCO+ testB", "refcoco+", "unc", "testB", (67.19, 63.31, 58.89, 49.93, 29.15, 60.09, 55.23)),
+    PublishedRow("G-Ref (umd) val", "refcocog", "umd", "val", (74.75, 70.45, 64.58, 54.21, 28.57, 66.21, 62.68)),
+    PublishedRow("G-Ref (umd) test", "refcocog", "umd", "test", (71.54, 66.38, 59.00, 48.21, 23.10, 62.09, 63.75),
+                 doubtful=METRIC_NAMES[:-1]),
+)
+# fmt: on
+DATASETS = tuple(dict.fromkeys(row.dataset for row in PUBLISHED))
+DOUBTFUL_NOTE = (
+    "† equals the value published for another method. In this row only the overall IoU is a reliable reference."
+)
+
+
+def choose_rows(dataset: str | None, split_by: str | None, splits: str | None) -> list[PublishedRow]:
+    """Return the published rows that match the flags; None: not given.
+
+    Raises:
+        UserError: no row matches, or a split is in none of them.
+    """
+    rows = [row for row in PUBLISHED if dataset in (None, row.dataset) and split_by in (None, row.split_by)]
+    names = [name.strip() for name in (splits or "all").split(",") if name.strip()]
+    for name in names:
+        if name != "all" and name not in [row.split for row in rows]:
+            raise UserError(f"--table: no published row has split {name!r} with this --dataset and --splitBy")
+    rows = [row for row in rows if "all" in names or row.split in names]
+    if not rows:
+        raise UserError(
+            f"--table has rows of {', '.join(DATASETS)} (refcocog: umd), but none with this --dataset and --splitBy"
+        )
+    return rows
+
+
+def find_checkpoints(source: str | Path) -> dict[str, Path]:
+    """Return the checkpoint of each dataset of the table.
+
+    Args:
+        source: a folder with best_<set>.pth, <set>.pth or <set>/best.pth, or a YAML file of ``set: file`` with paths
+            relative to itself.
+
+    Raises:
+        MissingFileError, UserError: there is no such folder or file, it names an unknown dataset or a missing file, or
+            it contains no checkpoint.
+    """
+    source = Path(source)
+    if source.is_dir():
+        found: dict[str, Path] = {}
+        for name in DATASETS:
+            candidates = (source / f"best_{name}.pth", source / f"{name}.pth", source / name / "best.pth")
+            first = next((path for path in candidates if path.is_file()), None)
+            if first is not None:
+                found[name] = first
+        if not found:
+            raise MissingFileError(f"--checkpoints {source}: no best_<set>.pth for any of {', '.join(DATASETS)}")
+        return found
+    try:
+        entries = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise MissingFileError(f"--checkpoints {source}: no such folder or file") from error
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--checkpoints {source} is not a YAML file of `set: file` ({reason})") from error
+    if not isinstance(entries, dict) or not entries or not all(isinstance(path, str) for path in entries.values()):
+        raise UserError(f"--checkpoints {source} is not a YAML file of `set: file`")
+    for name, path in entries.items():
+        if name not in DATASETS:
+            raise UserError(f"--checkpoints {source}: unknown dataset {name!r}.{did_you_mean(str(name), DATASETS)}")
+        if not (source.parent / path).is_file():
+            raise MissingFileError(f"--checkpoints {source}: {name}: no file {source.parent / path}")
+    return {name: source.parent / path for name, path in entries.items()}
