@@ -21,7 +21,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.forward import machine
+from benchmarks.machine import machine
 from bert.tokenization import SPECIAL_TOKENS, read_vocabulary
 from CrossVLT import CrossVLT, CrossVLTOutput, build_crossvlt
 from data.dataset_refer_bert import ReferDataset

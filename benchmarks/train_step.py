@@ -26,7 +26,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.forward import NUM_TOKENS, inputs, machine
+from benchmarks.machine import machine, random_inputs
 from CrossVLT import build_crossvlt
 from lib.cli import Parser, run_command
 from lib.config import DEFAULTS, SMALLEST
@@ -37,7 +37,7 @@ from lib.errors import EXIT_MISTAKE, UserError
 from lib.evaluation import Batch
 from lib.files import atomic_write, check_writable
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
-from lib.variants import SWIN_VARIANTS
+from lib.variants import MAX_TOKENS, SWIN_VARIANTS
 from utils import init_distributed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,7 +89,7 @@ def build_step(job: Job, device: torch.device) -> TrainingStep:
 
 def random_batch(batch_size: int, img_size: int, device: torch.device) -> Batch:
     """Noise, ids, and a square object in the middle."""
-    images, input_ids, attention_mask = inputs(batch_size, img_size, device, torch.float32)
+    images, input_ids, attention_mask = random_inputs(batch_size, img_size, device, torch.float32)
     masks = torch.zeros(batch_size, img_size, img_size, dtype=torch.int64, device=device)
     masks[:, img_size // 4 : -img_size // 4, img_size // 4 : -img_size // 4] = 1
     return {"image": images, "input_ids": input_ids, "attention_mask": attention_mask, "mask": masks}
@@ -198,7 +198,7 @@ def report(args: argparse.Namespace) -> Iterator[str]:
     """The report's lines, as they become known."""
     known = in_own_process(Job(args.device))
     gpu, flop = known["gpu"], flop_per_sample(args.swin_type, args.img_size)
-    yield f"# Training step of CrossVLT {args.swin_type}, {args.img_size}×{args.img_size}, {NUM_TOKENS} tokens\n"
+    yield f"# Training step of CrossVLT {args.swin_type}, {args.img_size}×{args.img_size}, {MAX_TOKENS} tokens\n"
     yield f"{known['name']}\n"
     yield f"{flop / 1e9:.0f} GFLOP per sample, forward and backward; what is computed again isn't counted."
     if gpu:

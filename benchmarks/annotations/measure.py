@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.forward import machine
+from benchmarks.machine import machine
 from bert.tokenization import load_tokenizer
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_train_loader
