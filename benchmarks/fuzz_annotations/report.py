@@ -9,8 +9,8 @@ from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks.machine import cpu_name
 from benchmarks.fuzz_annotations.run import MAX_CALLS, MUTATIONS, Case, Outcome, generate_cases, run_cases
+from benchmarks.machine import cpu_name
 from lib.tables import to_markdown
 
 VERDICTS = ("read", "refused", "finding")
