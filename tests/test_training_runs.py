@@ -14,7 +14,7 @@ import torch
 from conftest import PROCESS_ENVIRONMENT, ROOT
 
 from benchmarks.stress import Experiment, Kill, difference
-from lib.plot import read_metrics
+from lib.report.curves import read_metrics
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TWO = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
