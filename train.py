@@ -57,9 +57,9 @@ from lib.files import write_text
 from lib.journal import Journal, write_environment
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
 from lib.report.figures import draw_validation
-from refer.datasets import check_dataset
+from lib.variants import SWIN_VARIANTS
+from refer.datasets import BERT_WEIGHTS, SWIN_URL, check_dataset
 from refer.refer import REFER
-from refer.sources import BERT_WEIGHTS, SWIN_ADDRESS, SWIN_FILES
 from utils import (
     Distributed,
     cpu_group,
@@ -110,12 +110,12 @@ def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
         raise UserError("--from_scratch and --init_from contradict each other: give one of them")
     if pretrained.FROM_SCRATCH or pretrained.INIT_FROM:
         return None, None
-    name = SWIN_FILES[cfg.MODEL.SWIN_TYPE]
+    name = SWIN_VARIANTS[cfg.MODEL.SWIN_TYPE]["pretrained"]
     swin = Path(pretrained.SWIN or Path("pretrained") / name)
     if not swin.is_file():
         raise MissingFileError(
             f"no ImageNet Swin weights {swin}: `python -m refer.prepare --weights swin_{cfg.MODEL.SWIN_TYPE}` brings "
-            f"{SWIN_ADDRESS}{name}; or name the file by --pretrained_swin_weights, or train with --from_scratch"
+            f"{SWIN_URL}{name}; or name the file by --pretrained_swin_weights, or train with --from_scratch"
         )
     try:
         return swin, resolve_bert_file(pretrained.BERT, BERT_WEIGHTS, flag="--ck_bert")

@@ -1,102 +1,176 @@
-"""Which datasets there are, by which split systems they are divided, and where their pictures are."""
+"""Datasets and pretrained weights: names, split systems, published counts, download addresses. Imports no torch."""
 
-import difflib
 from pathlib import Path
+from typing import NamedTuple
 
+from lib.cli import did_you_mean
 from lib.errors import UserError
+from lib.variants import SWIN_VARIANTS
 
-DATASETS: dict[str, tuple[str, ...]] = {  # known dataset: its splitBy values
+DATASETS: dict[str, tuple[str, ...]] = {  # known dataset: its splitBy values, the first of which is the default
     "refcoco": ("unc", "google"),
     "refcoco+": ("unc",),
     "refcocog": ("umd", "google"),
     "refshapes": ("unc",),
 }
 COCO_DATASETS = ("refcoco", "refcoco+", "refcocog")
-PAPER_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # what is meant in a mixture of datasets
-ROOT = Path("./refer/data")  # where datasets are looked for, unless told otherwise
-COCO_IMAGES = Path("images", "mscoco", "images", "train2014")
+PAPER_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # default when datasets are mixed
+ROOT = Path("./refer/data")
+COCO_IMAGES = Path("images", "mscoco", "images", "train2014")  # below the data root
+
+COCO_URL = "http://images.cocodataset.org/"
+COCO_ZIP = "train2014.zip"
+REFER_URL = "https://bvisionweb1.cs.unc.edu/licheng/referit/data/"  # this server no longer exists
+ARCHIVE_SNAPSHOTS = {"refcoco": "20220413011718", "refcoco+": "20220413011656", "refcocog": "20220413012904"}
+SWIN_URL = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+BERT_URL = "https://huggingface.co/bert-base-uncased/resolve/main/"
+BERT_VOCABULARY = "vocab.txt"
+WEIGHTS = (*(f"swin_{size}" for size in SWIN_VARIANTS), "bert", "bert_vocabulary")  # names of --weights
+BERT_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # either is accepted; the first is downloaded
+
+
+class Counts(NamedTuple):
+    """Size of one split. None: not published."""
+
+    refs: int
+    expressions: int
+    images: int | None = None
+
+
+# The tables of the datasets' papers: (dataset, splitBy): {split: counts}. None exists for RefCOCO (google).
+PUBLISHED_COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
+    ("refcoco", "unc"): {
+        "train": Counts(42404, 120624, 16994),
+        "val": Counts(3811, 10834, 1500),
+        "testA": Counts(1975, 5657, 750),
+        "testB": Counts(1810, 5095, 750),
+    },
+    ("refcoco+", "unc"): {
+        "train": Counts(42278, 120191, 16992),
+        "val": Counts(3805, 10758, 1500),
+        "testA": Counts(1975, 5726, 750),
+        "testB": Counts(1798, 4889, 750),
+    },
+    ("refcocog", "umd"): {
+        "train": Counts(42226, 80512, 21899),
+        "val": Counts(2573, 4896, 1300),
+        "test": Counts(5023, 9602, 2600),
+    },
+    ("refcocog", "google"): {"train": Counts(44822, 85474), "val": Counts(5000, 9536)},
+}
+
+
+def annotation_urls(dataset: str) -> list[str]:
+    """Return where the annotation archive of a COCO dataset was published, the most reliable address first."""
+    original = f"{REFER_URL}{dataset}.zip"
+    return [f"https://web.archive.org/web/{ARCHIVE_SNAPSHOTS[dataset]}/{original}", original]
+
+
+def weights_url(file_name: str) -> str:
+    """Return the address of a file of pretrained weights or of BERT's vocabulary."""
+    is_swin = any(file_name == variant["pretrained"] for variant in SWIN_VARIANTS.values())
+    return (SWIN_URL if is_swin else BERT_URL) + file_name
 
 
 class AmbiguousError(UserError):
-    """A dataset has several split systems, and none is the usual one."""
+    """A dataset has several split systems and no default."""
 
 
-def datasets_there(data_root: str | Path) -> list[str]:
-    """The datasets that have a folder here; hidden ones are still being written."""
+def installed_datasets(data_root: str | Path) -> list[str]:
+    """Return the names of the datasets below ``data_root``, without hidden folders, which are incomplete."""
     return sorted(path.parent.name for path in Path(data_root).glob("[!.]*/instances.json"))
 
 
 def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
-    """The splitBy values of a dataset: a known one's, else those of the refs files in its folder under `data_root`.
+    """Return the splitBy values of a known dataset, or those of the refs files of a user's dataset.
 
-    UserError: neither known nor found.
+    Raises:
+        UserError: the dataset is neither known nor below ``data_root``.
     """
     if dataset in DATASETS:
         return DATASETS[dataset]
     root, name = Path(data_root), str(dataset)
     if "," in name:
-        raise UserError(f"{name!r} names several datasets: give one here")
-    is_name = name not in {"", ".", ".."} and not set("/\\\0") & set(name)
-    found = tuple(sorted(path.name[5:-3] for path in (root / name).glob("refs(*).p"))) if is_name else ()
-    if not found and is_name and (root / name / "instances.json").is_file():
-        raise UserError(f"{root / name} has no refs(<splitBy>).p: see docs/custom_data.md")
-    if not found:
-        names = list(dict.fromkeys([*DATASETS, *datasets_there(root)]))
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(
-            f"unknown dataset {dataset!r}{hint}: choose one of {', '.join(names)}, or make your own in {root} "
-            "by `python -m data.convert`"
-        )
-    return found
+        raise UserError(f"{name!r} names several datasets. Name one.")
+    is_folder_name = name not in {"", ".", ".."} and not set("/\\\0") & set(name)
+    if is_folder_name:
+        found = tuple(sorted(path.name[5:-3] for path in (root / name).glob("refs(*).p")))
+        if found:
+            return found
+        if (root / name / "instances.json").is_file():
+            raise UserError(f"{root / name} has no refs(<splitBy>).p. See docs/custom_data.md.")
+    names = list(dict.fromkeys([*DATASETS, *installed_datasets(root)]))
+    raise UserError(
+        f"No such dataset {dataset!r}.{did_you_mean(name, names)} Choose one of {', '.join(names)}, "
+        f"or convert your own into {root} with `python -m data.convert`."
+    )
 
 
 def default_split_system(data_root: str | Path, dataset: str) -> str:
-    """The split system that is meant where none is named. UserError: there are several, and none is the usual one."""
+    """Return the splitBy value used if none is given.
+
+    Raises:
+        AmbiguousError: there are several and none is the default.
+        UserError: no such dataset.
+    """
     systems = split_systems(data_root, dataset)
-    usual = dataset in DATASETS and "unc" in systems
-    if len(systems) > 1 and not usual:
-        raise AmbiguousError(
-            f"--dataset {dataset} has several split systems: give --splitBy {' or --splitBy '.join(systems)}"
-        )
-    return "unc" if usual else systems[0]
+    if dataset in DATASETS and "unc" in systems:
+        return "unc"
+    if len(systems) > 1:
+        options = " or ".join(f"--splitBy {system}" for system in systems)
+        raise AmbiguousError(f"--dataset {dataset} has several split systems. Pass {options}.")
+    return systems[0]
 
 
 def settle_split_systems(data_root: str | Path, datasets: str, split_by: str) -> list[tuple[str, str]]:
-    """``refcoco,mine`` and ``unc,unc``, or nothing → (dataset, splitBy) of each, the usual splitBy where none is named.
+    """Parse ``--dataset`` and ``--splitBy`` into pairs (dataset, splitBy), filling in defaults.
 
-    UserError: the numbers differ; a dataset is named twice; there is no usual split system.
+    Args:
+        data_root: folder of the datasets.
+        datasets: one name, or several separated by commas.
+        split_by: as many values, or an empty string for the defaults.
+
+    Raises:
+        UserError: the numbers differ, a dataset is repeated, or a dataset has no default split system.
     """
     names = [name.strip() for name in datasets.split(",")]
     systems = [system.strip() for system in split_by.split(",")]
     if split_by and len(systems) != len(names):
         raise UserError(
-            f"--splitBy {split_by}: --dataset {datasets} names {len(names)} dataset(s); give a split system for each, "
-            "in the same order"
+            f"--splitBy {split_by} has {len(systems)} value(s), but --dataset {datasets} names {len(names)} "
+            "dataset(s). Pass a split system for each dataset, in the same order."
         )
     if not split_by and len(names) > 1:
         try:
             systems = [PAPER_SPLIT_BY.get(name) or default_split_system(data_root, name) for name in names]
         except AmbiguousError as error:
             example = ",".join(PAPER_SPLIT_BY.get(name) or split_systems(data_root, name)[0] for name in names)
-            raise UserError(f"{error}; of all in the same order, such as --splitBy {example}") from error
+            raise UserError(f"{error} Name one for each dataset, for example --splitBy {example}.") from error
     elif not split_by:
         systems = [default_split_system(data_root, names[0])]
     pairs = list(zip(names, systems, strict=True))
     if len(set(pairs)) < len(pairs):
-        raise UserError(f"--dataset {datasets}: names a dataset twice")
+        raise UserError(f"--dataset {datasets} names a dataset twice.")
     return pairs
 
 
 def check_dataset(data_root: str | Path, dataset: str, splitBy: str) -> None:
-    """UserError, naming the right ones, unless there is such a dataset with such a split system."""
+    """Check that a dataset with this split system exists.
+
+    Raises:
+        UserError: it does not; the message lists those that do.
+    """
     systems = split_systems(data_root, dataset)
     if splitBy not in systems:
-        raise UserError(f"unknown splitBy {splitBy!r}: {dataset} has {', '.join(systems)}")
+        raise UserError(f"{dataset} has no splitBy {splitBy!r}. Choose {' or '.join(systems)}.")
 
 
 def image_folder(data_root: str | Path, dataset: str) -> Path:
-    """Where a dataset's pictures belong: the COCO sets share one folder, any other has its own `images`, and takes
-    COCO's where it has none."""
-    own = Path(data_root, dataset, "images")
-    return own if dataset == "refshapes" or (dataset not in DATASETS and own.is_dir()) else Path(data_root, COCO_IMAGES)
+    """Return the folder of a dataset's images.
+
+    The COCO datasets share one folder. Other datasets have their own ``images`` folder; without one, a user's dataset
+    uses the COCO images.
+    """
+    folder = Path(data_root, dataset, "images")
+    has_own = dataset == "refshapes" or (dataset not in DATASETS and folder.is_dir())
+    return folder if has_own else Path(data_root, COCO_IMAGES)

@@ -22,7 +22,7 @@ for name in ("no_proxy", "NO_PROXY"):  # servers of the tests are on this machin
 
 from commands import run_in_process  # noqa: E402
 from own_data import made_source, source  # noqa: E402, F401  (fixtures)
-from published_set import annotations, pictures, prepare, weights, world  # noqa: E402, F401  (fixtures)
+from published_set import annotations, image_files, prepare, server, weights  # noqa: E402, F401  (fixtures)
 from result_files import run_rescore  # noqa: E402, F401  (fixtures)
 
 # Of every process a test starts: sums are rounded alike only by the same number of threads.

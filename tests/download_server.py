@@ -1,4 +1,4 @@
-"""A server on this machine that does what servers do: break off, fall silent, change the file, send another one."""
+"""A local HTTP server that can close connections, stall, change its files and answer with errors."""
 
 import re
 import stat
@@ -8,11 +8,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Server:
-    """`files`: {path: bytes}. `does`: {path: [what to do at the next requests]}, afterwards it serves as it should.
-    `asked`: (path, Range, If-Range) of every request."""
+    """An HTTP server with ranges and ETags.
+
+    files: {path: bytes}. faults: {path: [behavior at the next requests]}; afterwards, the server behaves normally.
+    requests: (path, Range, If-Range) of every request.
+    """
 
     def __init__(self):
-        self.files, self.does, self.asked, self.etags = {}, {}, [], {}
+        self.files, self.faults, self.requests, self.etags = {}, {}, [], {}
         self.closing = threading.Event()
         owner = self
 
@@ -35,10 +38,10 @@ class Server:
 
     def answer(self, to):
         path = to.path
-        wanted, condition = to.headers.get("Range"), to.headers.get("If-Range")
-        self.asked.append((path, wanted, condition))
-        todo = self.does.get(path) or [{}]
-        do = todo.pop(0) if len(todo) > 1 or todo[0] != {} else {}
+        byte_range, condition = to.headers.get("Range"), to.headers.get("If-Range")
+        self.requests.append((path, byte_range, condition))
+        faults = self.faults.get(path)
+        do = faults.pop(0) if faults else {}
         if "change" in do:
             self.files[path], self.etags[path] = do["change"], '"changed"'
         if "status" in do or path not in self.files:
@@ -50,8 +53,8 @@ class Server:
             return
         data, etag = self.files[path], self.etags.get(path, '"first"')
         start = 0
-        if wanted and do.get("range", True) and (condition == etag or do.get("careless")):
-            start = int(re.fullmatch(r"bytes=(\d+)-", wanted)[1])
+        if byte_range and do.get("range", True) and (condition == etag or do.get("ignore_if_range")):
+            start = int(re.fullmatch(r"bytes=(\d+)-", byte_range)[1])
         to.send_response(206 if start else 200)
         if start:
             to.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")

@@ -1,4 +1,4 @@
-"""What refer.prepare finds in the tests: a small published set, on a server on this machine."""
+"""Fixtures for refer.prepare: a small published dataset on a local server, and the command that installs it."""
 
 import json
 import pickle
@@ -9,10 +9,8 @@ from commands import run_in_process
 from download_server import Server, pack
 from PIL import Image
 
-import refer.prepare.__main__
-import refer.prepare.images
-import refer.prepare.weights
-from refer.counts import PUBLISHED_COUNTS, Counts
+from refer.datasets import PUBLISHED_COUNTS, Counts
+from refer.prepare.__main__ import main
 
 W, H = 30, 20
 IMAGES = (1, 2, 3)
@@ -22,12 +20,12 @@ COUNTS = {
 FOLDER = "images/mscoco/images/train2014"
 
 
-def picture_name(image_id):
+def image_name(image_id):
     return f"COCO_train2014_{image_id:012d}.jpg"
 
 
 def annotation_files():
-    """{file name: bytes} of five refs on three pictures, as COUNTS says."""
+    """Return {file name: bytes} of five refs on three images, with COUNTS."""
     rows = [(50, 1, "train"), (10, 1, "val"), (40, 2, "testA"), (20, 2, "testB"), (30, 3, "train")]
     refs = [
         {
@@ -37,7 +35,7 @@ def annotation_files():
         for ref, image, split in rows
     ]  # fmt: skip
     instances = {
-        "images": [{"id": i, "width": W, "height": H, "file_name": picture_name(i)} for i in (*IMAGES, 4)],
+        "images": [{"id": i, "width": W, "height": H, "file_name": image_name(i)} for i in (*IMAGES, 4)],
         "annotations": [{"id": 100 + r, "image_id": i, "category_id": 1, "segmentation": []} for r, i, _ in rows],
         "categories": [{"id": 1, "name": "dog"}],
     }
@@ -45,12 +43,12 @@ def annotation_files():
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory):
-    """{file name: bytes} of JPEGs that differ."""
-    folder, found = tmp_path_factory.mktemp("pictures"), {}
+def image_files(tmp_path_factory):
+    """{file name: bytes} of different JPEGs. The last one is not needed by the annotations."""
+    folder, found = tmp_path_factory.mktemp("images"), {}
     for i in (*IMAGES, 4):
-        Image.effect_noise((W, H), 20 * i).convert("RGB").save(folder / picture_name(i), quality=90)
-        found[picture_name(i)] = (folder / picture_name(i)).read_bytes()
+        Image.effect_noise((W, H), 20 * i).convert("RGB").save(folder / image_name(i), quality=90)
+        found[image_name(i)] = (folder / image_name(i)).read_bytes()
     return found
 
 
@@ -60,45 +58,47 @@ def annotations():
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch, annotations, pictures):
-    """What is published, on a server on this machine: annotations, all pictures and each of them."""
+def server(tmp_path, monkeypatch, annotations, image_files):
+    """A local server in place of the published addresses: annotations, the archive of all images, and each image."""
     server = Server()
     monkeypatch.setitem(PUBLISHED_COUNTS, ("refcoco", "unc"), COUNTS)
-    publish = lambda name: [f"{server.url}/archive/{name}.zip", f"{server.url}/original/{name}.zip"]  # noqa: E731
-    monkeypatch.setattr(refer.prepare.__main__, "annotation_addresses", publish)
-    monkeypatch.setattr(refer.prepare.__main__, "COCO_ADDRESS", f"{server.url}/")
-    monkeypatch.setattr(refer.prepare.images, "picture_address", lambda name: f"{server.url}/train2014/{name}")
-    monkeypatch.setattr(refer.prepare.weights, "weight_addresses", lambda name: [f"{server.url}/{name}"])
+    urls = lambda name: [f"{server.url}/archive/{name}.zip", f"{server.url}/original/{name}.zip"]  # noqa: E731 (short)
+    monkeypatch.setattr("refer.prepare.install.annotation_urls", urls)
+    monkeypatch.setattr("refer.prepare.images.COCO_URL", f"{server.url}/")
+    monkeypatch.setattr("refer.prepare.weights.weights_url", lambda name: f"{server.url}/{name}")
+    monkeypatch.setattr("refer.prepare.download.MAX_PAUSE", 0.0)
     extra = [("__MACOSX/refcoco/._instances.json", b"x"), ("refcoco/refs(other).p", b"x"), ("readme", b"x")]
     members = [(f"refcoco/{name}", data) for name, data in annotations.items()]
     server.files["/archive/refcoco.zip"] = pack(tmp_path / "a.zip", members + extra).read_bytes()
-    members = [(f"train2014/{name}", data) for name, data in pictures.items()]
+    members = [(f"train2014/{name}", data) for name, data in image_files.items()]
     server.files["/zips/train2014.zip"] = pack(tmp_path / "p.zip", members).read_bytes()
-    server.files.update({f"/train2014/{name}": data for name, data in pictures.items()})
+    server.files.update({f"/train2014/{name}": data for name, data in image_files.items()})
     yield server
     server.close()
 
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch, capsys):
-    """Run the tool on refcoco in <tmp>/data (other flags replace that), as from the command line."""
+    """Run ``python -m refer.prepare`` in this process, by default with RefCOCO and the data root <tmp>/data.
 
-    def run(*flags, status=0, dataset="refcoco", quick=("--tries", "2", "--stall", "0.3")):
-        given = ["--dataset", dataset] * bool(dataset) + ["--root", tmp_path / "data", *flags]
-        given += [] if "--check" in flags else quick
-        monkeypatch.setattr("refer.prepare.download.LONGEST_PAUSE", 0.0)
-        done = run_in_process(refer.prepare.__main__.main, ["prepare", *given], monkeypatch, capsys)
+    ``err`` of the result is the error line if there is one.
+    """
+
+    def run(*flags, status=0, dataset="refcoco", retry=("--tries", "2", "--stall", "0.3")):
+        command = ["prepare", *(["--dataset", dataset] if dataset else []), "--root", tmp_path / "data", *flags]
+        command += [] if "--check" in flags else retry
+        done = run_in_process(main, command, monkeypatch, capsys)
         assert done.status == status, done.err
-        errors = [line for line in done.err.splitlines() if line.startswith("error: ")]
-        assert len(errors) == (status == 2)
         assert "Traceback" not in done.err
-        return done._replace(err=errors[0] if errors else done.err)
+        assert done.err.count("error: ") == (status == 2)
+        return done
 
     return run
 
 
-def asked(server):
-    return [one[0] for one in server.asked]
+def requested(server):
+    """Return the paths of all requests."""
+    return [request[0] for request in server.requests]
 
 
 def swin(dim=128):
@@ -106,8 +106,8 @@ def swin(dim=128):
 
 
 @pytest.fixture
-def weights(world, tmp_path):
-    """Small files that pass for the published ones, on the server."""
+def weights(server, tmp_path):
+    """Small files that have the properties of the published weights, on the server."""
     from safetensors.torch import save_file
 
     torch.save(swin(), tmp_path / "zip.pth")
@@ -119,5 +119,5 @@ def weights(world, tmp_path):
         "model.safetensors": (tmp_path / "b.safetensors").read_bytes(),
         "vocab.txt": vocabulary.encode(),
     }
-    world.files.update({f"/{name}": data for name, data in files.items()})
+    server.files.update({f"/{name}": data for name, data in files.items()})
     return files

@@ -143,7 +143,7 @@ def test_train_py_logs_the_mixture(root, small_config, tmp_path, run_here):
     assert "0 in both" in more.err
     failed = run_here("test.py", "--resume", run, "--dataset", "refshapes,other", "--refer_data_root", root)
     assert (failed.status, failed.err.count("\n")) == (2, 1)
-    assert "'refshapes,other' names several datasets: give one here" in failed.err
+    assert "'refshapes,other' names several datasets. Name one." in failed.err
 
 
 def test_train_py_warns_if_evaluation_images_are_in_train(root, small_config, tmp_path, run_here):
@@ -164,15 +164,12 @@ def test_train_py_warns_if_evaluation_images_are_in_train(root, small_config, tm
     ("flags", "message"),
     [
         (["--dataset", "refshapes,refshapes"], "names a dataset twice"),
-        (["--dataset", "refshapes,other", "--splitBy", "unc"], "names 2 dataset\\(s\\); give a split system for each"),
+        (["--dataset", "refshapes,other", "--splitBy", "unc"], "names 2 dataset\\(s\\). Pass a split system for each"),
         (["--dataset", "refshapes", "--splitBy", "unc,own"], "names 1 dataset\\(s\\)"),
-        (["--dataset", "refshapes,other", "--splitBy", "own,unc"], "unknown splitBy 'own': refshapes has unc"),
-        (["--dataset", "refshapes,othr"], "unknown dataset 'othr' \\(did you mean other\\?\\)"),
-        (["--dataset", "refshapes,"], "unknown dataset ''"),
-        (
-            ["--dataset", "refshapes,two"],
-            "--splitBy first or --splitBy own; .* in the same order, such as .* unc,first",
-        ),
+        (["--dataset", "refshapes,other", "--splitBy", "own,unc"], "refshapes has no splitBy 'own'. Choose unc."),
+        (["--dataset", "refshapes,othr"], "No such dataset 'othr'. Did you mean other\\?"),
+        (["--dataset", "refshapes,"], "No such dataset ''"),
+        (["--dataset", "refshapes,two"], "--splitBy first or --splitBy own\\. .* --splitBy unc,first"),
     ],
 )
 def test_mistakes(root, small_config, tmp_path, run_here, flags, message):

@@ -284,18 +284,17 @@ def test_polygons_are_clipped_at_the_border_of_the_image(tmp_path):
             "refcocoo",
             "unc",
             [
-                "unknown dataset 'refcocoo'",
-                "(did you mean refcoco?)",
-                "choose one of refcoco, refcoco+, refcocog, refshapes",
+                "No such dataset 'refcocoo'. Did you mean refcoco?",
+                "Choose one of refcoco, refcoco+, refcocog, refshapes",
             ],
         ),
-        ("refshape", "unc", ["unknown dataset 'refshape'", "(did you mean refshapes?)"]),
-        ("xyz", "unc", ["unknown dataset 'xyz': choose one of"]),
-        (None, "unc", ["unknown dataset None"]),
-        ("refcoco", "umd", ["unknown splitBy 'umd': refcoco has unc, google"]),
-        ("refcoco+", "google", ["unknown splitBy 'google': refcoco+ has unc"]),
-        ("refcocog", "unc", ["unknown splitBy 'unc': refcocog has umd, google"]),
-        ("refshapes", "UNC", ["unknown splitBy 'UNC': refshapes has unc"]),
+        ("refshape", "unc", ["No such dataset 'refshape'. Did you mean refshapes?"]),
+        ("xyz", "unc", ["No such dataset 'xyz'. Choose one of"]),
+        (None, "unc", ["No such dataset None"]),
+        ("refcoco", "umd", ["refcoco has no splitBy 'umd'. Choose unc or google."]),
+        ("refcoco+", "google", ["refcoco+ has no splitBy 'google'. Choose unc."]),
+        ("refcocog", "unc", ["refcocog has no splitBy 'unc'. Choose umd or google."]),
+        ("refshapes", "UNC", ["refshapes has no splitBy 'UNC'. Choose unc."]),
     ],
 )
 def test_unknown_names(tmp_path, dataset, splitBy, told):
@@ -373,14 +372,14 @@ def test_custom_dataset(tmp_path):
     (tmp_path / "mine" / "images").mkdir()
     refer = REFER(tmp_path, "mine", "first")
     assert refer.get_image_path(3) == tmp_path / "mine/images/COCO_train2014_000000000003.jpg"
-    with pytest.raises(UserError, match="unknown splitBy 'unc': mine has first, second"):
+    with pytest.raises(UserError, match=r"mine has no splitBy 'unc'. Choose first or second\."):
         REFER(tmp_path, "mine", "unc")
     with pytest.raises(
-        UserError, match=r"unknown dataset 'mime' \(did you mean mine\?\).*refshapes, mine, or make your"
+        UserError, match=r"No such dataset 'mime'. Did you mean mine\?.*refshapes, mine, or convert your"
     ):
         REFER(tmp_path, "mime", "first")
     with pytest.raises(UserError, match="names several datasets"):
         REFER(tmp_path, "mine,refcoco", "first")
     for name in ("../" + tmp_path.name, "mine/../mine", ".", "", "mi\0ne", "mi*"):
-        with pytest.raises(UserError, match="unknown dataset"):
+        with pytest.raises(UserError, match="No such dataset"):
             REFER(tmp_path, name, "first")

@@ -101,7 +101,7 @@ def test_initialising_from_weights(trained, run_here, train_flags, tmp_path):
         (["--cfg", "{cfg}", "--log_dir", "{tmp}/torn.pth"], "can't make the folder"),
         (["--dataset", "refcoco"], "22k.pth: `python -m refer.prepare --weights swin_base` brings https://"),
         (["--dataset", "refcoco"], "or train with --from_scratch"),
-        (["--dataset", "refcoc"], "did you mean refcoco"),
+        (["--dataset", "refcoc"], "Did you mean refcoco"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_clear_line(error_line, flags, told):

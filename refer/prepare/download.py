@@ -1,320 +1,241 @@
-"""Downloads a file so that it may break off at any moment and goes on later.
+"""Download files so that an interrupted download can be resumed at any time.
 
-What has come is in ``<file>.part``; beside it ``<file>.part.json`` says of which file it is the beginning: the address,
-its size in bytes, and the ETag or date by which the server tells versions apart. Only the rest of that same version is
-ever appended. A complete file is flushed to the disk and gets its name; so a file with its name is complete.
+Received bytes are in ``<file>.part``. Beside it, ``<file>.part.json`` identifies the file on the server by address,
+size and version (ETag or date); only bytes of the same version are appended. The part is renamed when it is complete.
+``<file>.part.json`` is deleted when the file has been installed. Until then it shows that refer.prepare downloaded the
+file, and therefore may delete it.
 """
 
-import contextlib
-import http.client
+import itertools
 import json
-import os
-import re
-import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lib.cli import LOGGER
 from lib.errors import UserError
-from lib.files import fsync, translate_write_errors, write_text
-from refer.prepare.hashes import free_name
-from refer.prepare.progress import Progress, check_room, human
-from refer.prepare.responses import (
-    AGENT,
-    BrokenOffError,
-    OtherFileError,
-    RefusedError,
-    answer,
-    chunks,
-    number,
-    validator,
-)
-from utils import LOGGER
+from lib.files import translate_write_errors
+from refer.prepare.files import Hashes, Progress, RejectedError, check_free_space, replace_keeping
+from refer.prepare.http import ConnectionLostError, VersionChangedError, open_url, parse_number, read_chunks
 
-PROGRESS = 1 << 20  # an attempt that brings as many bytes more than any before makes up for the failed ones
-
-LONGEST_PAUSE = 60.0  # seconds
+FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds before the next attempt; doubled after each failure
+RESET_BYTES = 1 << 20  # an attempt that gets this much further than all before it resets the count of failures
+FIRST_BYTES = {  # of files with this suffix; torch.save writes zip files, years ago pickles
+    ".zip": (b"PK\x03\x04",),
+    ".jpg": (b"\xff\xd8",),
+    ".pth": (b"PK\x03\x04", b"\x80\x02"),
+    ".bin": (b"PK\x03\x04", b"\x80\x02"),
+    ".txt": (b"[PAD]",),
+}
 
 
 @dataclass(frozen=True)
-class Patience:
-    """stall: seconds of silence that end an attempt; tries: failed ones in a row that are the end of it; pause: seconds
-    before the second, twice as long before each further one."""
+class Options:
+    """Where files may come from."""
 
-    stall: float = 30.0
-    tries: int = 5
-    pause: float = 1.0
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Remove a folder of downloads that is not needed any more."""
-    with contextlib.suppress(OSError):
-        folder.rmdir()
+    local: tuple[Path, ...] = ()  # the user's files and folders (--from)
+    download: bool = True
+    mirrors: tuple[str, ...] = ()  # addresses without a trailing slash, tried before the published ones
+    keep_archives: bool = False
+    stall: float = 30.0  # seconds without data after which a connection is closed
+    tries: int = 5  # consecutive failures after which an address is given up
 
 
-def obtain(
-    addresses: Sequence[str],
-    target: Path,
-    accept: Callable[[Path], None],
+class Partial:
+    """The part of a file that was downloaded so far, and the identity of that file."""
+
+    def __init__(self, target: Path) -> None:
+        self.path = target.with_name(f"{target.name}.part")
+        self.state_path = target.with_name(f"{target.name}.part.json")
+
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.is_file() else 0
+
+    def state(self) -> dict[str, Any]:
+        """Return address, size and validator; empty if unknown."""
+        try:
+            state = json.loads(self.state_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) and isinstance(state.get("size"), int) else {}
+
+    def start(self, url: str, size: int | None, validator: str | None) -> None:
+        # In this order: if the process is killed in between, no part remains that seems to belong to this file.
+        self.state_path.unlink(missing_ok=True)
+        self.path.write_bytes(b"")
+        self.state_path.write_text(json.dumps({"address": url, "size": size, "validator": validator}, indent=1))
+
+    def delete(self) -> None:
+        self.state_path.unlink(missing_ok=True)
+        self.path.unlink(missing_ok=True)
+
+
+def install_from_sources(
+    install: Callable[[Path], None],
     *,
-    starts: Sequence[bytes] = (),
-    room: float = 0.0,
-    patience: Patience | None = None,
-    keep: bool = True,
+    local: Iterable[Path],
+    urls: Sequence[str],
+    target: Path,
+    hashes: Hashes,
+    options: Options,
+    unpack_factor: float = 0.0,
 ) -> None:
-    """Download ``target`` from the first address that gives what ``accept`` takes; go on where it broke off.
+    """Install the first valid file among the user's files, an earlier download, and the files at some addresses.
 
     Args:
-        accept: looks at the complete file, and raises RefusedError if it is not the right one.
-        keep: leave it when it is accepted. A file that was there, and no earlier call has downloaded it to be deleted
-            afterwards, is left in any case.
-        starts: the first bytes of a file of this kind, any of these; a response with others is not even begun.
-        room: bytes on the disk that a byte of the file needs once it is unpacked.
+        install: verifies a file and installs it; raises RejectedError if the file is not valid.
+        local: the user's files, tried first.
+        urls: published addresses; ``options.mirrors`` are tried before them.
+        target: path of the downloaded file. A file that is already there is only deleted if an interrupted run of this
+            function downloaded it.
+        hashes: a downloaded file is compared with the entry of its name, or recorded if there is none.
+        options: where files may come from.
+        unpack_factor: disk space for unpacking, relative to the size of the file.
 
     Raises:
-        UserError: no address gives it (each is named with its reason), or the disk is full.
+        UserError: no source has a valid file (the message gives the reason for each), or the disk is full.
     """
-    patience = patience or Patience()
+    reasons = []
+    for source in local:
+        try:
+            install(source)
+            return LOGGER.info(f"Installed {target.stem} from {source}")
+        except RejectedError as error:
+            reasons.append(f"{source}: {error}")
+    if not options.download:
+        details = f" ({'; '.join(reasons)})" if reasons else ""
+        raise UserError(f"--from contains no valid {target.name}{details}. Add --download to download it.")
     if target.is_file():
         try:
-            accept(target)
-        except RefusedError as refused:
-            LOGGER.warning(f"{target}: {refused}{_keep_other(target, refused)}")
-        else:
-            return _tidy(target, keep)
-    reasons = []
-    begun = _state_of(target.with_name(f"{target.name}.part")).get("address")
-    for address in sorted(addresses, key=lambda one: one != begun):  # first the one that has sent a part already
+            return _install_download(target, install, hashes, keep=options.keep_archives)
+        except RejectedError as error:
+            LOGGER.warning(f"{target}: {error}")
+    begun = Partial(target).state().get("address")
+    urls = [*(f"{mirror}/{target.name}" for mirror in options.mirrors), *urls]
+    for url in sorted(urls, key=lambda url: url != begun):
+        LOGGER.info(f"Downloading {target.name} from {url}")
         try:
-            fetch(address, target, starts=starts, room=room, patience=patience)
-        except RefusedError as refused:
-            reasons.append(f"{address}: {refused}")
-        else:
-            try:
-                with translate_write_errors(target):
-                    _own(target).touch()
-                accept(target)
-            except RefusedError as refused:
-                reasons.append(f"{address}: {refused}{_keep_other(target, refused)}")
-                target.unlink(missing_ok=True)
-                _own(target).unlink(missing_ok=True)
-            else:
-                return _tidy(target, keep)
-        LOGGER.warning(reasons[-1])
+            download(url, target, options, unpack_factor)
+            return _install_download(target, install, hashes, keep=options.keep_archives)
+        except RejectedError as error:
+            reasons.append(f"{url}: {error}")
+            LOGGER.warning(reasons[-1])
+        except KeyboardInterrupt:
+            LOGGER.info("Run the same command again to resume the download.")
+            raise
     raise UserError(
-        f"can't get {target.name}: {'; '.join(reasons)}. Download it by hand and give it by --from FILE_OR_FOLDER, "
-        "or name another place by --mirror URL"
+        f"cannot download {target.name} ({'; '.join(reasons)}). Download it by hand and pass it with --from, or name "
+        "another server with --mirror."
     )
 
 
-def is_refused_name(name: str, target: Path) -> bool:
-    """Whether a complete download of ``target`` that differs only from the recorded hash is kept by such a name."""
-    return re.fullmatch(rf"{re.escape(target.stem)}\.refused\d*{re.escape(target.suffix)}", name) is not None
+def _install_download(target: Path, install: Callable[[Path], None], hashes: Hashes, *, keep: bool) -> None:
+    """Install and record ``target``, then delete it if it was downloaded for that.
 
-
-def _keep_other(target: Path, refused: RefusedError) -> str:
-    """Keep a file that may be the right one after all, and took long; returns what to tell of it."""
-    if not isinstance(refused, OtherFileError):
-        return ""
-    kept = free_name(str(target.with_name(f"{target.stem}.refused")), target.suffix)
-    with translate_write_errors(kept):
-        target.replace(kept)
-        _own(target).unlink(missing_ok=True)
-    return f" (it is kept as {kept}, to be given by --from)"
-
-
-def _own(target: Path) -> Path:
-    """There is such a file where ``target`` was downloaded: what a user has put there is never deleted."""
-    return target.with_name(f"{target.name}.downloaded")
-
-
-def _tidy(target: Path, keep: bool) -> None:
-    with translate_write_errors(target):
-        if _own(target).exists():
-            if not keep:
-                target.unlink(missing_ok=True)
-            _own(target).unlink()
-
-
-def fetch(
-    address: str,
-    target: Path,
-    *,
-    starts: Sequence[bytes] = (),
-    room: float = 0.0,
-    patience: Patience | None = None,
-    quiet: bool = False,
-) -> None:
-    """Download one address to ``target``, complete, with as many attempts as ``patience`` has.
-
-    Args: as :func:`obtain`; quiet: for one of many small files, without progress and without going on later.
-    Raises: RefusedError; UserError: the disk is full or can't be written.
+    Raises:
+        RejectedError: the file is not valid; it was deleted if it had been downloaded.
+        UserError: it differs from the recorded file. It is kept, because either of the two may be the right one.
     """
-    patience = patience or Patience()
-    part = target.with_name(f"{target.name}.part")
-    with translate_write_errors(part):
-        part.parent.mkdir(parents=True, exist_ok=True)
-    if not quiet:
-        LOGGER.info(f"{target.name} from {address}")
+    part = Partial(target)
+    is_downloaded = part.state_path.exists() and not part.path.exists()
+    if difference := hashes.difference(target.name, target):
+        raise UserError(f"{target} {difference}, otherwise delete {target.name}. Then run the same command again.")
     try:
-        _receive_patiently(address, part, starts, room, patience, quiet)
-    except KeyboardInterrupt:
-        if not quiet and _size(part):
-            LOGGER.info(f"{part} is kept: the same command goes on from there")
+        install(target)
+    except RejectedError:
+        if is_downloaded:
+            target.unlink()
+            part.delete()
         raise
-    with translate_write_errors(target):
-        if not quiet:
-            fsync(part)
-        os.replace(part, target)
-        if not quiet:
-            fsync(target.parent)
-            _state_file(part).unlink(missing_ok=True)
+    hashes.record({target.name: target})
+    if is_downloaded and not keep:
+        target.unlink()
+    part.delete()
 
 
-def _receive_patiently(
-    address: str, part: Path, starts: Sequence[bytes], room: float, patience: Patience, quiet: bool
-) -> None:
-    """Attempts until ``part`` is complete. Raises RefusedError, UserError."""
-    failed, furthest, answered = 0, _size(part), False
-    while True:
-        try:
-            return _receive(address, part, starts, room, patience.stall, quiet)
-        except BrokenOffError as broken:
-            if broken.is_stale:
-                _forget(part)
-            reached = _size(part)
-            failed = 1 if reached >= furthest + PROGRESS else failed + 1
-            answered |= reached > furthest
-            furthest = max(reached, furthest)
-            # Without a network there is nothing to wait for, unless it was there a moment ago.
-            unreachable = isinstance(broken.__cause__, socket.gaierror) and not answered
-            if failed >= patience.tries or unreachable:
-                raise RefusedError(str(broken)) from broken
-            pause = min(max(patience.pause * 2 ** min(failed - 1, 10), broken.wait), LONGEST_PAUSE)
-            if not quiet:
-                LOGGER.info(f"{address}: {broken}; again in {pause:g} s")
-            time.sleep(pause)
+def download(url: str, target: Path, options: Options, unpack_factor: float = 0.0) -> None:
+    """Download a file completely, resuming an earlier download from the same address.
+
+    Raises:
+        RejectedError: the address has no such file, or too many attempts failed.
+        UserError: the disk is full or not writable.
+    """
+    part = Partial(target)
+    failures, most = 0, part.size()
+    with translate_write_errors(part.path):
+        part.path.parent.mkdir(parents=True, exist_ok=True)
+        while True:
+            try:
+                _receive(url, part, options.stall, unpack_factor)
+                break
+            except ConnectionLostError as error:
+                if isinstance(error, VersionChangedError):
+                    part.delete()
+                failures = 1 if part.size() >= most + RESET_BYTES else failures + 1
+                most = max(most, part.size())
+                if failures >= options.tries:
+                    raise RejectedError(str(error)) from error
+                pause = min(max(FIRST_PAUSE * 2 ** min(failures - 1, 6), error.wait), MAX_PAUSE)
+                LOGGER.info(f"{url}: {error}. Retrying in {pause:g} s.")
+                time.sleep(pause)
+        replace_keeping(part.path, target)
 
 
-def _receive(address: str, part: Path, starts: Sequence[bytes], room: float, stall: float, quiet: bool) -> None:
-    """One attempt: afterwards ``part`` is complete. Raises BrokenOffError, RefusedError, UserError."""
-    state = {} if quiet else _read_state(part, address)
-    have, size = _size(part), state.get("size")
+def _receive(url: str, part: Partial, stall: float, unpack_factor: float) -> None:
+    """Make one attempt to complete ``part``. Raises ConnectionLostError, RejectedError, UserError, OSError."""
+    state = part.state()
+    if state.get("address") != url:
+        state = {}
+    have, size = part.size(), state.get("size")
     if have and have == size:
         return
-    headers = {"User-Agent": AGENT, "Accept": "*/*"}
+    headers = {}
     if size and 0 < have < size and state.get("validator"):
-        headers |= {"Range": f"bytes={have}-", "If-Range": state["validator"]}
-    with answer(address, headers, stall) as response:
-        if response.headers.get("Content-Encoding", "identity") != "identity":
-            raise RefusedError("sends it in another encoding")
-        incoming = chunks(response, stall)
-        head = b""
-        if response.status == 206:
-            _check_same(response, state, have)
+        headers = {"Range": f"bytes={have}-", "If-Range": state["validator"]}
+    with open_url(url, headers, stall) as response:
+        etag = response.headers.get("ETag", "")
+        validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")  # a weak ETag is not enough
+        chunks = read_chunks(response, stall)
+        if response.status == 206:  # the rest of the file; checked because not all servers respect If-Range
+            is_rest = bool(headers) and response.headers.get("Content-Range") == f"bytes {have}-{size - 1}/{size}"
+            if not is_rest or validator not in (None, state["validator"]):
+                raise VersionChangedError("the file on the server has changed")
         else:
-            have, size = 0, number(response.headers.get("Content-Length"))
-            while len(head) < 8 and (chunk := next(incoming, b"")):
-                head += chunk
-            if starts and not head.startswith(tuple(starts)):
-                if size is not None and len(head) < min(8, size):
-                    raise BrokenOffError(f"broke off at {len(head)} of {size} bytes")
-                raise RefusedError(f"not the file, but {_what(head)}")
+            have, size = 0, parse_number(response.headers.get("Content-Length"))
+            chunks = _check_first_bytes(chunks, part.path.stem, size)
         if size:
-            check_room(part.parent, round((size - have) + size * room), part.name.removesuffix(".part"))
+            check_free_space(part.path.parent, round(size - have + size * unpack_factor), part.path.stem)
         if not have:
-            # In this order: a kill between two of them leaves nothing that could be taken for this file's beginning.
-            _state_file(part).unlink(missing_ok=True)
-            _write(part, b"", "wb")
-            if not quiet:
-                write_text(_state_file(part), json.dumps(
-                    {"address": address, "size": size, "validator": validator(response)}, indent=1))  # fmt: skip
-        have = _append(part, head, incoming, have, size, quiet)
-    if size is not None and have < size:
-        raise BrokenOffError(f"broke off at {human(have)} of {human(size)}")
+            part.start(url, size, validator)
+        # Unbuffered, so that a killed process loses no byte.
+        with open(part.path, "ab", buffering=0) as file, Progress(part.path.stem, size, initial=have) as progress:
+            for chunk in chunks:
+                rest = chunk[: None if size is None else size - have]
+                while rest:  # a write may be partial
+                    written = file.write(rest)
+                    have, rest = have + written, rest[written:]
+                    progress.update(written)
+                if have == size:
+                    break
+    _check_length(have, size)
 
 
-def _append(part: Path, head: bytes, incoming: Iterator[bytes], have: int, size: int | None, quiet: bool) -> int:
-    """Write what comes, up to ``size`` bytes in all, to the end of ``part``; returns its size in bytes."""
-    name = part.name.removesuffix(".part")
-    with Progress(name, size, start=have) if not quiet else _Silent() as progress, _unbuffered(part) as file:
-        chunk = head
-        while chunk or (chunk := next(incoming, b"")):
-            chunk = memoryview(chunk)[: None if size is None else size - have]
-            have += len(chunk)
-            progress.add(len(chunk))
-            with translate_write_errors(part):
-                while chunk:  # each byte goes to the system at once, so that a kill loses none
-                    chunk = chunk[file.write(chunk) :]
-            if have == size:
-                break
-    return have
+def _check_length(received: int, size: int | None) -> None:
+    if size is not None and received < size:
+        raise ConnectionLostError(f"connection closed after {received} of {size} bytes")
 
 
-class _Silent:
-    def add(self, count: int) -> None:
-        pass
-
-    def __enter__(self) -> "_Silent":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def _unbuffered(part: Path):  # noqa: ANN202  (a context manager)
-    with translate_write_errors(part):
-        file = open(part, "ab", buffering=0)  # noqa: SIM115
-    try:
-        yield file
-    finally:
-        file.close()
-
-
-def _check_same(response: http.client.HTTPResponse, state: dict[str, Any], have: int) -> None:
-    """BrokenOffError, to begin again, unless a partial response is the rest of the same version: not every server
-    heeds If-Range."""
-    span = response.headers.get("Content-Range", "").removeprefix("bytes ")
-    same = bool(state) and span == f"{have}-{state['size'] - 1}/{state['size']}"
-    if not same or validator(response) not in (None, state["validator"]):
-        raise BrokenOffError("the file there has changed: from the beginning", is_stale=True)
-
-
-def _read_state(part: Path, address: str) -> dict[str, Any]:
-    state = _state_of(part)
-    return state if state.get("address") == address and isinstance(state.get("size"), int) else {}
-
-
-def _state_of(part: Path) -> dict[str, Any]:
-    try:
-        state = json.loads(_state_file(part).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
-
-
-def _state_file(part: Path) -> Path:
-    return part.with_name(f"{part.name}.json")
-
-
-def _forget(part: Path) -> None:
-    _state_file(part).unlink(missing_ok=True)
-    part.unlink(missing_ok=True)
-
-
-def _write(path: Path, data: bytes, mode: str) -> None:
-    with translate_write_errors(path), open(path, mode) as file:
-        file.write(data)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else 0
-
-
-def _what(head: bytes) -> str:
-    page = head.lstrip().lower().startswith((b"<!doc", b"<html", b"<head", b"<?xml"))
-    return "a web page" if page else "nothing" if not head else f"something that begins with {head[:8]!r}"
+def _check_first_bytes(chunks: Iterator[bytes], name: str, size: int | None) -> Iterator[bytes]:
+    """Return the unchanged chunks. RejectedError: they are not those of a file with this suffix."""
+    head = b""
+    while len(head) < 8 and (chunk := next(chunks, b"")):
+        head += chunk
+    expected = FIRST_BYTES.get(Path(name).suffix, ())
+    if expected and not head.startswith(expected):
+        _check_length(len(head), min(8, size or 0))
+        is_page = head.lstrip().lower().startswith((b"<!doc", b"<html", b"<head", b"<?xml"))
+        content = "a web page" if is_page else f"data that starts with {head[:8]!r}" if head else "an empty file"
+        raise RejectedError(f"the server sent {content} instead of {name}")
+    return itertools.chain([head], chunks)

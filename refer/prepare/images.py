@@ -1,52 +1,128 @@
-"""Puts the pictures that annotations ask for in their place, and finds those that are missing, cut short or others.
+"""Find missing and corrupt images, and install them from folders, from archives or from the internet.
 
-Sizes are (width, height) in pixels.
+Image sizes are (width, height) in pixels.
 """
 
 import os
-import queue
 import re
-import shutil
-import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
+from lib.cli import LOGGER
 from lib.errors import UserError
 from lib.files import translate_write_errors
-from refer.datasets import COCO_IMAGES
-from refer.prepare.annotations import DOWNLOADS
+from refer.datasets import COCO_IMAGES, COCO_URL, COCO_ZIP
 from refer.prepare.archives import open_archive
-from refer.prepare.download import Patience, fetch
-from refer.prepare.hashes import keep_replaced
-from refer.prepare.progress import Progress, check_room
-from refer.prepare.responses import RefusedError
-from refer.sources import COCO_ZIP, picture_address
-from utils import LOGGER
-
-Sizes = Mapping[str, tuple[int, int]]  # file name: width, height
+from refer.prepare.download import Options, Partial, download, install_from_sources
+from refer.prepare.files import (
+    DOWNLOADS,
+    Hashes,
+    Progress,
+    RejectedError,
+    check_free_space,
+    link_or_copy,
+    replace_keeping,
+)
 
 FOLDER = COCO_IMAGES.name  # train2014
-PICTURES_ASIDE = "pictures"  # folder of single pictures that are being downloaded
-FETCHERS = 8  # pictures that are downloaded at the same time
-TYPICAL = 170_000  # bytes of a picture, to see beforehand whether there is room
-FRUITLESS = 5  # pictures a place may fail to give before it is asked no more, if it hasn't given any
-HOPELESS = 20  # pictures in a row that no place gives, after which the rest isn't tried
+UNPACK_FACTOR = 1.02  # size of the unpacked images relative to their archive
+MEAN_BYTES = 170_000  # of an image, to estimate the disk space of downloads
+THREADS = 8
+MAX_FAILURES = 20  # consecutive images that a server fails to deliver before it is given up
+
+Sizes = Mapping[str, tuple[int, int]]  # file name: width, height
+Files = dict[str, tuple[int, Callable[[Path], object]]]  # file name: size in bytes, function that writes it to a path
 
 
-def picture_fault(path: Path, size: tuple[int, int] | None = None) -> str:
-    """What is wrong with a picture, empty if nothing is: missing, no picture, cut short, of another size (if given).
+def prepare_images(root: Path, needed: Sizes, hashes: Hashes, options: Options, images: str) -> dict[str, str]:
+    """Install COCO images from the user's files or from the internet.
 
-    A JPEG that ends as JPEGs end is taken to be whole; any other is decoded in full.
+    Args:
+        root: folder of the datasets.
+        needed: sizes of the images that the annotations need.
+        hashes: recorded hashes of ``root``.
+        options: where the images may come from.
+        images: ``zip``: all of train2014; ``needed``: only the needed images; ``none``.
+
+    Returns:
+        {file name: what is wrong} of the needed images that are not installed.
+
+    Raises:
+        UserError: a download fails, or the disk is full.
+    """
+    folder, target = Path(root, COCO_IMAGES), Path(root, DOWNLOADS, COCO_ZIP)
+    faults = find_image_faults(folder, needed)
+    if images == "none":
+        return faults
+    with translate_write_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def install(source: Path) -> None:
+        with open_source(source) as files:
+            if source == target and (missing := sorted(needed.keys() - files.keys())):
+                raise RejectedError(f"{len(missing)} needed images are not in it, for example {missing[0]}")
+            install_images(source, files, folder, needed, faults, install_all=images == "zip")
+
+    for source in _local_sources(options.local) if faults else ():
+        try:
+            install(source)
+        except RejectedError as error:
+            LOGGER.warning(f"{source}: {error}")
+        faults = find_image_faults(folder, needed)
+    # An archive that is still here without a recorded hash was not unpacked completely.
+    is_interrupted = images == "zip" and target.is_file() and COCO_ZIP not in hashes.known
+    if not faults and not is_interrupted:
+        LOGGER.info(f"{folder}: all {len(needed)} needed images are installed.")
+        return faults
+    if not options.download:
+        return faults
+    if images == "needed":
+        download_images({name: needed[name] for name in faults}, folder, target.parent, options)
+    else:
+        urls = [f"{COCO_URL}zips/{COCO_ZIP}"]
+        install_from_sources(
+            install, local=(), urls=urls, target=target, hashes=hashes, options=options, unpack_factor=UNPACK_FACTOR
+        )
+    return find_image_faults(folder, needed)
+
+
+def find_image_faults(folder: Path, sizes: Sizes) -> dict[str, str]:
+    """Return {file name: what is wrong} of the images that are missing, corrupt or of another size."""
+    return _map_in_threads(lambda name: image_fault(folder / name, sizes[name]), sizes, "Checking images")
+
+
+def _map_in_threads(function: Callable[[str], str], names: Iterable[str], description: str) -> dict[str, str]:
+    """Return {name: function(name)} without empty results, in order."""
+    # The threads of a ThreadPool are daemons, so Ctrl-C does not wait for them.
+    names = list(names)
+    with ThreadPool(THREADS) as pool, Progress(description, len(names), unit="images") as progress:
+        results = {}
+        for name, result in zip(names, pool.imap(function, names), strict=True):
+            progress.update()
+            if result:
+                results[name] = result
+    return results
+
+
+def image_fault(path: Path, size: tuple[int, int] | None = None) -> str:
+    """Describe what is wrong with an image file; empty if nothing is.
+
+    A JPEG with a proper end marker is considered complete; any other image is decoded.
+
+    Args:
+        path: of the image.
+        size: expected width and height, if known.
     """
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             if size is not None and image.size != size:
-                (W, H), (right_W, right_H) = image.size, size
-                return f"is {W}x{H}, the annotations say {right_W}x{right_H}"
+                return "has {}x{} pixels instead of {}x{}".format(*image.size, *size)
             file.seek(-2, os.SEEK_END)
             if image.format == "JPEG" and file.read() == b"\xff\xd9":
                 return ""
@@ -55,225 +131,167 @@ def picture_fault(path: Path, size: tuple[int, int] | None = None) -> str:
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     except UnidentifiedImageError:
-        return "is no picture"
-    except Exception as error:  # Pillow's decoders raise many kinds
-        return f"is cut short or damaged ({' '.join(str(error).split())[:100]})"
+        return "is not an image"
+    except Exception as error:  # Pillow's decoders raise many types
+        return f"is truncated or corrupt ({' '.join(str(error).split())[:100]})"
     return ""
 
 
-def picture_faults(folder: Path, sizes: Sizes) -> dict[str, str]:
-    """{file name: what is wrong} of those that are not right."""
-    faults = {}
-    with Progress("looking at pictures", len(sizes), unit="pictures") as progress, ThreadPoolExecutor(4) as threads:
-        looked = threads.map(lambda item: picture_fault(folder / item[0], item[1]), sizes.items())
-        try:
-            for name, fault in zip(sizes, looked, strict=True):
-                if fault:
-                    faults[name] = fault
-                progress.add(1)
-        except KeyboardInterrupt:  # without looking at the rest first
-            threads.shutdown(wait=False, cancel_futures=True)
-            raise
-    return faults
+def describe_faults(folder: Path, faults: Mapping[str, str]) -> str:
+    """Return one line about the faults (at least one) of :func:`find_image_faults`."""
+    invalid = [name for name, fault in faults.items() if fault != "is missing"]
+    missing = len(faults) - len(invalid)
+    counts = [f"{missing} missing"] * bool(missing) + [f"{len(invalid)} invalid"] * bool(invalid)
+    name = (invalid or list(faults))[0]
+    return f"{folder}: {' and '.join(counts)} image(s); for example, {name} {faults[name]}."
 
 
-def take_picture_zip(
-    path: Path, root: Path, needed: Sizes, faulty: Collection[str], *, everything: bool, insist: bool
+def _local_sources(paths: Sequence[Path]) -> Iterator[Path]:
+    """Yield the user's folders and archives that may contain images."""
+    for path in paths:
+        for folder in (path, path / FOLDER, path / "images" / FOLDER, path / COCO_IMAGES):
+            if folder.is_dir() and any(is_jpeg_name(entry.name) for entry in os.scandir(folder)):
+                yield folder
+        archive = path / COCO_ZIP if path.is_dir() else path
+        if archive.suffix.lower() == ".zip" and archive.is_file():
+            yield archive
+
+
+@contextmanager
+def open_source(source: Path) -> Iterator[Files]:
+    """Yield the images of a folder, or those in the folder ``train2014`` of an archive.
+
+    Raises:
+        RejectedError: the archive is corrupt or unsafe.
+    """
+    if source.is_dir():
+        entries = [entry for entry in os.scandir(source) if is_jpeg_name(entry.name) and entry.is_file()]
+        yield {entry.name: (entry.stat().st_size, partial(link_or_copy, Path(entry.path))) for entry in entries}
+        return
+    with open_archive(source) as archive:
+        members = {name: member for name, member in archive.files(FOLDER).items() if is_jpeg_name(name)}
+        yield {name: (member.file_size, partial(archive.extract, member)) for name, member in members.items()}
+
+
+def install_images(
+    source: Path, files: Files, folder: Path, needed: Sizes, faults: Mapping[str, str], *, install_all: bool
 ) -> None:
-    """Unpack pictures from an archive like train2014.zip.
+    """Install the images of a source that are missing or invalid in ``folder``.
 
     Args:
-        faulty: names of needed pictures that are not there or not right: of those, only these.
-        everything: also take COCO's other pictures, those that are not there, or damaged.
-        insist: an archive that lacks a needed picture is refused.
+        source: for messages.
+        files: content of the source.
+        folder: of the installed images.
+        needed: sizes of the needed images.
+        faults: the needed images that are missing or invalid.
+        install_all: also install other images of COCO train2014.
 
     Raises:
-        RefusedError: the archive is unsafe or damaged, or lacks pictures; what is unpacked by then stays.
-        UserError: the disk is full, …
+        RejectedError: the archive is corrupt. Images installed before remain.
+        UserError: the disk is full or not writable.
     """
-    folder = Path(root, COCO_IMAGES)
-    with open_archive(path) as archive:
-        members = archive.find(FOLDER, lambda name: name in needed or (everything and is_coco_name(name)))
-        if insist and (lacking := sorted(needed.keys() - members.keys())):
-            raise RefusedError(f"lacks {len(lacking)} of the pictures that the annotations need, such as {lacking[0]}")
-        with translate_write_errors(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            there = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-        missing = {name: one for name, one in members.items() if name in faulty}
-        for name, one in members.items():  # of the same size in bytes as in the archive: taken to be whole
-            if name not in needed and there.get(name) != one.file_size and picture_fault(folder / name):
-                missing[name] = one
-        check_room(folder, sum(one.file_size for one in missing.values()), f"unpacking {path.name}")
-        if not members:
-            return
-        start = len(members) - len(missing)
-        with Progress(f"unpacking {path.name}", len(members), start=start, unit="pictures") as progress:
-            for name, member in missing.items():
-                aside = folder / f".{name}.part"
-                try:
-                    archive.write(member, aside)
-                    _put(aside, folder / name)
-                finally:
-                    aside.unlink(missing_ok=True)
-                progress.add(1)
-    os.sync()  # once for all: the archive may be deleted after this
+    existing = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
+
+    def is_selected(name: str) -> bool:
+        if name in needed or not (install_all and is_coco_name(name)):
+            return name in faults
+        # A file of the same size is taken to be complete.
+        return existing.get(name) != files[name][0] and bool(image_fault(folder / name))
+
+    selected = [name for name in files if is_selected(name)]
+    if not source.is_dir():
+        check_free_space(folder, sum(files[name][0] for name in selected), f"Unpacking {source.name}")
+    with Progress(f"Images from {source}", len(selected), unit="images") as progress:
+        for name in selected:
+            if fault := install_image(folder / name, files[name][1], needed.get(name)):
+                LOGGER.warning(f"{source}: {name} {fault} and was not installed.")
+            progress.update()
+    os.sync()  # the archive may be deleted after this
 
 
-def take_picture_folder(source: Path, root: Path, needed: Sizes, *, everything: bool) -> None:
-    """Hard link pictures from a folder, or copy them where it is on another disk; those in place and whole stay.
+def install_image(path: Path, write: Callable[[Path], object], size: tuple[int, int] | None = None) -> str:
+    """Write an image under a temporary name, check it and rename it to ``path``.
 
-    Raises: UserError: the disk is full, …
+    Another intact image that has this name is kept as ``<name>.replaced``.
+
+    Args:
+        path: of the installed image.
+        write: writes the image to the path it is called with.
+        size: expected width and height; None: do not check the image.
+
+    Returns:
+        What is wrong with the image; empty if it was installed.
     """
-    folder = Path(root, COCO_IMAGES)
-    with translate_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if folder.samefile(source):
-        return
-    names = [one.name for one in os.scandir(source) if is_picture_name(one.name) and one.is_file()]
-    names = [one for one in names if one in needed or (everything and is_coco_name(one))]
-    with Progress(f"taking pictures from {source}", len(names), unit="pictures") as progress:
-        for name in names:
-            progress.add(1)
-            if name not in needed:
-                if not (folder / name).exists():
-                    _link(source / name, folder / name)
-            elif picture_fault(folder / name, needed[name]):
-                if fault := picture_fault(source / name, needed[name]):
-                    LOGGER.warning(f"{source / name} {fault}: not taken")
-                else:
-                    _link(source / name, folder / name)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with translate_write_errors(path):
+            write(temporary)
+            if size is not None and (fault := image_fault(temporary, size)):
+                return fault
+            if path.exists() and not image_fault(path):
+                replace_keeping(temporary, path)
+            else:
+                temporary.replace(path)
+            return ""
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
-def _link(source: Path, target: Path) -> None:
-    aside = target.with_name(f".{target.name}.part")
-    aside.unlink(missing_ok=True)
-    with translate_write_errors(target):
-        try:
-            os.link(source.resolve(), aside)
-        except OSError:  # another disk, or one without links
-            shutil.copyfile(source, aside)
-    _put(aside, target)
+def download_images(missing: Sizes, folder: Path, downloads: Path, options: Options) -> None:
+    """Download single images, several at a time.
 
-
-def _put(aside: Path, target: Path) -> None:
-    """Give a picture its name; a whole one that has it, a user's own perhaps, is kept under another."""
-    with translate_write_errors(target):
-        if target.exists() and not picture_fault(target):
-            LOGGER.warning(f"{target} is replaced; what was there is kept as {keep_replaced(target).name}")
-        aside.replace(target)
-
-
-def fetch_pictures(missing: Sizes, root: Path, mirrors: Sequence[str], patience: Patience) -> None:
-    """Download single pictures, several at a time; each is looked at before it gets its name.
+    Args:
+        missing: sizes of the images.
+        folder: of the installed images.
+        downloads: folder for incomplete downloads.
+        options: mirrors and retries.
 
     Raises:
-        UserError: some can't be had (those that can are there by then), or the disk is full.
+        UserError: some cannot be downloaded (the others are installed by then), or the disk is full.
     """
     for name in missing:
-        if not is_picture_name(name):
-            raise UserError(f"{name!r} is not the name of a COCO picture: it is not downloaded")
-    folder, aside = Path(root, COCO_IMAGES), Path(root, DOWNLOADS, PICTURES_ASIDE)
-    check_room(folder, len(missing) * TYPICAL, f"downloading {len(missing)} pictures")
-    with translate_write_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    places = [_Place(lambda name, mirror=mirror: f"{mirror}/{FOLDER}/{quote(name)}") for mirror in mirrors]
-    places += [_Place(picture_address)]
+        if not is_jpeg_name(name):
+            raise UserError(f"{name!r} is not the name of a COCO image and cannot be downloaded.")
+    check_free_space(folder, len(missing) * MEAN_BYTES, f"Downloading {len(missing)} images")
+    servers = [f"{mirror}/" for mirror in options.mirrors] + [COCO_URL]
+    failures = dict.fromkeys(servers, 0)  # consecutive ones
 
-    def get(name: str) -> str:
-        reasons = []
-        for place in places:
-            if place.is_fruitless():
+    def install(name: str) -> str:
+        """Return why the image could not be installed from any server."""
+        reasons, target = [], downloads / name
+        for server in servers:
+            if failures[server] >= MAX_FAILURES:
                 continue
+            url = f"{server}{FOLDER}/{quote(name)}"
             try:
-                fetch(place.address(name), aside / name, starts=(b"\xff\xd8",), patience=patience, quiet=True)
-                if fault := picture_fault(aside / name, missing[name]):
-                    raise RefusedError(fault)
-                _put(aside / name, folder / name)
-                place.given += 1
+                download(url, target, options)
+                if fault := install_image(folder / name, target.replace, missing[name]):
+                    raise RejectedError(fault)
+                failures[server] = 0
                 return ""
-            except RefusedError as refused:
-                place.failed += 1
-                reasons.append(f"{place.address(name)}: {refused}")
-        return "; ".join(reasons) or "not tried any more"
+            except RejectedError as error:
+                failures[server] += 1
+                reasons.append(f"{url}: {error}")
+            finally:
+                Partial(target).delete()
+                target.unlink(missing_ok=True)
+        return "; ".join(reasons) or "skipped"
 
-    failed: dict[str, str] = {}
-    in_a_row = 0
-    with Progress("downloading pictures", len(missing), unit="pictures") as progress:
-        for name, reason in _in_threads(get, missing):
-            in_a_row = in_a_row + 1 if reason else 0
-            if reason:
-                failed[name] = reason
-            if in_a_row >= HOPELESS:
-                break
-            progress.add(1)
-    shutil.rmtree(aside, ignore_errors=True)
+    failed = _map_in_threads(install, missing, "Downloading images")
     if failed:
-        rest = ", and the rest was not tried" if in_a_row >= HOPELESS else ""
-        first = next(failed[name] for name in missing if name in failed)  # whichever thread was the quickest
+        skipped = sum(reason == "skipped" for reason in failed.values())
+        note = f", {skipped} of them not tried after {MAX_FAILURES} failures in a row" if skipped else ""
         raise UserError(
-            f"{len(failed)} of {len(missing)} pictures can't be had{rest}: {first}. "
-            "The same command goes on from here; or give them by --from FOLDER"
+            f"{len(failed)} of {len(missing)} images could not be downloaded{note}. {next(iter(failed.values()))}. "
+            "Run the same command again to continue, or pass a folder that has them with --from."
         )
 
 
-class _Place:
-    """Where pictures may be had, and how often they were."""
-
-    def __init__(self, address: Callable[[str], str]) -> None:
-        self.address, self.given, self.failed = address, 0, 0
-
-    def is_fruitless(self) -> bool:
-        return not self.given and self.failed >= FRUITLESS
-
-
-def _in_threads(work: Callable[[str], str], names: Iterable[str]) -> Iterable[tuple[str, str]]:
-    """(name, result) as they come. Of daemon threads, so that Ctrl-C need not wait for servers."""
-    waiting: queue.SimpleQueue[str] = queue.SimpleQueue()
-    results: queue.SimpleQueue[tuple[str, str | BaseException]] = queue.SimpleQueue()
-    for name in names:
-        waiting.put(name)
-    count, stopped = waiting.qsize(), threading.Event()
-
-    def run() -> None:
-        while not stopped.is_set():
-            try:
-                name = waiting.get_nowait()
-            except queue.Empty:
-                return
-            try:
-                results.put((name, work(name)))
-            except BaseException as error:
-                results.put((name, error))
-
-    for _ in range(min(FETCHERS, count)):
-        threading.Thread(target=run, daemon=True).start()
-    try:
-        for _ in range(count):
-            name, result = results.get()
-            if isinstance(result, BaseException):
-                raise result
-            yield name, result
-    finally:
-        stopped.set()
-
-
-def is_picture_name(name: str) -> bool:
-    """Whether it is a plain file name of a JPEG, and no hidden file's."""
+def is_jpeg_name(name: str) -> bool:
+    """Return whether this is the plain name of a JPEG file that is not hidden."""
     return name.endswith(".jpg") and name[0] != "." and not set("/\\:\0") & set(name)
 
 
 def is_coco_name(name: str) -> bool:
-    """Whether COCO train2014 may have a picture of this name; a folder of downloads also has others."""
+    """Return whether COCO train2014 may have an image of this name."""
     return re.fullmatch(r"COCO_train2014_\d{12}\.jpg", name, re.ASCII) is not None
-
-
-def picture_folders(place: Path) -> list[Path]:
-    """The folders of pictures that a folder given by the user can mean, those that are there and hold one."""
-    found = [place, *(place / below for below in (FOLDER, f"images/{FOLDER}", COCO_IMAGES))]
-    return [one for one in found if one.is_dir() and any(is_picture_name(entry.name) for entry in os.scandir(one))]
-
-
-def picture_zips(place: Path) -> list[Path]:
-    """The archive of pictures that a folder or file given by the user can mean, if it is there."""
-    zips = (place / COCO_ZIP,) if place.is_dir() else (place,)
-    return [one for one in zips if one.is_file() and one.suffix.lower() == ".zip"]

@@ -1,172 +1,121 @@
-"""Brings the weights that training begins with, and BERT's vocabulary, into pretrained/."""
+"""Verify and install the pretrained weights and BERT's vocabulary in pretrained/."""
 
 import shlex
-import shutil
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from lib.errors import UserError
+from lib.cli import LOGGER
 from lib.files import translate_write_errors
-from lib.variants import BERT_VOCAB_SIZE
-from refer.prepare.annotations import DOWNLOADS
-from refer.prepare.download import Patience, is_refused_name, obtain, remove_if_empty
-from refer.prepare.hashes import Hashes, keep_replaced
-from refer.prepare.responses import OtherFileError, RefusedError
-from refer.sources import BERT_VOCABULARY, BERT_WEIGHTS, SWIN_FILES, weight_addresses
-from utils import LOGGER
+from lib.variants import BERT_VOCAB_SIZE, SWIN_VARIANTS
+from refer.datasets import BERT_VOCABULARY, BERT_WEIGHTS, weights_url
+from refer.prepare.download import Options, install_from_sources
+from refer.prepare.files import DOWNLOADS, Hashes, RejectedError, link_or_copy, locked, replace_keeping
 
-WEIGHTS = (*(f"swin_{size}" for size in SWIN_FILES), "bert", "bert_vocabulary")
-EMBED_DIMS = {"tiny": 96, "small": 96, "base": 128, "large": 192}
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
-STARTS = {  # first bytes, by the end of the name; torch.save writes a zip or, long ago, a pickle
-    ".pth": (b"PK\x03\x04", b"\x80\x02"),
-    ".bin": (b"PK\x03\x04", b"\x80\x02"),
-    ".txt": (b"[PAD]",),
-}
 
 
-def files_of(weights: str, folder: Path, given: Sequence[Path] = ()) -> list[str]:
-    """The files that one of WEIGHTS means; of those that will do, one that is in the folder or in a place that the user
-    has named, else the one to download."""
-    if weights == "bert_vocabulary":
-        return [BERT_VOCABULARY]
-    if weights != "bert":
-        return [SWIN_FILES[weights.removeprefix("swin_")]]
-    there = [name for name in BERT_WEIGHTS if Path(folder, name).is_file()]
-    there += [name for name in BERT_WEIGHTS if any(_source(place, name).is_file() for place in given)]
-    return [BERT_VOCABULARY, (there or BERT_WEIGHTS)[0]]
+def prepare_weights(names: Sequence[str], folder: Path, options: Options) -> list[Path]:
+    """Install the files of these ``refer.datasets.WEIGHTS``, unless valid ones exist, and return their paths.
 
-
-def weights_fault(path: Path) -> str:
-    """What is wrong with a file of weights, or the vocabulary; empty if nothing is."""
-    try:
-        if not path.is_file():
-            return "is missing"
-        if path.suffix == ".txt":
-            return _vocabulary_fault(path)
-        shapes = _shapes(path)
-    except Exception as error:  # torch.load and safetensors raise many kinds for a damaged file
-        told = " ".join(str(error).split("\n")[0].split())[:100]
-        return f"is cut short, damaged or no file of weights ({type(error).__name__}: {told})"
-    size = next((size for size, name in SWIN_FILES.items() if name == path.name), None)
-    if size is None:
-        found = [shape for name, shape in shapes.items() if name.endswith(WORD_EMBEDDINGS)]
-        return (
-            "" if [one[0] for one in found] == [BERT_VOCAB_SIZE] else f"has no {WORD_EMBEDDINGS} of BERT's vocabulary"
-        )
-    if shapes.get("patch_embed.proj.weight") != (EMBED_DIMS[size], 3, 4, 4):
-        return f"has no patch_embed.proj.weight of Swin {size}"
-    return ""
-
-
-def prepare_weights(
-    names: Sequence[str],
-    folder: Path,
-    *,
-    given: Sequence[Path] = (),
-    download: bool = True,
-    mirrors: Sequence[str] = (),
-    patience: Patience | None = None,
-) -> list[Path]:
-    """Bring the files of these WEIGHTS into a folder; those that are there and right are kept.
-
-    given: files, or folders of files, to look in first.
-
-    Raises: UserError: a file can't be had, or is not the one recorded earlier.
+    Raises:
+        UserError: no source has a valid file.
     """
-    hashes, paths = Hashes(folder), []
-    for name in dict.fromkeys(file for one in names for file in files_of(one, folder, given)):
-        path = Path(folder, name)
-        fault = _fault(path, name, hashes)
-        if fault:
-            if path.exists():
-                LOGGER.warning(f"{path} {fault}: getting it again")
-            _bring(path, hashes, given, mirrors if download else None, patience)
-        else:
-            LOGGER.info(f"{path} is there already")
-        hashes.record({name: path})
-        paths.append(path)
+    with locked(folder):
+        hashes, paths = Hashes(folder), []
+        for file in dict.fromkeys(file for name in names for file in weight_files(name, folder, options.local)):
+            path = Path(folder, file)
+            fault = weights_fault(path, file) or hashes.difference(file, path)
+            if not fault:
+                LOGGER.info(f"{path} is already installed.")
+                hashes.record({file: path})
+            else:
+                LOGGER.info(f"{path} {fault}. Installing it.")
+                install_from_sources(
+                    lambda source, path=path: install_weights(source, path, hashes),
+                    local=[source for place in options.local if (source := _local_file(place, file)).is_file()],
+                    urls=[weights_url(file)],
+                    target=folder / DOWNLOADS / file,
+                    hashes=hashes,
+                    options=options,
+                )
+            paths.append(path)
     return paths
 
 
-def weights_problems(names: Sequence[str], folder: Path) -> list[str]:
-    """What is wrong with the files of these WEIGHTS in a folder; nothing is written."""
-    hashes, found = Hashes(folder), []
-    for one in names:
-        for name in files_of(one, folder):
-            if fault := _fault(Path(folder, name), name, hashes):
-                command = f"python -m refer.prepare --weights {one} --pretrained {shlex.quote(str(folder))}"
-                found.append(f"{Path(folder, name)} {fault}. To get it again: `{command}`")
-    return found
+def install_weights(source: Path, path: Path, hashes: Hashes) -> None:
+    """Verify a file and link or copy it to ``path``. RejectedError: it is not the file published by that name."""
+    if fault := weights_fault(source, path.name) or hashes.difference(path.name, source):
+        raise RejectedError(fault)
+    temporary = path.with_name(f".{path.name}.part")
+    with translate_write_errors(path):
+        link_or_copy(source, temporary)
+    replace_keeping(temporary, path)
+    hashes.record({path.name: path})
 
 
-def _bring(
-    path: Path, hashes: Hashes, given: Sequence[Path], mirrors: Sequence[str] | None, patience: Patience | None
-) -> None:
-    """Get one file from a place the user has named, else from the internet. mirrors: None where that isn't wanted."""
-    aside = path.parent / DOWNLOADS / path.name
+def find_weights_problems(names: Sequence[str], folder: Path) -> list[str]:
+    """Return a message for each file of these ``refer.datasets.WEIGHTS`` that is missing or invalid."""
+    hashes, problems = Hashes(folder), []
+    for name in names:
+        for file in weight_files(name, folder):
+            path = Path(folder, file)
+            if fault := weights_fault(path, file) or hashes.difference(file, path):
+                command = f"python -m refer.prepare --weights {name} --pretrained {shlex.quote(str(folder))}"
+                problems.append(f"{path} {fault}. To install it again: `{command}`.")
+    return problems
 
-    def accept(file: Path) -> None:
-        if fault := weights_fault(file):
-            raise RefusedError(fault)
-        if told := hashes.difference(path.name, file):
-            raise OtherFileError(told)
-        with translate_write_errors(path):
-            if path.exists():
-                keep_replaced(path)
-            file.replace(path)
 
-    reasons = []
+def weight_files(name: str, folder: Path, local: Sequence[Path] = ()) -> list[str]:
+    """Return the file names that one of ``refer.datasets.WEIGHTS`` stands for.
+
+    BERT's weights exist under two names. One that is in ``folder`` or among the user's files is preferred.
+    """
+    if name == "bert_vocabulary":
+        return [BERT_VOCABULARY]
+    if name != "bert":
+        return [SWIN_VARIANTS[name.removeprefix("swin_")]["pretrained"]]
+    places = [folder, *local]
+    existing = [file for place in places for file in BERT_WEIGHTS if _local_file(place, file).is_file()]
+    return [BERT_VOCABULARY, (existing or BERT_WEIGHTS)[0]]
+
+
+def _local_file(path: Path, name: str) -> Path:
+    """Return where a file of this name would be in a path from ``--from``, which is a folder or the file itself."""
+    return path if path.name == name and path.is_file() else path / name
+
+
+def weights_fault(path: Path, name: str) -> str:
+    """Describe what is wrong with a file of weights or a vocabulary that is published as ``name``; empty if nothing."""
+    if not path.is_file():
+        return "is missing"
     try:
-        for place in given:
-            source = _source(place, path.name)
-            if not source.is_file():
-                continue
-            with translate_write_errors(aside):
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, aside)
-            try:
-                return accept(aside)
-            except RefusedError as refused:
-                reasons.append(f"; {source} {refused}")
-                aside.unlink()
-        if mirrors is None:
-            raise UserError(f"{path.name} is not in what --from names{''.join(reasons)}; --download downloads it")
-        addresses = [f"{mirror}/{path.name}" for mirror in mirrors] + weight_addresses(path.name)
-        obtain(addresses, aside, accept, starts=STARTS.get(path.suffix, ()), patience=patience)
-    finally:
-        remove_if_empty(aside.parent)
+        if name == BERT_VOCABULARY:
+            tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+            is_valid = len(tokens) == BERT_VOCAB_SIZE and tokens[0] == "[PAD]"
+            return "" if is_valid else "is not the vocabulary of bert-base-uncased"
+        shapes = _read_shapes(path, name)
+    except Exception as error:  # torch.load and safetensors raise many types for a corrupt file
+        details = " ".join(str(error).split("\n")[0].split())[:100]
+        return f"is truncated, corrupt or not a file of weights ({type(error).__name__}: {details})"
+    for size, variant in SWIN_VARIANTS.items():
+        if name == variant["pretrained"]:
+            is_valid = shapes.get("patch_embed.proj.weight") == (variant["embed_dim"], 3, 4, 4)
+            return "" if is_valid else f"has no patch_embed.proj.weight of Swin {size}"
+    vocab_sizes = [shape[0] for key, shape in shapes.items() if key.endswith(WORD_EMBEDDINGS)]
+    return "" if vocab_sizes == [BERT_VOCAB_SIZE] else f"has no {WORD_EMBEDDINGS} with {BERT_VOCAB_SIZE} rows"
 
 
-def _source(place: Path, name: str) -> Path:
-    """Where a file of this name would be in a place that the user has named, a folder or a file."""
-    # What an earlier download gave and was kept is meant for this file, too.
-    is_meant = place.name == name or is_refused_name(place.name, Path(name))
-    return place if is_meant and place.is_file() else place / name
-
-
-def _fault(path: Path, name: str, hashes: Hashes) -> str:
-    return weights_fault(path) or hashes.difference(name, path)
-
-
-def _vocabulary_fault(path: Path) -> str:
-    tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")  # as bert.tokenization reads it
-    if len(tokens) != BERT_VOCAB_SIZE:
-        return f"has {len(tokens)} lines, the vocabulary of bert-base-uncased {BERT_VOCAB_SIZE}"
-    return "" if tokens[0] == "[PAD]" else "is no BERT vocabulary: [PAD] isn't first"
-
-
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """{name: shape} of the tensors in a file; of a safetensors file only the header is read, which says its length."""
-    if path.suffix == ".safetensors":
+def _read_shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """Return {key: shape} of the tensors in a file. Of a safetensors file only the header is read."""
+    if name.endswith(".safetensors"):
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
     import torch
 
-    # Files of the kind that is no zip can't be mapped into memory.
+    # Only zip files, not the older pickles, can be mapped into memory.
     loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     weights = loaded.get("model", loaded)
-    return {name: tuple(one.shape) for name, one in weights.items() if isinstance(one, torch.Tensor)}
+    return {key: tuple(tensor.shape) for key, tensor in weights.items() if isinstance(tensor, torch.Tensor)}

@@ -1,0 +1,147 @@
+"""Recorded hashes, replaced files, free space, progress and the lock: what all parts of refer.prepare use."""
+
+import fcntl
+import filecmp
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from lib.cli import LOGGER
+from lib.errors import UserError
+from lib.files import check_writable, file_sha256, fsync, translate_write_errors, write_text
+
+DOWNLOADS = "downloads"  # folder below the data root and below pretrained/, removed when it is empty
+HASHES_FILE = "hashes.json"
+LOG_INTERVAL = 15.0  # seconds between progress lines if stderr is not a terminal
+
+
+class RejectedError(Exception):
+    """A source has no usable file, and trying it again would not help. The next source is tried."""
+
+
+class Hashes:
+    """Sizes and SHA-256 sums of verified files, stored in ``hashes.json`` of a folder.
+
+    Nobody publishes checksums of these files. Therefore the first file that passes all checks is recorded, and later
+    downloads and the files on disk are compared with it.
+
+    Raises:
+        UserError: ``hashes.json`` is corrupt.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = Path(folder, HASHES_FILE)
+        self.known: dict[str, dict[str, Any]] = {}
+        try:
+            entries = json.loads(self.path.read_text(encoding="utf-8")).items()
+            self.known = {name: {"size": int(one["size"]), "sha256": str(one["sha256"])} for name, one in entries}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            raise UserError(f"{self.path} is corrupt. Delete it to record all hashes again.") from error
+
+    def difference(self, name: str, path: Path) -> str:
+        """Describe how a file differs from the one recorded as ``name``; empty if it does not, or if none is."""
+        recorded = self.known.get(name)
+        if recorded is None:
+            return ""
+        size, hint = path.stat().st_size, f"If the new file is right, delete the entry {name!r} in {self.path}"
+        if size != recorded["size"]:
+            return f"has {size} bytes instead of the recorded {recorded['size']}. {hint}"
+        sha256 = file_sha256(path)
+        if sha256 != recorded["sha256"]:
+            return f"has SHA-256 {sha256[:12]}… instead of the recorded {recorded['sha256'][:12]}…. {hint}"
+        return ""
+
+    def record(self, files: Mapping[str, Path]) -> None:
+        """Record the files {name: path} that have no entry yet. UserError: ``hashes.json`` cannot be written."""
+        new = {name: path for name, path in files.items() if name not in self.known}
+        for name, path in new.items():
+            self.known[name] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        if new:
+            write_text(self.path, json.dumps(self.known, indent=2, sort_keys=True) + "\n")
+
+
+class Progress(tqdm):
+    """A progress bar on a terminal; otherwise a log line every 15 seconds."""
+
+    def __init__(self, description: str, total: int | None, *, initial: int = 0, unit: str = "B") -> None:
+        settings: dict[str, Any] = {"dynamic_ncols": True}
+        self.is_logged = not sys.stderr.isatty()
+        if self.is_logged:
+            settings = {"mininterval": LOG_INTERVAL, "maxinterval": 2 * LOG_INTERVAL, "delay": LOG_INTERVAL,
+                        "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}", "file": io.StringIO()}  # fmt: skip
+        super().__init__(desc=description, total=total, initial=initial, unit=unit, unit_scale=unit == "B", **settings)
+
+    def display(self, *args: Any, **kwargs: Any) -> None:
+        """Show the current state. tqdm calls this at most once per interval."""
+        if self.is_logged:
+            LOGGER.debug(str(self))
+        else:
+            super().display(*args, **kwargs)
+
+
+def replace_keeping(source: Path, target: Path) -> None:
+    """Flush ``source`` to the disk and rename it. Another file of that name is kept as ``<target>.replaced<n>``."""
+    with translate_write_errors(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fsync(source)
+        if target.exists() and not filecmp.cmp(source, target, shallow=False):
+            names = (Path(f"{target}.replaced{number or ''}") for number in itertools.count())
+            kept = next(path for path in names if not os.path.lexists(path))
+            target.replace(kept)
+            LOGGER.warning(f"{target} was replaced. The previous file was kept as {kept.name}.")
+        source.replace(target)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Create a hard link, or a copy if the two paths are on different disks."""
+    target.unlink(missing_ok=True)  # copying into an existing hard link would change the file it links to
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def check_free_space(folder: Path, needed: int, purpose: str) -> None:
+    """Raise UserError unless the disk of ``folder`` has ``needed`` free bytes."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        needed_text, free_text = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
+        raise UserError(f"{purpose} needs {needed_text} in {folder}, but only {free_text} are free.")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create and lock ``folder`` during the block, because two processes would overwrite each other's files.
+
+    The folder of downloads is removed afterwards if it is empty.
+
+    Raises:
+        UserError: another process holds the lock, or the folder is not writable.
+    """
+    check_writable(folder / HASHES_FILE)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Another `python -m refer.prepare` uses {folder}. Wait until it has finished.") from error
+        except OSError:  # a file system without locks
+            pass
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                Path(folder, DOWNLOADS).rmdir()
+    finally:
+        os.close(handle)

@@ -1,0 +1,107 @@
+"""GET requests over http and https with timeouts."""
+
+import functools
+import http.client
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+from refer.prepare.files import RejectedError
+
+CHUNK = 1 << 18  # bytes
+MIN_BYTES = 1024  # a connection that delivers less within ``stall`` seconds is closed
+
+
+class ConnectionLostError(Exception):
+    """An attempt failed, and another one may succeed. ``wait``: seconds to wait, as requested by the server."""
+
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
+        super().__init__(reason)
+        self.wait = wait
+
+
+class VersionChangedError(ConnectionLostError):
+    """The part on disk does not belong to the file on the server. The download has to start again."""
+
+
+@contextmanager
+def open_url(url: str, headers: Mapping[str, str], stall: float) -> Iterator[http.client.HTTPResponse]:
+    """Yield the response to a GET request, redirects followed.
+
+    Raises:
+        ConnectionLostError: no data for ``stall`` seconds, a broken connection, or a temporary error of the server.
+        RejectedError: any other error.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise RejectedError("not an http or https address")
+    request = urllib.request.Request(url, headers={"User-Agent": "crossvlt-prepare/1", "Accept": "*/*", **headers})
+    try:
+        response = _opener().open(request, timeout=stall)
+    except urllib.error.HTTPError as error:
+        error.close()
+        message = f"{error.code} {error.reason}".strip()
+        if error.code == 416:  # range not satisfiable
+            raise VersionChangedError(message) from error
+        if error.code in (408, 425, 429) or error.code >= 500:
+            raise ConnectionLostError(message, parse_number(error.headers.get("Retry-After")) or 0) from error
+        raise RejectedError(message) from error
+    except (OSError, http.client.HTTPException) as error:
+        cause = getattr(error, "reason", error)  # URLError wraps the real error
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            raise RejectedError(f"invalid certificate ({cause.verify_message})") from error
+        raise ConnectionLostError(_describe(cause, stall)) from error
+    except ValueError as error:
+        raise RejectedError(f"invalid address ({error})") from error
+    with response:
+        yield response
+
+
+def read_chunks(response: http.client.HTTPResponse, stall: float) -> Iterator[bytes]:
+    """Yield the body in the pieces in which it arrives. ConnectionLostError: the connection breaks or stalls."""
+    start, received = time.monotonic(), 0
+    while True:
+        try:
+            chunk = response.read1(CHUNK)
+        except (OSError, http.client.HTTPException) as error:
+            raise ConnectionLostError(_describe(error, stall)) from error
+        if not chunk:
+            return
+        yield chunk
+        received += len(chunk)
+        if (now := time.monotonic()) - start > stall:
+            if received < MIN_BYTES:
+                raise ConnectionLostError(f"only {received} bytes within {stall:g} s")
+            start, received = now, 0
+
+
+def parse_number(text: str | None) -> int | None:
+    """Return the value of a header if it is a whole number."""
+    return int(text) if text and len(text) < 20 and text.isascii() and text.isdigit() else None
+
+
+class RedirectHandler(urllib.request.HTTPRedirectHandler):
+    """Follow redirects to https, and from http to http."""
+
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know 308
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: ANN001, ANN201  (urllib's signature)
+        schemes = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
+        if schemes[1] != "https" and schemes != ("http", "http"):
+            raise RejectedError(f"redirects to {newurl}, which is not followed")
+        return super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    return urllib.request.build_opener(RedirectHandler)
+
+
+def _describe(error: Exception | str, stall: float) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no data for {stall:g} s"
+    message = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(message).split())[:200]
