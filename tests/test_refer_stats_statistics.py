@@ -157,7 +157,7 @@ def test_select_datasets(tmp_path):
     assert select_datasets(tmp_path, "refcoco", "unc,google") == both
     assert select_datasets(tmp_path, " refcoco , mine ", "google,a") == [both[1], ("mine", "a")]
     assert select_datasets(tmp_path, "mine,refcoco") == [("mine", "a"), *both]
-    with pytest.raises(UserError, match="mine has a"):
+    with pytest.raises(UserError, match="mine has no splitBy 'unc'"):
         select_datasets(tmp_path, "mine,refcoco", "unc")
     with pytest.raises(MissingFileError):  # a dataset that is not installed is not skipped
         REFER(tmp_path, *select_datasets(tmp_path, "refcoco+")[0])
