@@ -1,4 +1,4 @@
-"""A small set to read, and to spoil: three pictures, 20 x 30 pixels (H x W), and five refs."""
+"""A small dataset for tests: five refs on three images of 20 x 30 pixels (H x W), and ways to modify it."""
 
 import copy
 import json
@@ -16,8 +16,8 @@ HUGE = 10**400
 
 
 def make_refs():
-    """(ref_id, ann_id, image_id, split): file order is not the order of the ids."""
-    rows = [
+    """Return five refs. The order in the file is not the order of the ids."""
+    rows = [  # ref_id, ann_id, image_id, split
         (50, 105, 1, "train"),
         (10, 101, 1, "val"),
         (40, 104, 2, "testA"),
@@ -48,25 +48,28 @@ def make_refs():
 
 
 def make_instances():
-    images = [{"id": one, "width": W, "height": H, "file_name": f"COCO_train2014_{one:012d}.jpg"} for one in (3, 1, 2)]
-    owners = {105: 1, 101: 1, 104: 2, 102: 2, 103: 3, 106: 3}
+    images = [
+        {"id": image_id, "width": W, "height": H, "file_name": f"COCO_train2014_{image_id:012d}.jpg"}
+        for image_id in (3, 1, 2)
+    ]
+    image_of = {105: 1, 101: 1, 104: 2, 102: 2, 103: 3, 106: 3}
     annotations = [
         {
-            "id": one,
-            "image_id": image,
-            "category_id": 2 if one % 2 else 1,
+            "id": ann_id,
+            "image_id": image_id,
+            "category_id": 2 if ann_id % 2 else 1,
             "area": 100.0,
             "bbox": [2.0, 2, 10, 10.5],
             "segmentation": [SQUARE],
         }
-        for one, image in owners.items()
+        for ann_id, image_id in image_of.items()
     ]
     categories = [{"id": 2, "name": "dog"}, {"id": 1, "name": "person"}]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def write(root, refs=None, instances=None, dataset="refcoco", splitBy="unc"):
-    """Files of a set: what is not bytes already is pickled and dumped. Returns the two paths."""
+    """Write the two files of a dataset and return their paths. Bytes are written unchanged."""
     folder = root / dataset
     folder.mkdir(exist_ok=True)
     refs_path, instances_path = folder / f"refs({splitBy}).p", folder / "instances.json"
@@ -78,23 +81,28 @@ def write(root, refs=None, instances=None, dataset="refcoco", splitBy="unc"):
 
 
 def with_segmentation(root, segmentation):
+    """Write and open a dataset in which the object of ref 50 has this segmentation."""
     instances = make_instances()
-    instances["annotations"][0]["segmentation"] = segmentation  # ref 50
+    instances["annotations"][0]["segmentation"] = segmentation
     write(root, instances=instances)
     return REFER(root)
 
 
 def edited(value, *path):
-    """A copy with path[:-2] walked, and the key path[-2] set to path[-1], or deleted for `del`."""
+    """Return a copy of nested lists and dicts with one change.
+
+    Args:
+        path: keys of the containers, the key to change, and its new value or DELETE.
+    """
     value = copy.deepcopy(value)
-    *walk, key, new = path
-    target = value
-    for step in walk:
-        target = target[step]
+    *outer_keys, key, new = path
+    container = value
+    for outer_key in outer_keys:
+        container = container[outer_key]
     if new is DELETE:
-        del target[key]
+        del container[key]
     else:
-        target[key] = new
+        container[key] = new
     return value
 
 
@@ -102,7 +110,7 @@ DELETE = object()
 
 
 def box_mask(*boxes):
-    """The number of boxes (x0, y0, x1, y1) over each pixel, int [H, W]."""
+    """Return how many of the boxes (x0, y0, x1, y1) cover each pixel, int [H, W]."""
     count = np.zeros((H, W), int)
     for x0, y0, x1, y1 in boxes:
         count[y0:y1, x0:x1] += 1
@@ -110,7 +118,7 @@ def box_mask(*boxes):
 
 
 def python2_pickle(value, protocol):
-    """As Python 2's cPickle wrote it: here bytes are its str, str its unicode."""
+    """Pickle a value like Python 2's cPickle: bytes as its str, and str as its unicode."""
     puts = iter(range(10**6))
 
     def put():
@@ -119,31 +127,28 @@ def python2_pickle(value, protocol):
             return b"p%d\n" % number
         return b"q" + bytes([number]) if number < 256 else b"r" + struct.pack("<I", number)
 
-    def dump(one):
-        if isinstance(one, list):
-            items = [dump(item) for item in one]
-            return (
-                b"(l" + put() + b"".join(item + b"a" for item in items)
-                if protocol == 0
-                else (b"]" + put() + b"(" + b"".join(items) + b"e")
-            )
-        if isinstance(one, dict):
-            items = [dump(key.encode()) + dump(item) for key, item in one.items()]
-            return (
-                b"(d" + put() + b"".join(item + b"s" for item in items)
-                if protocol == 0
-                else (b"}" + put() + b"(" + b"".join(items) + b"u")
-            )
-        if isinstance(one, int):
+    def dump(item):
+        if isinstance(item, list):
+            items = [dump(part) for part in item]
             if protocol == 0:
-                return b"I%d\n" % one if one % 2 else b"L%dL\n" % one
-            return b"K" + bytes([one]) if one < 256 else b"J" + struct.pack("<i", one)
-        if isinstance(one, bytes):
+                return b"(l" + put() + b"".join(part + b"a" for part in items)
+            return b"]" + put() + b"(" + b"".join(items) + b"e"
+        if isinstance(item, dict):
+            items = [dump(key.encode()) + dump(part) for key, part in item.items()]
             if protocol == 0:
-                return b"S" + repr(one)[1:].encode() + b"\n" + put()
-            return (b"U" + bytes([len(one)]) if len(one) < 256 else b"T" + struct.pack("<i", len(one))) + one + put()
+                return b"(d" + put() + b"".join(part + b"s" for part in items)
+            return b"}" + put() + b"(" + b"".join(items) + b"u"
+        if isinstance(item, int):
+            if protocol == 0:
+                return b"I%d\n" % item if item % 2 else b"L%dL\n" % item
+            return b"K" + bytes([item]) if item < 256 else b"J" + struct.pack("<i", item)
+        if isinstance(item, bytes):
+            if protocol == 0:
+                return b"S" + repr(item)[1:].encode() + b"\n" + put()
+            length = b"U" + bytes([len(item)]) if len(item) < 256 else b"T" + struct.pack("<i", len(item))
+            return length + item + put()
         if protocol == 0:
-            return b"V" + one.encode("raw-unicode-escape") + b"\n" + put()
-        return b"X" + struct.pack("<I", len(one.encode())) + one.encode() + put()
+            return b"V" + item.encode("raw-unicode-escape") + b"\n" + put()
+        return b"X" + struct.pack("<I", len(item.encode())) + item.encode() + put()
 
     return (b"\x80\x02" if protocol == 2 else b"") + dump(value) + b"."

@@ -38,10 +38,10 @@ def test_pickles_of_python_2(tmp_path, protocol):
     refs = make_refs()
     texts = ["", 'a girl\'s "hat"', "señor — 狗 😀", "x" * 300, "plain"]
     expected = copy.deepcopy(refs)
-    for ref, wanted, text in zip(refs, expected, texts, strict=True):
+    for ref, expected_ref, text in zip(refs, expected, texts, strict=True):
         ref["split"] = ref["split"].encode()
-        ref["sentences"][0]["raw"], wanted["sentences"][0]["raw"] = text, text
-        ref["sentences"][1]["raw"], wanted["sentences"][1]["raw"] = text.encode(), text  # a UTF-8 str
+        ref["sentences"][0]["raw"], expected_ref["sentences"][0]["raw"] = text, text
+        ref["sentences"][1]["raw"], expected_ref["sentences"][1]["raw"] = text.encode(), text  # a UTF-8 str
     data = python2_pickle(refs, protocol)
     assert (b"U" if protocol else b"S'") in data
     write(tmp_path, data)

@@ -278,7 +278,7 @@ def test_polygons_are_clipped_at_the_border_of_the_image(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("dataset", "splitBy", "told"),
+    ("dataset", "splitBy", "parts"),
     [
         (
             "refcocoo",
@@ -297,11 +297,11 @@ def test_polygons_are_clipped_at_the_border_of_the_image(tmp_path):
         ("refshapes", "UNC", ["refshapes has no splitBy 'UNC'. Choose unc."]),
     ],
 )
-def test_unknown_names(tmp_path, dataset, splitBy, told):
+def test_unknown_names(tmp_path, dataset, splitBy, parts):
     with pytest.raises(UserError) as caught:
         REFER(tmp_path, dataset, splitBy)
     assert not isinstance(caught.value, MissingFileError)
-    for part in told:
+    for part in parts:
         assert part in str(caught.value)
 
 

@@ -13,7 +13,8 @@ from benchmarks.fuzz_annotations.mutations import change_bytes, change_values, s
 
 MARKER = "marker"  # file that the programs in pickles create when they are executed
 LENGTHS = (0, 1, 2, 255, 256, 65535, 2**24 - 1, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64 - 1)
-LINES = (b"", b"0", b"1", b"-1", b"00", b"01", b"4294967295", b"9" * 400, b"9" * 5000, b"1L", b"0x1", b"nan", b"1e999",
+# Without 0x1, which pickle reads as a number but pickletools cannot parse.
+LINES = (b"", b"0", b"1", b"-1", b"00", b"01", b"4294967295", b"9" * 400, b"9" * 5000, b"1L", b"nan", b"1e999",
          b"'a'", b"'a", b"\\ud800", b"\xe9", b"os", b"builtins", b"system", b"eval", b"a" * 3000)  # fmt: skip
 PLAIN_CODES = "N\x88\x89(]aeld}su\x94\x80KhqMJjG\x95rILSVFgpU\x8a\x8cTX\x8b\x8d"
 PLAIN = [opcode for opcode in pickletools.opcodes if opcode.code in PLAIN_CODES]
