@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lib.errors import MissingFileError, UserError
+from refer.annotations import Record
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 COLUMNS = {  # by the column that identifies the object
@@ -26,8 +27,6 @@ MAX_LINE = 1_000_000  # bytes; a file without line breaks must not fill the memo
 MAX_SENTENCE = 20_000  # characters
 SPLIT_NAME = re.compile(r"train|val|test([ABC]{1,3}|[a-z0-9_-]*)")  # the names that REFER.getRefIds can select
 CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
-
-Record = dict[str, Any]
 
 
 class Row(NamedTuple):

@@ -5,7 +5,6 @@ import os
 import pickle
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco_mask
@@ -18,8 +17,7 @@ from data.refshapes.scenes import generate_scene
 from data.refshapes.settings import DEFAULT_IMAGES, IDS_PER_SPLIT, NAME, SPLITS, Settings
 from lib.errors import UserError
 from lib.files import atomic_folder
-
-Record = dict[str, Any]
+from refer.annotations import Record
 
 INFO_FILE = "refshapes.json"
 FILES = ("images", "instances.json", "refs(unc).p", "vocab.txt", INFO_FILE)
