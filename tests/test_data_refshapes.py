@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
+from refshapes_semantics import COLORS, SHAPES, kind, named_properties, understand
 
 from data.refshapes.dataset import write_refshapes
 from data.refshapes.drawing import render
@@ -22,8 +23,6 @@ from data.refshapes.scenes import generate_scene
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools
 
-COLORS = ("red", "green", "blue", "yellow", "purple", "cyan")
-SHAPES = ("circle", "square", "triangle", "cross")
 HELD_OUT = {("red", "triangle"), ("blue", "circle"), ("green", "square"), ("yellow", "cross")}
 
 
@@ -80,73 +79,7 @@ def full(tmp_path_factory):
     return read(write_refshapes(root, level="full", seed=3, **counts))
 
 
-# ---------------------------------------------------- sentences, understood by an independent grammar and semantics
-
-GRAMMAR = re.compile(
-    r"(?:the )?(?:(?P<superlative>biggest|largest|smallest|leftmost|rightmost|topmost|bottommost) )?"
-    r"(?:(?P<size>small|medium|large|big) )?"
-    rf"(?:(?P<color>{'|'.join(COLORS)}) )?"
-    rf"(?P<noun>{'|'.join(SHAPES)}|shape|one|object)"
-    r"(?: (?P<place>on the left|on the right|at the top|at the bottom|in the (?:top|bottom) (?:left|right)))?"
-    r"(?: (?P<relation>(?:to the )?left of|(?:to the )?right of|above|below|under|behind|in front of)"
-    r" (?P<landmark>the .+))?"
-)
-
-
-def understand(sentence, scene, strict):
-    """Return the ids of the objects of which the sentence is true. strict: clearly true, by a margin."""
-    parts = GRAMMAR.fullmatch(sentence)
-    assert parts, f"not understood: {sentence!r}"
-    found = list(scene)
-    if parts["color"]:
-        found = [o for o in found if o.color == parts["color"]]
-    if parts["noun"] in SHAPES:
-        found = [o for o in found if o.shape == parts["noun"]]
-    if parts["size"]:
-        size = parts["size"].replace("big", "large")
-        low, high = {"small": (0.025, 0.046), "medium": (0.046, 0.08), "large": (0.08, 0.12)}[size]
-        found = [o for o in found if o.size == size and (not strict or low < o.share < high)]
-    if parts["place"]:
-        limit = 0.4 if strict else 0.5
-        edges = parts["place"].split()[2:]  # after "on the", "at the" or "in the"
-        found = [o for o in found if all(distance_from(edge, o) < limit + 1e-4 for edge in edges)]
-    if parts["superlative"]:
-        found = leading(found, parts["superlative"], strict)
-    if parts["relation"]:
-        (landmark_id,) = understand(parts["landmark"], scene, strict=False)
-        assert understand(parts["landmark"], scene, strict=True) == [landmark_id]
-        (landmark,) = [o for o in scene if o.id == landmark_id]
-        found = [o for o in found if o is not landmark and is_related(o, parts["relation"], landmark, strict)]
-    return [o.id for o in found]
-
-
-def distance_from(edge, o):
-    return {"left": o.u, "right": 1 - o.u, "top": o.v, "bottom": 1 - o.v}[edge]
-
-
-def leading(found, superlative, strict):
-    if superlative in ("biggest", "largest", "smallest"):
-        values, margin = [math.log(o.share) for o in found], math.log(1.18)
-    else:
-        values, margin = [o.u if superlative in ("leftmost", "rightmost") else o.v for o in found], 0.0799
-    if superlative in ("smallest", "leftmost", "topmost"):
-        values = [-value for value in values]
-    best = max(range(len(found)), key=values.__getitem__)
-    others = [value for i, value in enumerate(values) if i != best]
-    assert others, "a superlative of a single object"
-    return [found[best]] if not strict or values[best] - max(others) > margin else []
-
-
-def is_related(o, relation, landmark, strict):
-    if relation == "behind":
-        return landmark.id in o.hidden_by
-    if relation == "in front of":
-        return o.id in landmark.hidden_by
-    word = relation.removeprefix("to the ").removesuffix(" of")
-    dx, dy = landmark.u - o.u, landmark.v - o.v
-    along = {"left": dx, "right": -dx, "above": dy}.get(word, -dy)
-    across = abs(dy) if word in ("left", "right") else abs(dx)
-    return along > 0.1199 and along > across - 1e-3 if strict else along > 0
+# ----------------------------------------------------------------------------------------------- the sentences
 
 
 def example(number, shape="circle", color="red", size="small", share=0.035, u=0.5, v=0.5, hidden_by=()):
@@ -189,11 +122,6 @@ def test_a_superlative_considers_the_visible_area(visible, is_biggest):
     scene = Scene(0, "train", 0, "full", 100, 100, (120.0, 0, 0, 0, 0, 0), (large, medium))
     assert any(description.superlative == "biggest" for description in candidates(scene, 0)) == is_biggest
     assert any(description.superlative == "smallest" for description in candidates(scene, 1)) == is_biggest
-
-
-def named_properties(sentence):
-    parts = GRAMMAR.fullmatch(sentence).groupdict()
-    return tuple(name for name, word in parts.items() if word and word not in ("shape", "one", "object"))
 
 
 def test_all_kinds_of_sentences_occur(basic, full):
@@ -336,16 +264,6 @@ def test_generation_is_deterministic():
 
 
 # --------------------------------------------------------------------------------------------------- the splits
-
-
-def kind(sentence):
-    """What distinguishes the sentences of one ref."""
-    parts = GRAMMAR.fullmatch(sentence).groupdict()
-    if parts["relation"]:
-        return "overlap" if parts["relation"] in ("behind", "in front of") else "relation"
-    if parts["superlative"]:
-        return "extent" if parts["superlative"] in ("biggest", "largest", "smallest") else "position"
-    return "place" if parts["place"] else "size" if parts["size"] else named_properties(sentence)
 
 
 def test_refs_are_in_the_refer_layout(basic, full):
