@@ -11,12 +11,29 @@ from lib.files import atomic_write
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b")
 GREY = "#555555"
 STYLE = {
-    "font.size": 8, "axes.titlesize": 9, "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.grid": True,
-    "axes.axisbelow": True, "axes.edgecolor": "#999999", "axes.spines.top": False, "axes.spines.right": False,
-    "grid.color": "#e4e4e4", "grid.linewidth": 0.6, "xtick.color": GREY, "ytick.color": GREY, "figure.titlesize": 9,
-    "lines.markersize": 2.8, "legend.frameon": False, "legend.fontsize": 8, "legend.handletextpad": 0.4,
-    "legend.handlelength": 1.6, "legend.borderpad": 0.1, "legend.labelspacing": 0.25, "legend.columnspacing": 0.8,
-}  # fmt: skip
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.edgecolor": "#999999",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "figure.titlesize": 9,
+    "lines.markersize": 2.8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "legend.handletextpad": 0.4,
+    "legend.handlelength": 1.6,
+    "legend.borderpad": 0.1,
+    "legend.labelspacing": 0.25,
+    "legend.columnspacing": 0.8,
+}
 
 
 @contextmanager
@@ -38,7 +55,7 @@ def styled_figure(width: float, height: float) -> Iterator["Figure"]:  # noqa: F
         yield Figure(figsize=(width, height), layout="constrained")
 
 
-def save_png(figure: "Figure", path: Path, *, dpi: int) -> None:  # noqa: F821
+def save_png(figure: "Figure", path: Path, *, dpi: int) -> None:  # noqa: F821  (matplotlib is optional)
     """Write a figure atomically. UserError: it cannot be written."""
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=dpi)

@@ -43,9 +43,11 @@ def get_parser() -> Parser:
     add("--words", metavar="MIN-MAX", help="only expressions with this number of words; MIN- has no upper limit")
     add("--ids", metavar="TXT", help="only expressions whose sent_id is a line of this file")
     add(
-        "--sentences", choices=("all", "first"), default="all",
+        "--sentences",
+        choices=("all", "first"),
+        default="all",
         help="first: only the first expression of each object; applied before --sentence, --words and --ids",
-    )  # fmt: skip
+    )
     add("--precision_at", metavar="X,X", help="the X of P@X (0.5,0.6,0.7,0.8,0.9)")
     add("--strict", action="store_true", help="P@X counts IoU > X instead of IoU ≥ X")
     add("--gt_mask", choices=MASK_MODES, help="compare the stored masks with these target masks")

@@ -18,9 +18,13 @@ from lib.report.curves import draw_curves, find_metrics_file, read_metrics, run_
 
 TERMS = [f"alignment{stage}" for stage in range(1, 5)]
 TRAIN_PANELS = {
-    "Loss": ["loss"], "Segmentation loss": ["segmentation"], "Alignment": TERMS, "Learning rate": ["lr"],
-    "Gradient norm": ["grad_norm"], "Samples / s": ["samples_per_second"],
-}  # fmt: skip
+    "Loss": ["loss"],
+    "Segmentation loss": ["segmentation"],
+    "Alignment": TERMS,
+    "Learning rate": ["lr"],
+    "Gradient norm": ["grad_norm"],
+    "Samples / s": ["samples_per_second"],
+}
 EVALUATED = ["oIoU", "mIoU", "P@0.5", "P@0.9"]
 
 
@@ -181,10 +185,12 @@ def test_no_label_covers_another(count):
     for title, axes in panels(figure).items():
         boxes[f"title of {title}"] = text_of(axes, title).get_window_extent()
         boxes[f"axes of {title}"] = axes.get_window_extent()
-        boxes |= {f"{label.get_text()} of {title}": label.get_window_extent()
-                  for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels()
-                  if axis.get_view_interval()[0] <= label.get_position()[axis is axes.yaxis]
-                  <= axis.get_view_interval()[1]}  # fmt: skip
+        boxes |= {
+            f"{label.get_text()} of {title}": label.get_window_extent()
+            for axis in (axes.xaxis, axes.yaxis)
+            for label in axis.get_ticklabels()
+            if axis.get_view_interval()[0] <= label.get_position()[axis is axes.yaxis] <= axis.get_view_interval()[1]
+        }
         if axes.get_legend():
             boxes[f"legend of {title}"] = axes.get_legend().get_window_extent()
     names = list(boxes)

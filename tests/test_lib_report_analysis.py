@@ -28,10 +28,15 @@ def data_root(tmp_path):
     folder = tmp_path / "data" / "refcoco"
     folder.mkdir(parents=True)
     refs = [
-        {"ref_id": one, "ann_id": 10 * one, "image_id": 10 + one, "split": "val",
-         "sentences": [{"sent_id": 100 * one + k, "raw": f"dog {k}"} for k in range(2)]}
+        {
+            "ref_id": one,
+            "ann_id": 10 * one,
+            "image_id": 10 + one,
+            "split": "val",
+            "sentences": [{"sent_id": 100 * one + k, "raw": f"dog {k}"} for k in range(2)],
+        }
         for one in PARTS
-    ]  # fmt: skip
+    ]
     instances = {
         "images": [{"id": 10 + one, "width": W, "height": H, "file_name": f"{one}.jpg"} for one in PARTS],
         "annotations": [
@@ -183,8 +188,10 @@ def test_compare_by_hand(run_rescore, tmp_path):
     differences = [line.split() for line in lines if "B − A  " in line][1]
     assert differences[3:10] == ["−100.00*", "−100.00*", "−100.00*", "+0.00", "+0.00", "−50.00*", "−50.00*"]
     assert [(change["sent_id"], round(change["difference"], 6)) for change in report["most_changed"]] == [
-        (104, -0.5), (102, 0.2), (101, 0.05)
-    ]  # fmt: skip
+        (104, -0.5),
+        (102, 0.2),
+        (101, 0.05),
+    ]
     assert lines[-4].split() == ["testA", "paper", "75.00", "25.00", "−50.00", "11", "3", "104", "a", "DOG"]
     *_, report = run_rescore("--compare", a, b, "--most", "1", "--split", "val")
     assert [change["sent_id"] for change in report["most_changed"]] == [102]

@@ -68,10 +68,23 @@ def test_the_order_of_lines_has_no_effect(run_rescore, tmp_path):
         (["--sentences", "first", "--words", "2-"], {"val": (1, 90), "testA": (1, 75)}),
         (["--words", "1-2", "--sentence", "dog", "--split", "val"], {"val": (1, 90)}),
         # settings that are those of the file
-        (["--threshold", "0.4", "--eval_size", "resized", "--max_tokens", "21", "--gt_mask", "paper", "--split", "val"],
-         {"val": (3, 140 / 3)}),
+        (
+            [
+                "--threshold",
+                "0.4",
+                "--eval_size",
+                "resized",
+                "--max_tokens",
+                "21",
+                "--gt_mask",
+                "paper",
+                "--split",
+                "val",
+            ],
+            {"val": (3, 140 / 3)},
+        ),
     ],
-)  # fmt: skip
+)
 def test_filters(run_rescore, tmp_path, flags, expected):
     file = write_results(tmp_path / "a.jsonl", threshold=0.4)
     printed, _, report = run_rescore(file, *flags)
@@ -120,8 +133,11 @@ def test_partial_files_are_reported(run_rescore, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--threshold", "0.4"], r"--threshold 0.4: .*a\.jsonl has masks of protocol paper, which were made with "
-         r"threshold None, and a binary mask has no probabilities\. Run test\.py --threshold 0\.4\.$"),
+        (
+            ["--threshold", "0.4"],
+            r"--threshold 0.4: .*a\.jsonl has masks of protocol paper, which were made with "
+            r"threshold None, and a binary mask has no probabilities\. Run test\.py --threshold 0\.4\.$",
+        ),
         (["--eval_size", "original"], r"to the logits at another size\. Run test.py --eval_size original\.$"),
         (["--max_tokens", "30"], r"max_tokens 21, and the model .*\. Run test.py --max_tokens 30\.$"),
         (["--split", "val,tesTA"], r"--split tesTA: not in .*a.jsonl, which has val, testA\. Did you mean testA\?$"),
@@ -145,7 +161,7 @@ def test_partial_files_are_reported(run_rescore, tmp_path):
         (["/nowhere.jsonl"], "/nowhere.jsonl"),
         ([__file__], r"test_lib_rescore\.py\.settings\.json is missing"),
     ],
-)  # fmt: skip
+)
 def test_messages_of_mistakes(run_rescore, tmp_path, flags, message):
     with pytest.raises(UserError, match=message) as caught:
         run_rescore(write_results(tmp_path / "a.jsonl"), *flags)

@@ -11,9 +11,10 @@ from matplotlib.colors import to_hex
 from PIL import Image
 from stats_datasets import REFS, SEGMENTATIONS, count_tokens, write_dataset
 
+from lib.charts import COLORS
 from refer.refer import REFER
 from refer.stats.__main__ import main
-from refer.stats.figure import SPLIT_STYLES, draw_statistics
+from refer.stats.figure import draw_statistics
 from refer.stats.statistics import statistics_of
 
 
@@ -51,21 +52,29 @@ def test_the_table_and_the_json_report_have_the_same_numbers(tmp_path, run, voca
     rows, splits = rows_of(out), report["splits"]
     assert rows[""] == [row["split"] for row in splits] == ["train", "val", "testA"]
     for label, key in (
-        ("refs", "refs"), ("expressions", "expressions"), ("images", "images"), ("objects", "objects"),
-        ("categories", "categories"), ("objects with an empty mask", "empty_masks"),
-    ):  # fmt: skip
+        ("refs", "refs"),
+        ("expressions", "expressions"),
+        ("images", "images"),
+        ("objects", "objects"),
+        ("categories", "categories"),
+        ("objects with an empty mask", "empty_masks"),
+    ):
         assert rows[label] == [str(row[key]) for row in splits]
     for label, key in (
-        ("expressions with more than 21 tokens", "cut"), ("expressions of several objects", "ambiguous"),
-        ("objects with several parts", "several_parts"), ("objects with overlapping parts", "overlap"),
-    ):  # fmt: skip
+        ("expressions with more than 21 tokens", "cut"),
+        ("expressions of several objects", "ambiguous"),
+        ("objects with several parts", "several_parts"),
+        ("objects with overlapping parts", "overlap"),
+    ):
         assert rows[label] == [f"{row[key]['count']} ({row[key]['percent']:.2f} %)" for row in splits]
     assert rows["stored areas wrong by over 1 %"] == ["0 (0.00 %)", "1 (50.00 %)", "–"]
     assert rows["pixels they lose in the paper's masks"] == ["–", "8.70 %", "–"]
     for label, key in (
-        ("expressions per ref", "expressions_per_ref"), ("words", "words"), ("tokens with [CLS] and [SEP]", "tokens"),
+        ("expressions per ref", "expressions_per_ref"),
+        ("words", "words"),
+        ("tokens with [CLS] and [SEP]", "tokens"),
         ("object size in % of the image", "size_percent"),
-    ):  # fmt: skip
+    ):
         for name, statistic in (("mean", "mean"), ("5 %", "p5"), ("median", "median"), ("maximum", "maximum")):
             assert rows[f"{label}: {name}"] == [f"{row[key][statistic]:.2f}" for row in splits]
 
@@ -169,10 +178,9 @@ def test_the_figure_is_written_and_not_blank(tmp_path, run, vocabulary):
     with Image.open(tmp_path / "b/stats.png") as image:
         assert (image.format, image.size) == ("PNG", (1600, 1088))
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    for split in ("train", "val", "testA"):
-        color = SPLIT_STYLES[split][0]
+    for color in COLORS[:3]:  # of train, val and testA
         rgb = [int(color[i : i + 2], 16) for i in (1, 3, 5)]
-        assert (pixels == rgb).all(1).sum() > 1000, split
+        assert (pixels == rgb).all(1).sum() > 1000, color
     assert not (tmp_path / "models").exists()
 
 
@@ -186,7 +194,7 @@ def test_the_figure_shows_the_numbers(tmp_path):
     lengths = shown["Sentence lengths"]
     lines = {line.get_label(): line for line in lengths.lines}
     val = lines["val: 25.00 % cut"]
-    assert to_hex(val.get_color()) == SPLIT_STYLES["val"][0]
+    assert to_hex(val.get_color()) == COLORS[1]
     values = dict(zip(val.get_xdata().tolist(), val.get_ydata().tolist(), strict=True))
     assert {x: y for x, y in values.items() if y} == {3: 25, 4: 25, 21: 25, 22: 25}
     assert {"train: 33.33 % cut", "testA: 0.00 % cut"} < set(lines)
@@ -204,7 +212,7 @@ def test_the_figure_shows_the_numbers(tmp_path):
     assert texts == ["train: 0.00 % overlap", "val: 50.00 % overlap", "testA: 0.00 % overlap"]
 
 
-def test_many_parts_share_the_last_bars_and_every_dataset_has_a_row_of_panels(tmp_path):
+def test_many_parts_share_the_last_bars_and_every_dataset_has_four_panels(tmp_path):
     many = [[x, 0, x + 1, 0, x + 1, 1, x, 1] for x in range(0, 24, 2)]
     empty = {"size": [20, 30], "counts": [600]}
     first = statistics_of(write_dataset(tmp_path, segmentations=SEGMENTATIONS | {101: many, 104: empty}), count_tokens)

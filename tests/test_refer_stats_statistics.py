@@ -17,8 +17,12 @@ def test_numbers_by_hand(tmp_path):
     assert [one.split for one in (train, val, test_a)] == ["train", "val", "testA"]
     row = val.summary
     assert {name: row[name] for name in ("refs", "expressions", "images", "categories", "objects")} == {
-        "refs": 3, "expressions": 4, "images": 2, "categories": 2, "objects": 2,
-    }  # fmt: skip
+        "refs": 3,
+        "expressions": 4,
+        "images": 2,
+        "categories": 2,
+        "objects": 2,
+    }
     assert row["expressions_per_ref"]["mean"] == pytest.approx(4 / 3)
     assert row["words"] == {"mean": 10.5, "minimum": 1, "p5": 1, "median": 2, "p95": 20, "maximum": 20}
     assert row["tokens"] == {"mean": 12.5, "minimum": 3, "p5": 3, "median": 4, "p95": 22, "maximum": 22}
@@ -85,8 +89,13 @@ def test_no_mask_is_rasterised_twice(tmp_path, monkeypatch):
     first = statistics_of(refer, known_objects=known_objects)
     second = statistics_of(other, known_objects=known_objects)
     assert sorted(rasterised) == [
-        (101, "union"), (102, "paper"), (102, "union"), (103, "paper"), (103, "union"), (104, "union"),
-    ]  # fmt: skip
+        (101, "union"),
+        (102, "paper"),
+        (102, "union"),
+        (103, "paper"),
+        (103, "union"),
+        (104, "union"),
+    ]
     assert [one.summary["overlap"] for one in first] == [one.summary["overlap"] for one in second]
 
 
@@ -118,8 +127,10 @@ def test_records_with_one_file_name_are_the_same_image(tmp_path):
     refer = write_dataset(tmp_path)
     refer.Imgs[3]["file_name"] = refer.Imgs[1]["file_name"]
     assert {(pair.first.split, pair.second.split) for pair in shared_images(statistics_of(refer))} == {
-        ("train", "val"), ("train", "testA"), ("val", "testA"),
-    }  # fmt: skip
+        ("train", "val"),
+        ("train", "testA"),
+        ("val", "testA"),
+    }
 
 
 def test_datasets_share_the_images_of_a_common_folder(tmp_path):

@@ -1,8 +1,9 @@
 """Analyse result files without the model: filter, score, evaluate with other target masks, compare two models.
 
-What ``python -m lib.rescore`` computes. Result files are described in lib/report/results.py.
+``python -m lib.rescore`` prints what these functions return. lib/report/results.py describes the files.
 """
 
+import functools
 import re
 from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
@@ -164,23 +165,20 @@ def evaluate_masks(results: Results, gt_mask: str, get_refer: Callable[[str, str
     changed = sorted((line for line in results.lines if line["protocol"] in new_names), key=lambda line: line["ref_id"])
     refer = get_refer(str(results.header.get("dataset")), str(results.header.get("split_by")))
     for ref_id, group in groupby(changed, key=lambda line: line["ref_id"]):
-        full_size = refer.getMask(ref_id, mode=gt_mask)["mask"]
-        targets: dict[int | None, np.ndarray] = {None: full_size}  # by side length if resized
+        full_size, image_id = refer.getMask(ref_id, mode=gt_mask)["mask"], refer.Refs[ref_id]["image_id"]
+        resized = functools.cache(functools.partial(resize_mask, full_size))
         for line in group:
             where = f"--gt_mask {gt_mask}: {results.path}: sent_id {line['sent_id']}"
             predicted = _stored_mask(line, where)
             is_resized = results.protocols[line["protocol"]].get("eval_size") == "resized"
-            side = len(predicted) if is_resized else None
-            if side not in targets:
-                targets[side] = resize_mask(full_size, side)
-            image_id = refer.Refs[ref_id]["image_id"]
-            if targets[side].shape != predicted.shape or image_id != line["image_id"]:
+            target = resized(len(predicted)) if is_resized else full_size
+            if target.shape != predicted.shape or image_id != line["image_id"]:
                 raise UserError(
                     f"{where} has a mask of {_size(predicted)} pixels on image {line['image_id']}, but in "
-                    f"{refer.refs_path} it is on image {image_id} with {_size(targets[side])} pixels. Use the "
-                    "annotations that the file was made with."
+                    f"{refer.refs_path} it is on image {image_id} with {_size(target)} pixels. Use the annotations "
+                    "that the file was made with."
                 )
-            counts = intersection_and_union(*(torch.from_numpy(mask)[None] for mask in (predicted, targets[side])))
+            counts = intersection_and_union(torch.from_numpy(predicted)[None], torch.from_numpy(target)[None])
             intersection, union = (int(count) for count in counts)
             result = {"intersection": intersection, "union": union, "iou": iou(intersection, union)}
             lines.append({**line, **result, "protocol": new_names[line["protocol"]]})
@@ -233,7 +231,7 @@ def compare(a: Results, b: Results, scoring: Scoring, max_changes: int) -> tuple
     rows, changes = [], []
     for split in dict.fromkeys([*a.splits, *b.splits]):
         for protocols in protocol_pairs(a, b):
-            all_a, all_b = (_lines_of(*args) for args in ((a, split, protocols[0]), (b, split, protocols[1])))
+            all_a, all_b = _lines_of(a, split, protocols[0]), _lines_of(b, split, protocols[1])
             common = sorted(all_a.keys() & all_b.keys())
             row = {"split": split, "protocols": list(protocols), "num_expressions": len(common)}
             row |= {"only_in_a": len(all_a) - len(common), "only_in_b": len(all_b) - len(common)}

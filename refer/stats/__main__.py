@@ -11,6 +11,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from lib.cli import Parser, run_command
 from lib.errors import MissingFileError, UserError
@@ -30,9 +31,11 @@ def get_parser() -> Parser:
     add("--refer_data_root", default=str(ROOT), metavar="DIR", help="folder of the datasets (%(default)s)")
     add("--max_tokens", type=int, default=MAX_TOKENS, help="token ids kept of a sentence (%(default)s)")
     add(
-        "--bert_tokenizer", default="", metavar="BERT",
+        "--bert_tokenizer",
+        default="",
+        metavar="BERT",
         help="vocab.txt, a folder with one, or a name on the hub (default: bert-base-uncased; for refshapes its own)",
-    )  # fmt: skip
+    )
     add("--out", metavar="PNG", help=f"the figure (default: named after the datasets, in {FIGURE_FOLDER}/)")
     add("--json", metavar="FILE", help="also write all numbers as JSON")
     return parser
@@ -82,13 +85,13 @@ def main() -> None:
     else:
         save_png(figure, out, dpi=DPI)
         print(out)
-    errors = list(dict.fromkeys(error for one in splits for error in one.errors))
+    errors = list(dict.fromkeys(error for one in splits for error in one.errors.values()))
     if errors:
         raise UserError(f"{len(errors)} objects have invalid masks and were left out. The first: {errors[0]}")
 
 
-def load_tokenizers(names: list[str], data_root: str, bert_tokenizer: str) -> dict[str, "BertTokenizer | None"]:  # noqa: F821
-    """Return the tokenizer of each dataset: that of the flag --bert_tokenizer, refshapes' own, or BERT's.
+def load_tokenizers(names: list[str], data_root: str, bert_tokenizer: str) -> dict[str, Any]:
+    """Return each dataset's tokenizer: that of the flag --bert_tokenizer, refshapes' own, or BERT's.
 
     If BERT's vocabulary is not installed, warn and return None. MissingFileError: the flag's does not exist.
     """
@@ -110,7 +113,7 @@ def load_tokenizers(names: list[str], data_root: str, bert_tokenizer: str) -> di
     return {name: loaded[vocabulary] for name, vocabulary in vocabularies.items()}
 
 
-def token_counts(tokenizer: "BertTokenizer", sentences: list[str]) -> list[int]:  # noqa: F821
+def token_counts(tokenizer: Any, sentences: list[str]) -> list[int]:
     """Return the number of tokens of each sentence, with [CLS] and [SEP]."""
     from bert.tokenization import encode
 

@@ -1,5 +1,6 @@
 """A figure of each dataset's splits: sentence lengths, object sizes, expressions per ref, and parts per object."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -7,16 +8,10 @@ import numpy as np
 from lib.charts import COLORS, GREY, styled_figure
 from refer.stats.statistics import SplitStatistics
 
-# A split has the same colour and marker for every dataset.
-SPLIT_STYLES = {
-    "train": (COLORS[0], "o"), "val": (COLORS[1], "s"), "testA": (COLORS[2], "^"), "testB": (COLORS[3], "v"),
-    "test": (COLORS[5], "D"),
-}  # fmt: skip
-OTHER_STYLES = ((COLORS[4], "P"), (COLORS[6], "*"), (COLORS[7], "X"))
+SPLITS = ("train", "val", "testA", "testB", "test")  # have the same colour in every figure
 MAX_BARS = 8  # larger values share the last group of bars
-DPI = 160
-SINGLE_SIZE, ROW_SIZE = (10.0, 6.8), (18.0, 3.4)  # inches: the figure of one dataset; each dataset's row of several
-Styles = dict[str, tuple[str, str]]  # colour and marker of each split
+WIDTH, HEIGHT, DPI = 10.0, 6.8, 160  # inches per dataset, dots per inch
+Colors = dict[str, str]  # of each split
 
 
 def draw_statistics(datasets: list[list[SplitStatistics]]) -> "Figure":  # noqa: F821  (matplotlib is optional)
@@ -28,34 +23,31 @@ def draw_statistics(datasets: list[list[SplitStatistics]]) -> "Figure":  # noqa:
     Raises:
         UserError: matplotlib is not installed.
     """
-    single = len(datasets) == 1
-    others = dict.fromkeys(one.split for splits in datasets for one in splits if one.split not in SPLIT_STYLES)
-    styles = SPLIT_STYLES | {name: OTHER_STYLES[i % len(OTHER_STYLES)] for i, name in enumerate(others)}
-    with styled_figure(*(SINGLE_SIZE if single else (ROW_SIZE[0], ROW_SIZE[1] * len(datasets)))) as figure:
-        for part, splits in zip(figure.subfigures(len(datasets), 1, squeeze=False)[:, 0], datasets, strict=True):
-            title = part.suptitle(splits[0].title, weight="bold", fontsize=10)
+    names = dict.fromkeys([*SPLITS, *(one.split for splits in datasets for one in splits)])
+    colors = dict(zip(names, itertools.cycle(COLORS), strict=False))
+    with styled_figure(WIDTH, HEIGHT * len(datasets)) as figure:
+        for row, splits in zip(figure.subfigures(len(datasets), 1, squeeze=False)[:, 0], datasets, strict=True):
+            title = row.suptitle(splits[0].title, weight="bold", fontsize=10)
             title.set_parse_math(False)  # a name may contain $
-            panels = part.subplots(2, 2) if single else part.subplots(1, 4)
-            for axes, draw in zip(panels.flat, (_draw_lengths, _draw_sizes, _draw_refs, _draw_parts), strict=True):
-                draw(axes, splits, styles)
+            lengths, sizes, refs, parts = row.subplots(2, 2).flat
+            _draw_lengths(lengths, splits, colors)
+            _draw_sizes(sizes, splits, colors)
+            _draw_refs(refs, splits, colors)
+            _draw_parts(parts, splits, colors)
     return figure
 
 
-def _draw_lengths(axes: Any, splits: list[SplitStatistics], styles: Styles) -> None:
+def _draw_lengths(axes: Any, splits: list[SplitStatistics], colors: Colors) -> None:
     """Draw tokens per expression and where they are cut, or words per expression without a tokenizer."""
-    has_tokens = splits[0].summary["tokens"] is not None
-    field = "tokens" if has_tokens else "words"
-    end = max(int(np.percentile(one.expressions[field], 99.9)) for one in splits) + 4  # few sentences are much longer
-    for one in splits:
-        label = f"median {one.summary[field]['median']:.1f}"
+    has_tokens = bool(splits[0].tokens)
+    numbers = {one: one.tokens if has_tokens else one.words for one in splits}
+    end = max(int(np.percentile(lengths, 99.9)) for lengths in numbers.values()) + 4  # few sentences are much longer
+    for one, lengths in numbers.items():
+        label = f"median {one.summary['words']['median']:.1f}"
         if has_tokens:
             label = f"{one.summary['cut']['percent']:.2f} % cut"
-        color, marker = styles[one.split]
-        counts = np.bincount(one.expressions[field], minlength=end + 1)[: end + 1]
-        (line,) = axes.plot(
-            100 * counts / len(one.expressions), color=color, label=f"{one.split}: {label}", linewidth=1.2
-        )
-        line.set(marker=marker, markevery=np.flatnonzero(counts).tolist())
+        shares = 100 * np.bincount(lengths, minlength=end + 1)[: end + 1] / len(lengths)
+        axes.plot(shares, color=colors[one.split], linewidth=1.2, label=f"{one.split}: {label}")
     cut = splits[0].max_tokens + 0.5
     if has_tokens and cut < end:
         axes.axvspan(cut, end + 0.5, color="#000000", alpha=0.06, linewidth=0)
@@ -66,45 +58,45 @@ def _draw_lengths(axes: Any, splits: list[SplitStatistics], styles: Styles) -> N
     _finish(axes, "Sentence lengths", "tokens with [CLS] and [SEP]" if has_tokens else "words", "% of expressions")
 
 
-def _draw_sizes(axes: Any, splits: list[SplitStatistics], styles: Styles) -> None:
+def _draw_sizes(axes: Any, splits: list[SplitStatistics], colors: Colors) -> None:
     """Draw histograms of object sizes with logarithmic bins."""
     edges = np.logspace(-2, 2, 33)
     for one in splits:
-        sizes = one.size_percent[one.size_percent > 0]  # an empty mask has no place on a log scale
-        if sizes.size:
-            shares = 100 * np.histogram(sizes.clip(edges[0], edges[-1]), edges)[0] / len(sizes)
+        sizes = [size for size in one.size_percent if size > 0]  # an empty mask has no place on a log scale
+        if sizes:
+            shares = 100 * np.histogram(np.clip(sizes, edges[0], edges[-1]), edges)[0] / len(sizes)
             label = f"{one.split}: median {one.summary['size_percent']['median']:.1f} %"
-            axes.stairs(shares, edges, color=styles[one.split][0], linewidth=1.3, label=label)
+            axes.stairs(shares, edges, color=colors[one.split], linewidth=1.3, label=label)
     axes.set_xscale("log")
     axes.set_xlim(edges[0], edges[-1])
     axes.xaxis.set_major_formatter("{x:g}")
     _finish(axes, "Object sizes", "% of the image, log scale", "% of objects")
 
 
-def _draw_refs(axes: Any, splits: list[SplitStatistics], styles: Styles) -> None:
-    values = {one: one.expressions_per_ref for one in splits}
+def _draw_refs(axes: Any, splits: list[SplitStatistics], colors: Colors) -> None:
+    values = {one: list(one.expressions_per_ref.values()) for one in splits}
     labels = {one: f"mean {one.summary['expressions_per_ref']['mean']:.1f}" for one in splits}
-    _draw_bars(axes, values, labels, styles)
+    _draw_bars(axes, values, labels, colors)
     _finish(axes, "Expressions per ref", "expressions", "% of refs")
 
 
-def _draw_parts(axes: Any, splits: list[SplitStatistics], styles: Styles) -> None:
-    values = {one: one.objects["parts"] for one in splits if len(one.objects)}
+def _draw_parts(axes: Any, splits: list[SplitStatistics], colors: Colors) -> None:
+    values = {one: [item.parts for item in one.objects.values()] for one in splits if one.objects}
     labels = {one: f"{one.summary['overlap']['percent']:.2f} % overlap" for one in values}
-    _draw_bars(axes, values, labels, styles)
+    _draw_bars(axes, values, labels, colors)
     _finish(axes, "Parts", "polygons or RLEs per object", "% of objects")
 
 
 def _draw_bars(
-    axes: Any, values: dict[SplitStatistics, np.ndarray], labels: dict[SplitStatistics, str], styles: Styles
+    axes: Any, values: dict[SplitStatistics, list[int]], labels: dict[SplitStatistics, str], colors: Colors
 ) -> None:
     """Draw a group of bars for each of the values 1, 2, …, with one bar per split."""
-    maximum = max((int(numbers.max()) for numbers in values.values()), default=1)
+    maximum = max((max(numbers) for numbers in values.values()), default=1)
     groups, width = min(maximum, MAX_BARS), 0.8 / max(1, len(values))
     for row, (one, numbers) in enumerate(values.items()):
         shares = 100 * np.bincount(np.minimum(numbers, groups), minlength=groups + 1)[1:] / len(numbers)
         x = np.arange(1, groups + 1) + (row - (len(values) - 1) / 2) * width
-        axes.bar(x, shares, width, color=styles[one.split][0], label=f"{one.split}: {labels[one]}")
+        axes.bar(x, shares, width, color=colors[one.split], label=f"{one.split}: {labels[one]}")
     names = [*map(str, range(1, groups)), f"{groups}+" if maximum > groups else str(groups)]
     axes.set_xticks(range(1, groups + 1), names)
     axes.set_xlim(0.4, max(groups, 3) + 0.6)

@@ -6,7 +6,7 @@ two splits here, and there is no split `test` that contains both.
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -23,95 +23,82 @@ from refer.masks import is_number
 from refer.refer import REFER, SPLIT_ORDER
 
 AREA_TOLERANCE = 0.01  # accepted difference between a stored area and the mask's, relative to the mask's
-CountTokens = Callable[[list[str]], Sequence[int]]
-
-EXPRESSION = np.dtype([
-    ("split", object),
-    ("ref_id", object),
-    ("ann_id", object),
-    ("category_id", object),
-    ("image", object),  # the same for all records of an image; see REFER.image_keys
-    ("words", int),  # separated by white space
-    ("tokens", int),  # with [CLS] and [SEP]; 0 without a tokenizer
-    ("is_ambiguous", bool),  # also refers to another object of the image, in any split
-])  # fmt: skip
-OBJECT = np.dtype([
-    ("area", int),  # pixels of the union of all parts
-    ("overlap", int),  # pixels covered by several parts: holes in the paper's masks
-    ("parts", int),  # polygons or RLEs
-    ("image_area", int),  # pixels
-    ("stored_area", float),  # `area` of the annotation in pixels; NaN if it is not a number
-])  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)  # compared by identity, so that it can be a dictionary key
+class MeasuredObject(NamedTuple):
+    """The mask of one annotation in numbers; areas in pixels."""
+
+    area: int  # of the union of all parts
+    overlap: int  # covered by several parts: holes in the paper's masks
+    parts: int  # polygons or RLEs
+    image_area: int
+    stored_area: float | None  # `area` of the annotation, if it is a number
+
+
+@dataclass(eq=False)  # compared by identity, so that it can be a dictionary key
 class SplitStatistics:
     """One split of one dataset. An object of several refs counts once."""
 
     dataset: str
     split_by: str
     split: str
-    expressions: np.ndarray  # of EXPRESSION
-    objects: np.ndarray  # of OBJECT
-    errors: list[str]  # of the objects whose mask cannot be rasterised
     max_tokens: int  # token ids that a model keeps of a sentence
+    expressions_per_ref: Counter[int] = field(default_factory=Counter)
+    expressions_per_image: Counter[str] = field(default_factory=Counter)  # by REFER.image_keys
+    categories: set[int] = field(default_factory=set)
+    words: list[int] = field(default_factory=list)  # of each expression, separated by white space
+    tokens: list[int] = field(default_factory=list)  # of each expression, with [CLS] and [SEP]; empty: no tokenizer
+    ambiguous: int = 0  # expressions that also refer to another object of the image, in any split
+    objects: dict[int, MeasuredObject] = field(default_factory=dict)  # by annotation id
+    errors: dict[int, str] = field(default_factory=dict)  # of the objects whose mask cannot be rasterised
 
     @property
     def title(self) -> str:
         return f"{self.dataset} ({self.split_by})"
 
     @property
-    def expressions_per_ref(self) -> np.ndarray:
-        return np.array(list(Counter(self.expressions["ref_id"]).values()))
-
-    @cached_property
-    def expressions_per_image(self) -> Counter[str]:
-        return Counter(self.expressions["image"])
-
-    @property
-    def size_percent(self) -> np.ndarray:
+    def size_percent(self) -> list[float]:
         """Area of each object in percent of its image."""
-        return 100 * self.objects["area"] / self.objects["image_area"]
+        return [100 * one.area / one.image_area for one in self.objects.values()]
 
     @cached_property
     def summary(self) -> dict[str, Any]:
         """All numbers as ``--json`` writes them; None if there is nothing to compute them of."""
-        expressions, objects, tokens = self.expressions, self.objects, self.expressions["tokens"]
-        overlapping = objects[objects["overlap"] > 0]
-        stored = objects[np.isfinite(objects["stored_area"])]
-        is_wrong = abs(stored["stored_area"] - stored["area"]) > AREA_TOLERANCE * stored["area"]
+        objects, num_expressions = self.objects.values(), len(self.words)
+        overlapping = [one for one in objects if one.overlap]
+        stored = [one for one in objects if one.stored_area is not None]
+        is_wrong = [abs(one.stored_area - one.area) > AREA_TOLERANCE * one.area for one in stored]
+        lost, covered = sum(one.overlap for one in overlapping), sum(one.area for one in overlapping)
+        cut = sum(number > self.max_tokens for number in self.tokens)
         return {
             "dataset": self.dataset,
             "splitBy": self.split_by,
             "split": self.split,
             "refs": len(self.expressions_per_ref),
-            "expressions": len(expressions),
+            "expressions": num_expressions,
             "images": len(self.expressions_per_image),
-            "categories": len(set(expressions["category_id"])),
-            "expressions_per_ref": _distribution(self.expressions_per_ref),
-            "words": _distribution(expressions["words"]),
-            "tokens": _distribution(tokens) if tokens.any() else None,
-            "cut": _share(tokens > self.max_tokens) if tokens.any() else None,
-            "ambiguous": _share(expressions["is_ambiguous"]),
+            "categories": len(self.categories),
+            "expressions_per_ref": _distribution([*self.expressions_per_ref.values()]),
+            "words": _distribution(self.words),
+            "tokens": _distribution(self.tokens),
+            "cut": _share(cut, num_expressions) if self.tokens else None,
+            "ambiguous": _share(self.ambiguous, num_expressions),
             "objects": len(objects) + len(self.errors),
             "size_percent": _distribution(self.size_percent),
-            "several_parts": _share(objects["parts"] > 1),
-            "overlap": {
-                **_share(objects["overlap"] > 0),
-                "pixels_lost_percent": percent(int(overlapping["overlap"].sum()), int(overlapping["area"].sum())),
-            },
-            "stored_area_off": _share(is_wrong),
-            "empty_masks": int((objects["area"] == 0).sum()),
-            "undrawable": {"count": len(self.errors), "first": self.errors[0] if self.errors else None},
+            "several_parts": _share(sum(one.parts > 1 for one in objects), len(objects)),
+            "overlap": _share(len(overlapping), len(objects)) | {"pixels_lost_percent": percent(lost, covered)},
+            "stored_area_off": _share(sum(is_wrong), len(stored)),
+            "empty_masks": sum(one.area == 0 for one in objects),
+            "undrawable": {"count": len(self.errors), "first": next(iter(self.errors.values()), None)},
         }
 
 
 def statistics_of(
     refer: REFER,
-    count_tokens: CountTokens | None = None,
+    count_tokens: Callable[[list[str]], Sequence[int]] | None = None,
     *,
     max_tokens: int = MAX_TOKENS,
-    known_objects: dict[int, tuple | str] | None = None,
+    known_objects: dict[int, MeasuredObject | str] | None = None,
 ) -> list[SplitStatistics]:
     """Return the statistics of every split of a dataset: train first, then in the usual order.
 
@@ -119,43 +106,48 @@ def statistics_of(
         refer: the annotations. Image files are not needed.
         count_tokens: returns the number of tokens of each sentence, with [CLS] and [SEP]; None: no tokenizer.
         max_tokens: number of token ids that a model keeps.
-        known_objects: filled with the objects by annotation id. If the same dictionary is passed for another split
-            system of the dataset, no mask is rasterised twice.
+        known_objects: filled with the objects, or their error messages, by annotation id. If the same dictionary is
+            passed for another split system of the dataset, no mask is rasterised twice.
     """
     known_objects = {} if known_objects is None else known_objects
-    for ref in tqdm(refer.data["refs"], desc=f"{refer.dataset} ({refer.splitBy})", unit="ref", disable=None):
-        if ref["ann_id"] not in known_objects:
-            known_objects[ref["ann_id"]] = _measure_object(refer, ref)
-    expressions = _measure_expressions(refer, count_tokens)
     order = ("train", *SPLIT_ORDER)
-    splits = []
-    for split in sorted(refer.splits(), key=lambda name: (order.index(name) if name in order else len(order), name)):
-        in_split = expressions[expressions["split"] == split]
-        found = [known_objects[ann_id] for ann_id in dict.fromkeys(in_split["ann_id"])]
-        objects = np.array([one for one in found if isinstance(one, tuple)], dtype=OBJECT)
-        errors = [one for one in found if isinstance(one, str)]
-        splits.append(SplitStatistics(refer.dataset, refer.splitBy, split, in_split, objects, errors, max_tokens))
-    return splits
-
-
-def _measure_expressions(refer: REFER, count_tokens: CountTokens | None) -> np.ndarray:
-    """Return every expression of the dataset as an array of EXPRESSION."""
+    names = sorted(refer.splits(), key=lambda name: (order.index(name) if name in order else len(order), name))
+    splits = {name: SplitStatistics(refer.dataset, refer.splitBy, name, max_tokens) for name in names}
     image_keys = refer.image_keys()
-    # Models read the raw sentence; some files have only the cleaned one.
-    pairs = [(ref, one.get("raw", one.get("sent"))) for ref in refer.data["refs"] for one in ref["sentences"]]
-    tokens = count_tokens([sentence for _, sentence in pairs]) if count_tokens else [0] * len(pairs)
-    rows, objects = [], defaultdict(set)  # the objects that a sentence refers to on an image
-    for (ref, sentence), number in zip(pairs, tokens, strict=True):
-        image, words = image_keys[ref["image_id"]], sentence.split()
-        same_sentence = objects[image, " ".join(words).lower()]
-        same_sentence.add(ref["ann_id"])
-        category = refer.refToAnn[ref["ref_id"]]["category_id"]
-        rows.append((ref["split"], ref["ref_id"], ref["ann_id"], category, image, len(words), number, same_sentence))
-    return np.array([(*row, len(same_sentence) > 1) for *row, same_sentence in rows], dtype=EXPRESSION)
+    same_sentence = defaultdict(set)  # the objects that a sentence refers to on an image
+    for ref in tqdm(refer.data["refs"], desc=f"{refer.dataset} ({refer.splitBy})", unit="ref", disable=None):
+        ann_id, one = ref["ann_id"], splits[ref["split"]]
+        if ann_id not in known_objects:
+            known_objects[ann_id] = _measure_object(refer, ref)
+        if isinstance(known_objects[ann_id], str):
+            one.errors[ann_id] = known_objects[ann_id]
+        else:
+            one.objects[ann_id] = known_objects[ann_id]
+        one.categories.add(refer.refToAnn[ref["ref_id"]]["category_id"])
+        one.expressions_per_ref[ref["ref_id"]] = len(ref["sentences"])
+        one.expressions_per_image[image_keys[ref["image_id"]]] += len(ref["sentences"])
+        for sentence in _sentences_of(ref):
+            same_sentence[image_keys[ref["image_id"]], _normalized(sentence)].add(ann_id)
+    for one in splits.values():
+        refs = [ref for ref in refer.data["refs"] if ref["split"] == one.split]
+        pairs = [(image_keys[ref["image_id"]], sentence) for ref in refs for sentence in _sentences_of(ref)]
+        one.words = [len(sentence.split()) for _, sentence in pairs]
+        one.tokens = list(count_tokens([sentence for _, sentence in pairs])) if count_tokens else []
+        one.ambiguous = sum(len(same_sentence[image, _normalized(sentence)]) > 1 for image, sentence in pairs)
+    return list(splits.values())
 
 
-def _measure_object(refer: REFER, ref: Record) -> tuple | str:
-    """Return a ref's object as the fields of OBJECT, or why its mask cannot be rasterised."""
+def _sentences_of(ref: Record) -> list[str]:
+    """Return the raw sentences, which models read, or the cleaned ones if a file has no others."""
+    return [sentence.get("raw", sentence.get("sent")) for sentence in ref["sentences"]]
+
+
+def _normalized(sentence: str) -> str:
+    return " ".join(sentence.lower().split())
+
+
+def _measure_object(refer: REFER, ref: Record) -> MeasuredObject | str:
+    """Return a ref's object in numbers, or why its mask cannot be rasterised."""
     annotation, image = refer.refToAnn[ref["ref_id"]], refer.Imgs[ref["image_id"]]
     try:
         area = refer.getMask(ref, mode="union")["area"]
@@ -164,23 +156,22 @@ def _measure_object(refer: REFER, ref: Record) -> tuple | str:
         overlap = area - refer.getMask(ref, mode="paper")["area"] if parts > 1 else 0
     except UserError as error:
         return str(error)
-    stored_area = annotation.get("area")
-    if not is_number(stored_area, 0, 1e12):
-        stored_area = np.nan
-    return area, overlap, parts, image["height"] * image["width"], stored_area
+    stored = annotation.get("area")
+    stored_area = float(stored) if is_number(stored, 0, 1e12) else None
+    return MeasuredObject(area, overlap, parts, image["height"] * image["width"], stored_area)
 
 
-def _distribution(values: np.ndarray) -> dict[str, float] | None:
-    if not values.size:
+def _distribution(numbers: Sequence[float]) -> dict[str, float] | None:
+    if not numbers:
         return None
+    values = np.array(numbers)
     p5, median, p95 = np.percentile(values, (5, 50, 95), method="inverted_cdf")  # values that occur
-    numbers = {"mean": values.mean(), "minimum": values.min(), "p5": p5, "median": median, "p95": p95}
-    return {name: float(number) for name, number in (numbers | {"maximum": values.max()}).items()}
+    found = {"mean": values.mean(), "minimum": values.min(), "p5": p5, "median": median, "p95": p95}
+    return {name: float(value) for name, value in (found | {"maximum": values.max()}).items()}
 
 
-def _share(is_counted: np.ndarray) -> dict[str, float | None]:
-    count = int(is_counted.sum())
-    return {"count": count, "percent": percent(count, len(is_counted))}
+def _share(count: int, total: int) -> dict[str, float | None]:
+    return {"count": count, "percent": percent(count, total)}
 
 
 def percent(count: int, total: int) -> float | None:

@@ -78,7 +78,7 @@ def _leak(pair: SharedImages, names: dict[SplitStatistics, str]) -> str:
     train, evaluated, count = pair.first, pair.second, pair.expressions[1]
     if evaluated.split == "train":
         train, evaluated, count = pair.second, pair.first, pair.expressions[0]
-    total = len(evaluated.expressions)
+    total = len(evaluated.words)
     return (
         f"leak: {pair.images} of {len(evaluated.expressions_per_image)} {names[evaluated]} images ({count} of {total} "
         f"expressions, {percent(count, total):.1f} %) are also in {names[train]}"
