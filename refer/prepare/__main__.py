@@ -78,13 +78,12 @@ def check(args: argparse.Namespace, given: Sequence[str]) -> None:
         if not datasets:
             raise MissingFileError(f"{args.root} contains no dataset. Pass --dataset, or another --root.")
 
-    from refer.prepare.check import check_datasets
-    from refer.prepare.weights import find_weights_problems
+    from refer.prepare.check import check_datasets, check_weights
     from utils import set_up_logging
 
     set_up_logging()
     problems = check_datasets(args.root, datasets, check_images=args.images != "none") if datasets else []
-    problems += find_weights_problems(weights, args.pretrained)
+    problems += check_weights(weights, args.pretrained)
     for problem in problems:
         LOGGER.warning(problem)
     if problems:

@@ -1,4 +1,4 @@
-"""Verify installed datasets without network access and without writing anything."""
+"""Verify installed datasets and weights without network access and without writing anything."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -11,6 +11,7 @@ from refer.prepare.counts import Summary, format_counts
 from refer.prepare.files import DOWNLOADS, Hashes
 from refer.prepare.images import describe_faults, find_image_faults
 from refer.prepare.install import find_annotation_problems, missing_split_systems
+from refer.prepare.weights import find_weight_faults
 
 
 def check_datasets(root: Path, datasets: Sequence[str], *, check_images: bool = True) -> list[str]:
@@ -23,7 +24,7 @@ def check_datasets(root: Path, datasets: Sequence[str], *, check_images: bool = 
         except UserError as error:  # a folder that is not a dataset
             found, messages = [], [str(error)]
         command = f"python -m refer.prepare --dataset {dataset}{at}{'' if check_images else ' --images none'}"
-        hint = f" To install it again: `{command}`." if dataset in COCO_DATASETS else ""
+        hint = f" To install it: `{command}`." if dataset in COCO_DATASETS else ""
         problems += [f"{message.rstrip('.')}.{hint}" for message in messages]
         summaries += found
         if found and (missing := missing_split_systems(root, dataset)):
@@ -41,6 +42,13 @@ def check_datasets(root: Path, datasets: Sequence[str], *, check_images: bool = 
     if summaries:
         print(format_counts(summaries, faults))
     return problems
+
+
+def check_weights(names: Sequence[str], folder: Path) -> list[str]:
+    """Return a message for each file of these ``refer.datasets.WEIGHTS`` that is missing or invalid."""
+    command = f"python -m refer.prepare --weights {' '.join(names)} --pretrained {shlex.quote(str(folder))}"
+    faults = find_weight_faults(names, folder, Hashes(folder))
+    return [f"{folder / file} {fault}. To install it: `{command}`." for file, fault in faults.items() if fault]
 
 
 def _repair_hint(summaries: Sequence[Summary], faults: Mapping[str, str], at: str) -> str:

@@ -28,22 +28,19 @@ class Summary(NamedTuple):
     def published(self) -> dict[str, Counts]:
         return PUBLISHED_COUNTS.get((self.dataset, self.split_by), {})
 
-    def differs(self, split: str) -> bool:
-        """Return whether a published split is missing or has other numbers."""
-        counts, published = self.counts.get(split), self.published.get(split)
-        if counts is None or published is None:
-            return published is not None
-        return any(b is not None and a != b for a, b in zip(counts, published, strict=True))
+    def mismatches(self) -> dict[str, str]:
+        """Return {split: how its counts differ from the published ones}; a missing split counts as empty."""
+        found = {}
+        for split, published in self.published.items():
+            numbers = zip(self.counts.get(split, Counts(0, 0, 0)), published, Counts._fields, strict=True)
+            details = [f"{n} {field} instead of {m}" for n, m, field in numbers if m is not None and n != m]
+            if details:
+                found[split] = ", ".join(details)
+        return found
 
     def difference(self) -> str:
-        """Describe how the counts differ from the published ones; empty if they do not, or if none were published."""
-        wrong = [split for split in self.published if self.differs(split)]
-        if not wrong:
-            return ""
-        first, *others = wrong
-        numbers = zip(Counts._fields, self.counts.get(first, Counts(0, 0, 0)), self.published[first], strict=True)
-        details = ", ".join(f"{n} {field} instead of {m}" for field, n, m in numbers if m is not None and n != m)
-        return f"{first} has {details}" + (f"; {', '.join(others)} differ too" if others else "")
+        """Describe all mismatches in one line; empty if there are none, or if no counts were published."""
+        return "; ".join(f"{split} has {details}" for split, details in self.mismatches().items())
 
 
 def count_splits(refer: REFER) -> dict[str, Counts]:
@@ -93,7 +90,7 @@ def summarize(data_root: Path, dataset: str) -> list[Summary]:
 
 
 def format_counts(summaries: Sequence[Summary], faults: Mapping[Path, Collection[str]]) -> str:
-    """Return the table of counts per split, with the published ones where they differ.
+    """Return the table of counts per split, with the difference from the published counts.
 
     Args:
         summaries: the datasets.
@@ -101,14 +98,10 @@ def format_counts(summaries: Sequence[Summary], faults: Mapping[Path, Collection
     """
     rows = [("dataset", "split", "refs", "expressions", "images", "valid images", "")]
     for summary in summaries:
-        for split in dict.fromkeys([*summary.counts, *summary.published]):
-            published = summary.published.get(split)
-            note = "as published" if published else "no published counts"
-            if summary.differs(split):
-                numbers = zip(Counts._fields, published, strict=True)
-                note = "published: " + ", ".join(f"{n} {field}" for field, n in numbers if n is not None)
-            images = summary.images.get(split, set())
-            is_checked = summary.image_dir in faults
-            valid = str(len(images - set(faults[summary.image_dir]))) if is_checked else "not checked"
-            rows.append((summary.name, split, *map(str, summary.counts.get(split, (0, 0, 0))), valid, note))
+        mismatches, checked = summary.mismatches(), faults.get(summary.image_dir)
+        for split in dict.fromkeys([*summary.counts, *mismatches]):
+            counts = map(str, summary.counts.get(split, (0, 0, 0)))
+            valid = "not checked" if checked is None else str(len(summary.images.get(split, set()) - set(checked)))
+            note = mismatches.get(split) or ("as published" if split in summary.published else "no published counts")
+            rows.append((summary.name, split, *counts, valid, note))
     return to_text(rows, left=(0, 1, 6))

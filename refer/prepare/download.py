@@ -101,15 +101,17 @@ def install_from_sources(
     for source in local:
         try:
             install(source)
-            return LOGGER.info(f"Installed {target.stem} from {source}")
         except RejectedError as error:
             reasons.append(f"{source}: {error}")
+        else:
+            LOGGER.info(f"Installed {target.stem} from {source}")
+            return
     if not options.download:
         details = f" ({'; '.join(reasons)})" if reasons else ""
         raise UserError(f"--from contains no valid {target.name}{details}. Add --download to download it.")
     if target.is_file():
         try:
-            return _install_download(target, install, hashes, keep=options.keep_archives)
+            return _install_download(target, install, hashes, options)
         except RejectedError as error:
             LOGGER.warning(f"{target}: {error}")
     begun = Partial(target).state().get("address")
@@ -118,7 +120,7 @@ def install_from_sources(
         LOGGER.info(f"Downloading {target.name} from {url}")
         try:
             download(url, target, options, unpack_factor)
-            return _install_download(target, install, hashes, keep=options.keep_archives)
+            return _install_download(target, install, hashes, options)
         except RejectedError as error:
             reasons.append(f"{url}: {error}")
             LOGGER.warning(reasons[-1])
@@ -131,7 +133,7 @@ def install_from_sources(
     )
 
 
-def _install_download(target: Path, install: Callable[[Path], None], hashes: Hashes, *, keep: bool) -> None:
+def _install_download(target: Path, install: Callable[[Path], None], hashes: Hashes, options: Options) -> None:
     """Install and record ``target``, then delete it if it was downloaded for that.
 
     Raises:
@@ -150,7 +152,7 @@ def _install_download(target: Path, install: Callable[[Path], None], hashes: Has
             part.delete()
         raise
     hashes.record({target.name: target})
-    if is_downloaded and not keep:
+    if is_downloaded and not (options.keep_archives and target.suffix == ".zip"):
         target.unlink()
     part.delete()
 

@@ -5,7 +5,7 @@ Image sizes are (width, height) in pixels.
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -67,7 +67,9 @@ def prepare_images(root: Path, needed: Sizes, hashes: Hashes, options: Options, 
         with open_source(source) as files:
             if source == target and (missing := sorted(needed.keys() - files.keys())):
                 raise RejectedError(f"{len(missing)} needed images are not in it, for example {missing[0]}")
-            install_images(source, files, folder, needed, faults, install_all=images == "zip")
+            if images == "needed":
+                files = {name: file for name, file in files.items() if name in needed}
+            install_images(files, folder, needed, faults, source=source)
 
     for source in _local_sources(options.local) if faults else ():
         try:
@@ -150,7 +152,7 @@ def _local_sources(paths: Sequence[Path]) -> Iterator[Path]:
     """Yield the user's folders and archives that may contain images."""
     for path in paths:
         for folder in (path, path / FOLDER, path / "images" / FOLDER, path / COCO_IMAGES):
-            if folder.is_dir() and any(is_jpeg_name(entry.name) for entry in os.scandir(folder)):
+            if folder.is_dir() and any(is_coco_name(entry.name) for entry in os.scandir(folder)):
                 yield folder
         archive = path / COCO_ZIP if path.is_dir() else path
         if archive.suffix.lower() == ".zip" and archive.is_file():
@@ -159,46 +161,41 @@ def _local_sources(paths: Sequence[Path]) -> Iterator[Path]:
 
 @contextmanager
 def open_source(source: Path) -> Iterator[Files]:
-    """Yield the images of a folder, or those in the folder ``train2014`` of an archive.
+    """Yield the COCO images of a folder, or those in the folder ``train2014`` of an archive.
 
     Raises:
         RejectedError: the archive is corrupt or unsafe.
     """
     if source.is_dir():
-        entries = [entry for entry in os.scandir(source) if is_jpeg_name(entry.name) and entry.is_file()]
+        entries = [entry for entry in os.scandir(source) if is_coco_name(entry.name) and entry.is_file()]
         yield {entry.name: (entry.stat().st_size, partial(link_or_copy, Path(entry.path))) for entry in entries}
         return
     with open_archive(source) as archive:
-        members = {name: member for name, member in archive.files(FOLDER).items() if is_jpeg_name(name)}
+        members = {name: member for name, member in archive.files(FOLDER).items() if is_coco_name(name)}
         yield {name: (member.file_size, partial(archive.extract, member)) for name, member in members.items()}
 
 
-def install_images(
-    source: Path, files: Files, folder: Path, needed: Sizes, faults: Mapping[str, str], *, install_all: bool
-) -> None:
-    """Install the images of a source that are missing or invalid in ``folder``.
+def install_images(files: Files, folder: Path, needed: Sizes, faults: Collection[str], *, source: Path) -> None:
+    """Install those of ``files`` that are missing or invalid in ``folder``.
 
     Args:
-        source: for messages.
-        files: content of the source.
+        files: images that can be written.
         folder: of the installed images.
-        needed: sizes of the needed images.
-        faults: the needed images that are missing or invalid.
-        install_all: also install other images of COCO train2014.
+        needed: sizes of the needed images; an image of another size is not installed.
+        faults: names of the needed images that are missing or invalid.
+        source: where the files come from, for messages.
 
     Raises:
         RejectedError: the archive is corrupt. Images installed before remain.
         UserError: the disk is full or not writable.
     """
     existing = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-
-    def is_selected(name: str) -> bool:
-        if name in needed or not (install_all and is_coco_name(name)):
-            return name in faults
-        # A file of the same size is taken to be complete.
-        return existing.get(name) != files[name][0] and bool(image_fault(folder / name))
-
-    selected = [name for name in files if is_selected(name)]
+    # Of the images that are not needed, an existing file of the same size is taken to be complete.
+    selected = [
+        name
+        for name, (size, _) in files.items()
+        if name in faults or (name not in needed and existing.get(name) != size and image_fault(folder / name))
+    ]
     if not source.is_dir():
         check_free_space(folder, sum(files[name][0] for name in selected), f"Unpacking {source.name}")
     with Progress(f"Images from {source}", len(selected), unit="images") as progress:
@@ -250,7 +247,7 @@ def download_images(missing: Sizes, folder: Path, downloads: Path, options: Opti
         UserError: some cannot be downloaded (the others are installed by then), or the disk is full.
     """
     for name in missing:
-        if not is_jpeg_name(name):
+        if not is_coco_name(name):
             raise UserError(f"{name!r} is not the name of a COCO image and cannot be downloaded.")
     check_free_space(folder, len(missing) * MEAN_BYTES, f"Downloading {len(missing)} images")
     servers = [f"{mirror}/" for mirror in options.mirrors] + [COCO_URL]
@@ -285,11 +282,6 @@ def download_images(missing: Sizes, folder: Path, downloads: Path, options: Opti
             f"{len(failed)} of {len(missing)} images could not be downloaded{note}. {next(iter(failed.values()))}. "
             "Run the same command again to continue, or pass a folder that has them with --from."
         )
-
-
-def is_jpeg_name(name: str) -> bool:
-    """Return whether this is the plain name of a JPEG file that is not hidden."""
-    return name.endswith(".jpg") and name[0] != "." and not set("/\\:\0") & set(name)
 
 
 def is_coco_name(name: str) -> bool:

@@ -1,6 +1,5 @@
 """Verify and install the pretrained weights and BERT's vocabulary in pretrained/."""
 
-import shlex
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,25 @@ from refer.prepare.files import DOWNLOADS, Hashes, RejectedError, link_or_copy, 
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 
 
+def find_weight_faults(
+    names: Sequence[str], folder: Path, hashes: Hashes, local: Sequence[Path] = ()
+) -> dict[str, str]:
+    """Return {file name: what is wrong, empty if nothing} for all files of these ``refer.datasets.WEIGHTS``.
+
+    BERT's weights exist under two names. One that is in ``folder`` or among the user's files (``local``) is preferred.
+    """
+    files = []
+    for name in names:
+        if name.startswith("swin_"):
+            files.append(SWIN_VARIANTS[name.removeprefix("swin_")]["pretrained"])
+            continue
+        files.append(BERT_VOCABULARY)
+        if name == "bert":
+            existing = [file for place in (folder, *local) for file in BERT_WEIGHTS if _find(place, file).is_file()]
+            files.append((existing or BERT_WEIGHTS)[0])
+    return {file: weights_fault(folder / file, file) or hashes.difference(file, folder / file) for file in files}
+
+
 def prepare_weights(names: Sequence[str], folder: Path, options: Options) -> list[Path]:
     """Install the files of these ``refer.datasets.WEIGHTS``, unless valid ones exist, and return their paths.
 
@@ -22,25 +40,24 @@ def prepare_weights(names: Sequence[str], folder: Path, options: Options) -> lis
         UserError: no source has a valid file.
     """
     with locked(folder):
-        hashes, paths = Hashes(folder), []
-        for file in dict.fromkeys(file for name in names for file in weight_files(name, folder, options.local)):
-            path = Path(folder, file)
-            fault = weights_fault(path, file) or hashes.difference(file, path)
+        hashes = Hashes(folder)
+        faults = find_weight_faults(names, folder, hashes, options.local)
+        for file, fault in faults.items():
+            path = folder / file
             if not fault:
                 LOGGER.info(f"{path} is already installed.")
                 hashes.record({file: path})
-            else:
-                LOGGER.info(f"{path} {fault}. Installing it.")
-                install_from_sources(
-                    lambda source, path=path: install_weights(source, path, hashes),
-                    local=[source for place in options.local if (source := _local_file(place, file)).is_file()],
-                    urls=[weights_url(file)],
-                    target=folder / DOWNLOADS / file,
-                    hashes=hashes,
-                    options=options,
-                )
-            paths.append(path)
-    return paths
+                continue
+            LOGGER.info(f"{path} {fault}. Installing it.")
+            install_from_sources(
+                lambda source, path=path: install_weights(source, path, hashes),
+                local=[source for place in options.local if (source := _find(place, file)).is_file()],
+                urls=[weights_url(file)],
+                target=folder / DOWNLOADS / file,
+                hashes=hashes,
+                options=options,
+            )
+    return [folder / file for file in faults]
 
 
 def install_weights(source: Path, path: Path, hashes: Hashes) -> None:
@@ -54,34 +71,8 @@ def install_weights(source: Path, path: Path, hashes: Hashes) -> None:
     hashes.record({path.name: path})
 
 
-def find_weights_problems(names: Sequence[str], folder: Path) -> list[str]:
-    """Return a message for each file of these ``refer.datasets.WEIGHTS`` that is missing or invalid."""
-    hashes, problems = Hashes(folder), []
-    for name in names:
-        for file in weight_files(name, folder):
-            path = Path(folder, file)
-            if fault := weights_fault(path, file) or hashes.difference(file, path):
-                command = f"python -m refer.prepare --weights {name} --pretrained {shlex.quote(str(folder))}"
-                problems.append(f"{path} {fault}. To install it again: `{command}`.")
-    return problems
-
-
-def weight_files(name: str, folder: Path, local: Sequence[Path] = ()) -> list[str]:
-    """Return the file names that one of ``refer.datasets.WEIGHTS`` stands for.
-
-    BERT's weights exist under two names. One that is in ``folder`` or among the user's files is preferred.
-    """
-    if name == "bert_vocabulary":
-        return [BERT_VOCABULARY]
-    if name != "bert":
-        return [SWIN_VARIANTS[name.removeprefix("swin_")]["pretrained"]]
-    places = [folder, *local]
-    existing = [file for place in places for file in BERT_WEIGHTS if _local_file(place, file).is_file()]
-    return [BERT_VOCABULARY, (existing or BERT_WEIGHTS)[0]]
-
-
-def _local_file(path: Path, name: str) -> Path:
-    """Return where a file of this name would be in a path from ``--from``, which is a folder or the file itself."""
+def _find(path: Path, name: str) -> Path:
+    """Return where a file of this name would be in ``path``, which is a folder or the file itself."""
     return path if path.name == name and path.is_file() else path / name
 
 
