@@ -79,19 +79,12 @@ def main() -> None:
     for name, minimum in (("draws", 1), ("seed", 0), ("most", 0)):
         if getattr(args, name) < minimum:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {minimum}.")
-    filters = analysis.Filters(
-        splits=_parse_names("--split", args.split),
-        protocols=_parse_names("--protocol", args.protocol),
-        first_sentences=args.sentences == "first",
-        sentence=None if args.sentence is None else _parse_regex(args.sentence),
-        words=None if args.words is None else _parse_words(args.words),
-        sent_ids=None if args.ids is None else _read_ids(args.ids),
-    )
+    filters = analysis.Filters(**_parse_filters(args))
     thresholds = THRESHOLDS if args.precision_at is None else _parse_thresholds(args.precision_at)
     scoring = Scoring(thresholds, args.strict, args.draws, args.seed)
     if args.json:
-        inputs = [file for path in paths for file in (path, settings_path(path))] + [args.ids] * bool(args.ids)
-        check_writable(args.json, inputs=inputs)
+        inputs = [*paths, *map(settings_path, paths)]
+        check_writable(args.json, inputs=[*inputs, args.ids] if args.ids else inputs)
 
     files = [analysis.load_results(path) for path in paths]
     analysis.check_names("--split", filters.splits, {results.path: results.splits for results in files})
@@ -183,6 +176,18 @@ def change_table(changes: list[Row]) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}".replace("-", "−")
+
+
+def _parse_filters(args: Any) -> dict[str, Any]:
+    """Return the fields of lib.report.analysis.Filters. UserError: a flag has an invalid value."""
+    return {
+        "splits": _parse_names("--split", args.split),
+        "protocols": _parse_names("--protocol", args.protocol),
+        "first_sentences": args.sentences == "first",
+        "sentence": None if args.sentence is None else _parse_regex(args.sentence),
+        "words": None if args.words is None else _parse_words(args.words),
+        "sent_ids": None if args.ids is None else _read_ids(args.ids),
+    }
 
 
 def _parse_names(flag: str, text: str | None) -> tuple[str, ...]:
