@@ -258,6 +258,14 @@ def test_redirects_from_https_to_http_are_rejected():
         RedirectHandler().redirect_request(request, None, 302, "", {}, "http://a.org/x")
 
 
+def test_progress_is_logged_if_there_is_no_terminal(server, get, monkeypatch, caplog):
+    monkeypatch.setattr("refer.prepare.files.LOG_INTERVAL", 0.0)
+    monkeypatch.setattr("refer.prepare.files.MIN_PROGRESS_BYTES", 0)
+    with caplog.at_level("DEBUG", logger="crossvlt"):
+        get()
+    assert "file: 300k of 300k" in caplog.text
+
+
 def test_only_whole_numbers_are_accepted_in_headers():
     values = ("12", "", None, "-1", "1e3", "٣", "9" * 5000)
     assert [parse_number(value) for value in values] == [12] + [None] * 6

@@ -21,6 +21,7 @@ from lib.files import check_writable, file_sha256, fsync, translate_write_errors
 
 DOWNLOADS = "downloads"  # folder below the data root and below pretrained/, removed when it is empty
 HASHES_FILE = "hashes.json"
+MIN_PROGRESS_BYTES = 10_000_000
 LOG_INTERVAL = 15.0  # seconds between progress lines if stderr is not a terminal
 
 
@@ -72,15 +73,18 @@ class Hashes:
 
 
 class Progress(tqdm):
-    """A progress bar on a terminal; otherwise a log line every 15 seconds."""
+    """A progress bar on a terminal; otherwise a log line every 15 seconds. Files below 10 MB have neither."""
 
     def __init__(self, description: str, total: int | None, *, initial: int = 0, unit: str = "B") -> None:
-        settings: dict[str, Any] = {"dynamic_ncols": True}
+        settings: dict[str, Any] = {"desc": description, "total": total, "initial": initial, "unit": unit}
+        settings["unit_scale"] = unit == "B"
+        settings["disable"] = unit == "B" and total is not None and total < MIN_PROGRESS_BYTES
         self.is_logged = not sys.stderr.isatty()
         if self.is_logged:
-            settings = {"mininterval": LOG_INTERVAL, "maxinterval": 2 * LOG_INTERVAL, "delay": LOG_INTERVAL,
-                        "bar_format": "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}", "file": io.StringIO()}  # fmt: skip
-        super().__init__(desc=description, total=total, initial=initial, unit=unit, unit_scale=unit == "B", **settings)
+            settings["bar_format"] = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}"
+            settings |= {"mininterval": LOG_INTERVAL, "maxinterval": 2 * LOG_INTERVAL, "delay": LOG_INTERVAL}
+            settings["file"] = io.StringIO()  # otherwise tqdm.write, which prints log lines, would call display again
+        super().__init__(dynamic_ncols=True, **settings)
 
     def display(self, *args: Any, **kwargs: Any) -> None:
         """Show the current state. tqdm calls this at most once per interval."""

@@ -5,6 +5,7 @@ Image sizes are (width, height) in pixels.
 
 import os
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -19,7 +20,7 @@ from lib.errors import UserError
 from lib.files import translate_write_errors
 from refer.datasets import COCO_IMAGES, COCO_URL, COCO_ZIP
 from refer.prepare.archives import open_archive
-from refer.prepare.download import Options, Partial, download, install_from_sources
+from refer.prepare.download import Options, download, install_from_sources
 from refer.prepare.files import (
     DOWNLOADS,
     Hashes,
@@ -56,7 +57,8 @@ def prepare_images(root: Path, needed: Sizes, hashes: Hashes, options: Options, 
     Raises:
         UserError: a download fails, or the disk is full.
     """
-    folder, target = Path(root, COCO_IMAGES), Path(root, DOWNLOADS, COCO_ZIP)
+    folder, target, incomplete = Path(root, COCO_IMAGES), Path(root, DOWNLOADS, COCO_ZIP), Path(root, DOWNLOADS, FOLDER)
+    shutil.rmtree(incomplete, ignore_errors=True)  # from an interrupted run
     faults = find_image_faults(folder, needed)
     if images == "none":
         return faults
@@ -85,7 +87,7 @@ def prepare_images(root: Path, needed: Sizes, hashes: Hashes, options: Options, 
     if not options.download:
         return faults
     if images == "needed":
-        download_images({name: needed[name] for name in faults}, folder, target.parent, options)
+        download_images({name: needed[name] for name in faults}, folder, incomplete, options)
     else:
         urls = [f"{COCO_URL}zips/{COCO_ZIP}"]
         install_from_sources(
@@ -240,7 +242,7 @@ def download_images(missing: Sizes, folder: Path, downloads: Path, options: Opti
     Args:
         missing: sizes of the images.
         folder: of the installed images.
-        downloads: folder for incomplete downloads.
+        downloads: folder for incomplete downloads, removed at the end.
         options: mirrors and retries.
 
     Raises:
@@ -269,12 +271,10 @@ def download_images(missing: Sizes, folder: Path, downloads: Path, options: Opti
             except RejectedError as error:
                 failures[server] += 1
                 reasons.append(f"{url}: {error}")
-            finally:
-                Partial(target).delete()
-                target.unlink(missing_ok=True)
         return "; ".join(reasons) or "skipped"
 
     failed = _map_in_threads(install, missing, "Downloading images")
+    shutil.rmtree(downloads, ignore_errors=True)
     if failed:
         skipped = sum(reason == "skipped" for reason in failed.values())
         note = f", {skipped} of them not tried after {MAX_FAILURES} failures in a row" if skipped else ""

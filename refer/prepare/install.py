@@ -34,8 +34,7 @@ def prepare_datasets(root: Path, datasets: Sequence[str], options: Options, *, i
     with locked(root):
         hashes, summaries = Hashes(root), []
         for dataset in datasets:
-            prepare_annotations(root, dataset, hashes, options, again=again)
-            summaries += summarize(root, dataset)
+            summaries += prepare_annotations(root, dataset, hashes, options, again=again)
         needed = {name: size for summary in summaries for name, size in summary.sizes.items()}
         faults = prepare_images(root, needed, hashes, options, images)
     folder = Path(root, COCO_IMAGES)
@@ -45,17 +44,22 @@ def prepare_datasets(root: Path, datasets: Sequence[str], options: Options, *, i
         raise UserError(f"{describe_faults(folder, faults)}{hint}")
 
 
-def prepare_annotations(root: Path, dataset: str, hashes: Hashes, options: Options, *, again: bool = False) -> None:
-    """Install a dataset's annotation files, unless valid ones exist. Arguments: see :func:`prepare_datasets`."""
+def prepare_annotations(
+    root: Path, dataset: str, hashes: Hashes, options: Options, *, again: bool = False
+) -> list[Summary]:
+    """Install a dataset's annotation files, unless valid ones exist, and return their content.
+
+    Args and Raises: see :func:`prepare_datasets`.
+    """
     folder = Path(root, dataset)
-    _, problems = find_annotation_problems(root, dataset, hashes)
+    summaries, problems = find_annotation_problems(root, dataset, hashes)
     if not problems and not again:
         files = {f"{dataset}/{name}": folder / name for name in annotation_files(root, dataset)}
         hashes.record({name: path for name, path in files.items() if path.is_file()})
         LOGGER.info(f"{folder}: annotations are already installed.{missing_split_systems(root, dataset)}")
-        return
+        return summaries
     for problem in problems:
-        LOGGER.info(f"{problem.rstrip('.')}. Installing it.")
+        LOGGER.info(f"{problem.rstrip('.')}. Installing the annotations.")
     install_from_sources(
         lambda source: install_annotations(source, root, dataset, hashes),
         local=_local_sources(options.local, dataset),
@@ -65,6 +69,7 @@ def prepare_annotations(root: Path, dataset: str, hashes: Hashes, options: Optio
         options=options,
         unpack_factor=UNPACK_FACTOR,
     )
+    return summarize(root, dataset)
 
 
 def annotation_files(root: Path, dataset: str) -> list[str]:
@@ -88,11 +93,12 @@ def find_annotation_problems(root: Path, dataset: str, hashes: Hashes) -> tuple[
     folder, names = Path(root, dataset), annotation_files(root, dataset)
     missing = [folder / name for name in names[:2] if not (folder / name).is_file()]
     if missing:
-        is_own = dataset not in COCO_DATASETS
-        return [], [f"{path} is missing" + f". {remedy(path)}" * is_own for path in missing]
-    existing = {name: folder / name for name in names if (folder / name).is_file()}
-    changed = {path: hashes.difference(f"{dataset}/{name}", path) for name, path in existing.items()}
-    changed = {path: f"{path} {difference}" for path, difference in changed.items() if difference}
+        return [], [f"{path} is missing{'' if dataset in COCO_DATASETS else f'. {remedy(path)}'}" for path in missing]
+    changed = {}
+    for name in names:
+        path = folder / name
+        if path.is_file() and (difference := hashes.difference(f"{dataset}/{name}", path)):
+            changed[path] = f"{path} {difference}"
     try:
         summaries = summarize(root, dataset)
     except UserError as error:  # a changed file that cannot be read needs only one message
