@@ -94,7 +94,7 @@ class CrossVLT(nn.Module):
         """Run the network on images that :meth:`encode_images` has encoded.
 
         Args:
-            encoded_images: [B, H/4, W/4, C], one per sentence; ``encoded[image_index]`` repeats images.
+            encoded_images: one per sentence, [B, H/4, W/4, C]. The same encoded image may occur several times.
             input_ids, attention_mask, return_similarities: as in :meth:`forward`.
             size: (H, W), the size of the images and of the logits.
         """
@@ -104,16 +104,17 @@ class CrossVLT(nn.Module):
 
         pixels = encoded_images  # [B, h, w, C]
         words = self.lang_stage1(input_ids, bias)  # [B, N, T]
-        features, similarities, x = [], [], None
+        vision_input = None  # output of the previous vision stage, [B, h, w, C]
+        features, similarities = [], []
         for i, (vision_stage, language_stage) in enumerate(zip(self.backbone, self.language_stages, strict=True)):
-            if i > 0:  # x: output of the previous vision stage
-                words = language_stage(words, bias, x)
-                pixels = vision_stage.encode(x)
+            if i > 0:
+                words = language_stage(words, bias, vision_input)
+                pixels = vision_stage.encode(vision_input)
             if return_similarities:
                 aligned_pixels = vision_stage.layers.proj(pixels)  # [B, h, w, A]
                 sentence = language_stage.proj(words[:, 0])  # [B, A], from [CLS]
                 similarities.append(similarity_map(aligned_pixels, sentence) / self.temp[i])
-            decoder_feature, x = vision_stage(pixels, words, attention_mask)
+            decoder_feature, vision_input = vision_stage(pixels, words, attention_mask)
             features.append(decoder_feature)
 
         logits = self.classifier(features)  # [B, 2, H/4, W/4]
@@ -132,7 +133,7 @@ class CrossVLT(nn.Module):
                 part.grad_checkpointing = enable
 
     def blocks(self) -> list[nn.Module]:
-        """Return the repeated layers of both encoders, Swin blocks and BERT layers, which are compiled one by one."""
+        """Return the Swin blocks and BERT layers of both encoders, which torch.compile compiles separately."""
         swin_blocks = [block for stage in self.backbone for block in stage.layers.blocks]
         return swin_blocks + [layer for stage in self.language_stages for layer in stage.layer]
 

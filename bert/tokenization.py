@@ -66,7 +66,7 @@ def check_vocabulary(tokenizer: BertTokenizer, vocab_size: int, trained_with: st
         trained_with: :func:`fingerprint` of the vocabulary that the model was trained with, None if unknown.
 
     Raises:
-        UserError: the vocabulary is another one or too large.
+        UserError: the tokenizer has another vocabulary, or more entries than the model.
     """
     if trained_with is not None and trained_with != fingerprint(tokenizer):
         size = int(trained_with.split()[0])

@@ -9,8 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lib.variants import FUSIONS
-
 HEAD_DIM = 64
 PADDING_SCORE = -1e4  # added to the attention scores of padded tokens
 
@@ -90,6 +88,10 @@ class LanguageToVisionFusion(nn.Module):
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
-# The language-to-vision layer of each design in lib.variants.FUSIONS. The paper's ablations differ in where the layer
-# is used, not in the layer.
-FUSION_LAYERS: dict[str, type[nn.Module]] = {**dict.fromkeys(FUSIONS, LanguageToVisionFusion)}
+# The language-to-vision layer of each fusion in lib.variants.FUSIONS. The paper's ablations use the same layer in
+# different places.
+FUSION_LAYERS: dict[str, type[nn.Module]] = {
+    "cross": LanguageToVisionFusion,
+    "vision": LanguageToVisionFusion,
+    "late": LanguageToVisionFusion,
+}

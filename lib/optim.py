@@ -46,8 +46,9 @@ def group_parameter_names(names: list[str], *, train_temperature: bool = False) 
 
 
 def names_without_gradient(model: nn.Module, *, alignment: bool, train_temperature: bool = False) -> list[str]:
-    """Return the parameters that are not optimized or do not influence the loss. DistributedDataParallel needs them
-    frozen.
+    """Return the names of the parameters to freeze: those not optimized, and those without influence on the loss.
+
+    DistributedDataParallel waits for the gradients of all parameters that are not frozen.
 
     Args:
         model: a CrossVLT.

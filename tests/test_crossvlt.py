@@ -13,8 +13,9 @@ from CrossVLT import build_crossvlt
 from lib.criterion import CrossVLTCriterion
 from lib.engine.precision import Precision
 from lib.engine.step import TrainingStep
+from lib.fusion import FUSION_LAYERS
 from lib.optim import build_lr_scheduler, build_optimizer, group_parameter_names
-from lib.variants import SWIN_VARIANTS
+from lib.variants import FUSIONS, SWIN_VARIANTS
 
 GOLDEN = ROOT / "tests" / "data" / "golden"
 
@@ -67,22 +68,24 @@ def test_three_training_steps_equal_the_published_ones():
     optimizer = build_optimizer(model, lr=3e-5, weight_decay=1e-2)
     scheduler = build_lr_scheduler(optimizer, total_steps=10)
     step = TrainingStep(model, CrossVLTCriterion(), optimizer, scheduler, Precision("off", torch.device("cpu")))
-    for number, want in enumerate(golden["steps"]):
+    for number, expected in enumerate(golden["steps"]):
         inputs = golden_inputs(f"train_tiny_224:step{number}", 2, 224, 224)
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([want["lr"]] * 2, rel=1e-12)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([expected["lr"]] * 2, rel=1e-12)
         batch = {"image": inputs.images.double(), "input_ids": inputs.input_ids, "mask": inputs.masks}
         batch["attention_mask"] = inputs.attention_mask
         if number == 0:
             with torch.no_grad():
                 output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
         values = step([batch])
-        assert values["loss"] == pytest.approx(want["loss"], rel=1e-7)
-        assert values["segmentation"] == pytest.approx(want["seg"], rel=1e-7)
-        assert [values[f"alignment{i}"] for i in (1, 2, 3, 4)] == pytest.approx(want["align"], rel=1e-7)
-        assert (values["lr"], values["grad_norm"]) == pytest.approx((want["lr"], want["grad_norm_optimized"]), rel=1e-6)
+        assert values["loss"] == pytest.approx(expected["loss"], rel=1e-7)
+        assert values["segmentation"] == pytest.approx(expected["seg"], rel=1e-7)
+        assert [values[f"alignment{i}"] for i in (1, 2, 3, 4)] == pytest.approx(expected["align"], rel=1e-7)
+        assert (values["lr"], values["grad_norm"]) == pytest.approx(
+            (expected["lr"], expected["grad_norm_optimized"]), rel=1e-6
+        )
         norms = {name: p.grad.norm().item() for name, p in model.named_parameters() if p.grad is not None}
         total = np.linalg.norm([norm for name, norm in norms.items() if name not in skipped])
-        assert total == pytest.approx(want["grad_norm_optimized"], rel=1e-6)
+        assert total == pytest.approx(expected["grad_norm_optimized"], rel=1e-6)
         if number == 0:
             logits = output.mask_logits.numpy()
             assert np.abs(logits[:, :, ::8, ::8] - recorded["logits"]).max() < 1e-7
@@ -94,14 +97,16 @@ def test_three_training_steps_equal_the_published_ones():
                 if golden["updates_end"][name]["grad_rms"] > 1e-9:
                     assert norm == pytest.approx(golden["grad_norms_step0"][name], rel=1e-6), name
     for name, parameter in model.named_parameters():
-        want = golden["updates_end"][name]
+        expected = golden["updates_end"][name]
         update = (parameter - start[name]).detach()
-        if want["norm"] == 0:
+        if expected["norm"] == 0:
             assert torch.equal(parameter, start[name]), name
-        elif want["grad_rms"] is not None and want["grad_rms"] > 1e-9:
+        elif expected["grad_rms"] is not None and expected["grad_rms"] > 1e-9:
             direction = normals(generator(f"update:{name}"), tuple(parameter.shape)).double()
-            assert update.norm().item() == pytest.approx(want["norm"], rel=1e-3), name
-            assert (direction * update).sum().item() == pytest.approx(want["projection"], abs=1e-3 * want["norm"]), name
+            assert update.norm().item() == pytest.approx(expected["norm"], rel=1e-3), name
+            assert (direction * update).sum().item() == pytest.approx(
+                expected["projection"], abs=1e-3 * expected["norm"]
+            ), name
 
 
 def test_output_shapes_on_the_meta_device():
@@ -160,12 +165,12 @@ def test_float64_float32_and_bfloat16_agree(small_model, small_inputs):
     double = small_model().double().eval()
     inputs = small_inputs(dtype=torch.float64)[:3]
     with torch.inference_mode():
-        want = double(*inputs).mask_logits
+        expected = double(*inputs).mask_logits
         single = small_model().eval()(inputs[0].float(), *inputs[1:]).mask_logits
         half = small_model().bfloat16().eval()(inputs[0].bfloat16(), *inputs[1:]).mask_logits
-    assert (want.dtype, single.dtype, half.dtype) == (torch.float64, torch.float32, torch.bfloat16)
-    torch.testing.assert_close(single.double(), want, atol=1e-4, rtol=0)
-    assert (half.double() - want).abs().mean() < 0.1 * want.abs().mean()
+    assert (expected.dtype, single.dtype, half.dtype) == (torch.float64, torch.float32, torch.bfloat16)
+    torch.testing.assert_close(single.double(), expected, atol=1e-4, rtol=0)
+    assert (half.double() - expected).abs().mean() < 0.1 * expected.abs().mean()
 
 
 def test_fusion_layer_in_float64_equals_plain_arithmetic(small_model, small_inputs):
@@ -179,8 +184,8 @@ def test_fusion_layer_in_float64_equals_plain_arithmetic(small_model, small_inpu
     scores = query @ fusion.l_q(text).transpose(1, 2) / 8 + (1e4 * mask - 1e4)[:, None, :]
     attended = scores.softmax(-1) @ fusion.values_l(text)
     w = normed(attended @ fusion.w_v[0].weight[..., 0].T + fusion.w_v[0].bias)
-    want = torch.nn.functional.gelu((w + v) @ fusion.project_mm[0].weight[..., 0].T + fusion.project_mm[0].bias)
-    torch.testing.assert_close(fusion(v, text, mask), want, atol=1e-10, rtol=0)
+    expected = torch.nn.functional.gelu((w + v) @ fusion.project_mm[0].weight[..., 0].T + fusion.project_mm[0].bias)
+    torch.testing.assert_close(fusion(v, text, mask), expected, atol=1e-10, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +207,10 @@ def test_ablations_cut_the_right_connections(
         model(images, other_ids, text_mask)
     assert torch.equal(words[0], words[1]) != language_depends_on_the_image
     assert torch.equal(features[0], features[2]) != first_stage_depends_on_the_sentence
+
+
+def test_every_fusion_has_a_layer():
+    assert list(FUSION_LAYERS) == list(FUSIONS)
 
 
 def test_similarities_are_computed_only_on_request(small_model, small_inputs):

@@ -23,9 +23,9 @@ def test_cross_entropy_is_a_weighted_mean():
     output = output_of([2.0, 1.0, 0.0, 3.0])
     masks = torch.tensor([[[0, 1]]])
     losses = CrossVLTCriterion(alignment=False)(output, masks)
-    want = (0.9 * softplus(-2) + 1.1 * softplus(-2)) / (0.9 + 1.1)
-    assert losses["segmentation"].item() == pytest.approx(want, rel=1e-6)
-    assert losses["loss"].item() == pytest.approx(2 * want, rel=1e-6)
+    expected = (0.9 * softplus(-2) + 1.1 * softplus(-2)) / (0.9 + 1.1)
+    assert losses["segmentation"].item() == pytest.approx(expected, rel=1e-6)
+    assert losses["loss"].item() == pytest.approx(2 * expected, rel=1e-6)
     assert losses["alignment"].numel() == 0
     wrong = CrossVLTCriterion(alignment=False)(output, 1 - masks)
     assert wrong["segmentation"].item() == pytest.approx((1.1 * softplus(2) + 0.9 * softplus(2)) / 2, rel=1e-6)
@@ -42,9 +42,9 @@ def test_alignment_is_a_plain_mean_over_pixels():
     masks[:, :2, :3] = 1  # a quarter
     output = CrossVLTOutput(torch.zeros(1, 2, 4, 6), tuple(torch.full((1, 1, 2, 2), 0.7) for _ in range(4)))
     losses = CrossVLTCriterion()(output, masks)
-    want = 0.25 * softplus(-0.7) + 0.75 * softplus(0.7)
-    assert losses["alignment"].tolist() == pytest.approx([want] * 4, rel=1e-6)
-    assert losses["loss"].item() == pytest.approx(2 * math.log(2) + 4 * want, rel=1e-6)
+    expected = 0.25 * softplus(-0.7) + 0.75 * softplus(0.7)
+    assert losses["alignment"].tolist() == pytest.approx([expected] * 4, rel=1e-6)
+    assert losses["loss"].item() == pytest.approx(2 * math.log(2) + 4 * expected, rel=1e-6)
 
 
 def test_similarity_maps_are_upsampled_with_aligned_corners():
