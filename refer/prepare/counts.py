@@ -50,11 +50,9 @@ def count_splits(refer: REFER) -> dict[str, Counts]:
     """
     order = ("train", *SPLIT_ORDER)
     published = PUBLISHED_COUNTS.get((refer.dataset, refer.splitBy), {})
+    names = dict.fromkeys([*refer.splits(), *published])
     counts = {}
-    for split in sorted(
-        dict.fromkeys([*refer.splits(), *published]),
-        key=lambda name: order.index(name) if name in order else len(order),
-    ):
+    for split in sorted(names, key=lambda name: order.index(name) if name in order else len(order)):
         try:
             refs = refer.loadRefs(refer.getRefIds(split=split))
         except UserError:  # published, but not in this refs file
