@@ -181,7 +181,7 @@ def _evaluate_batch(
                 pairs = [(logits[i : i + 1], targets[k][None]) for i, k in enumerate(objects.tolist())]
             remaining = iter(indices[rows])
             for part, target in pairs:
-                predicted = logits_to_masks(part, target.shape[-2:], protocol.threshold)
+                predicted = logits_to_masks(part, target.shape[-2:], protocol)
                 counts = torch.stack(intersection_and_union(predicted, target), dim=1).tolist()
                 for (intersection, union), mask in zip(counts, predicted, strict=True):
                     index = next(remaining)
@@ -190,19 +190,19 @@ def _evaluate_batch(
     return results
 
 
-def logits_to_masks(logits: torch.Tensor, size: Sequence[int], threshold: float | None = None) -> torch.Tensor:
+def logits_to_masks(logits: torch.Tensor, size: Sequence[int], protocol: Protocol = PAPER) -> torch.Tensor:
     """Turn logits [B, 2, h, w] into masks, bool [B, H, W].
 
     Args:
         logits: of background and object.
         size: (H, W); logits of another size are resized (bilinear) first.
-        threshold: minimum object probability; None: the class with the higher logit.
+        protocol: sets the threshold.
     """
     if tuple(logits.shape[-2:]) != tuple(size):
         logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
-    if threshold is None:
+    if protocol.threshold is None:
         return logits.argmax(1).bool()
-    return logits.softmax(1)[:, 1] >= threshold
+    return logits.softmax(1)[:, 1] >= protocol.threshold
 
 
 @torch.inference_mode()
@@ -225,7 +225,7 @@ def predict(
         protocol: how logits become a mask.
     """
     logits = model(images, input_ids, attention_mask).mask_logits
-    return logits_to_masks(logits, size or images.shape[-2:], protocol.threshold)
+    return logits_to_masks(logits, size or images.shape[-2:], protocol)
 
 
 @torch.inference_mode()

@@ -297,8 +297,8 @@ def test_threshold_of_the_object_probability(threshold, object_pixels):
     # Probabilities 0.88, 0.73, 0.27, 0.12: a difference of 2, 1, -1, -2 between the logits.
     difference = torch.tensor([[2.0, 1.0], [-1.0, -2.0]])
     logits = torch.stack([torch.zeros(2, 2), difference])[None]
-    assert int(logits_to_masks(logits, (2, 2), threshold).sum()) == object_pixels
-    equal = logits_to_masks(logits, (2, 2), torch.sigmoid(torch.tensor(1.0)).item())
+    assert int(logits_to_masks(logits, (2, 2), Protocol("p", threshold=threshold)).sum()) == object_pixels
+    equal = logits_to_masks(logits, (2, 2), Protocol("p", threshold=torch.sigmoid(torch.tensor(1.0)).item()))
     assert equal.tolist() == [[[True, True], [False, False]]]  # a probability equal to the threshold counts
 
 
