@@ -3,70 +3,22 @@
 Shapes: B expressions, N tokens, S the model's image size, H×W the size at which masks are compared.
 """
 
-import logging
-import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import Batch, build_eval_batches
+from lib.collector import Collector, EvaluationResult, ExpressionResult, ProgressBar, ResultSink
 from lib.errors import StoppedError, UserError
-from lib.metrics import compute_metrics, intersection_and_union, iou
+from lib.metrics import intersection_and_union
 from lib.protocols import PAPER, Protocol
 from refer.masks import encode_mask
-from utils import Distributed, gather, on_main, sum_over_processes
-
-LOG = logging.getLogger("crossvlt")
-SECONDS_BETWEEN_LINES = 30
-SECONDS_BETWEEN_WRITES = 60  # longest work lost if a process is killed
-UNKNOWN = -1
-
-
-class ExpressionResult(NamedTuple):
-    """One expression under one protocol."""
-
-    index: int  # in the dataset
-    protocol: str
-    intersection: int  # pixels
-    union: int
-    mask: dict[str, Any] | None  # the predicted mask as COCO RLE, if requested
-
-
-class EvaluationResult(NamedTuple):
-    """All expressions under one protocol, in the dataset's order."""
-
-    indices: np.ndarray  # int64 [n]
-    counts: np.ndarray  # int64 [n, 2]: intersection, union
-    metrics: dict[str, float]  # in percent
-    masks: dict[
-        int, dict[str, Any]
-    ]  # predicted masks (COCO RLE) by index, those of ``keep_masks``, first protocol only
-
-    def iou(self, index: int) -> float:
-        """Return the IoU of the expression at ``index``; 0 if the union is empty."""
-        return iou(*self.counts[np.searchsorted(self.indices, index)].tolist())
-
-
-class ResultSink(ABC):
-    """Receives results while an evaluation runs, and knows those of an earlier, interrupted run."""
-
-    resume_hint = ""  # how an interrupted evaluation is continued
-
-    @abstractmethod
-    def earlier_results(self, split: str) -> Iterable[ExpressionResult]:
-        """Return the results of a split that are stored already."""
-
-    @abstractmethod
-    def write(self, dataset: ReferDataset, results: Sequence[ExpressionResult]) -> None:
-        """Store new results; called on the main process, once for each result."""
+from utils import Distributed, gather
 
 
 @dataclass(frozen=True)
@@ -120,7 +72,7 @@ def evaluate(
         RuntimeError: an expression was evaluated twice or not at all.
     """
     selected = np.arange(len(dataset)) if indices is None else np.unique(np.fromiter(indices, np.int64))
-    results = _Results(dataset, selected, protocols, keep_masks, sink)
+    collector = Collector(dataset, selected, protocols, keep_masks, sink)
     batches = build_eval_batches(
         dataset,
         setup.dist.device,
@@ -131,22 +83,20 @@ def evaluate(
         world_size=setup.dist.world_size,
         targets=[protocol.target_key for protocol in protocols],
         indices=selected,
-        evaluated=results.complete_indices(),
+        evaluated=collector.complete_indices(),
     )
-    progress = _ProgressBar(dataset.split, results, show=setup.dist.is_main)
+    progress = ProgressBar(dataset.split, collector, show=setup.dist.is_main)
     was_training = model.training
     model.eval()
     try:
         for batch in _same_number_on_all(batches):
             if setup.stop_requested():
-                results.exchange()
+                collector.exchange()
                 hint = f" {sink.resume_hint}" if sink else ""
                 raise StoppedError(f"Stopped while evaluating split {dataset.split}.{hint}")
-            new = (
-                [] if batch is None else _evaluate_batch(model, batch, protocols, setup.batch_size, results.needs_mask)
-            )
-            progress.update(*results.add(new))
-        results.exchange()
+            new = _evaluate_batch(model, batch, protocols, setup.batch_size, collector.needs_mask) if batch else []
+            progress.update(*collector.add(new))
+        collector.exchange()
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{setup.batch_size} expressions do not fit into the GPU's memory. Lower --batch-size."
@@ -154,7 +104,7 @@ def evaluate(
     finally:
         progress.close()
         model.train(was_training)
-    return results.by_protocol()
+    return collector.results()
 
 
 @torch.inference_mode()
@@ -250,124 +200,3 @@ def _same_number_on_all(batches: Collection[Batch]) -> Iterator[Batch | None]:
     iterator = iter(batches)
     for _ in range(max(gather(len(batches)))):
         yield next(iterator, None)
-
-
-class _Results:
-    """Results of all processes: counts of every expression under every protocol, and the masks to keep.
-
-    Memory does not grow with the number of masks: they are passed on to the sink at every exchange.
-    """
-
-    def __init__(
-        self,
-        dataset: ReferDataset,
-        indices: np.ndarray,
-        protocols: Sequence[Protocol],
-        keep_masks: Collection[int],
-        sink: ResultSink | None,
-    ) -> None:
-        self.dataset, self.indices, self.keep_masks, self.sink = dataset, indices, keep_masks, sink
-        self.position = {index: position for position, index in enumerate(indices.tolist())}
-        self.row = {protocol.name: row for row, protocol in enumerate(protocols)}
-        self.first = protocols[0].name
-        self.counts = np.full((len(protocols), len(indices), 2), UNKNOWN, dtype=np.int64)
-        self.masks: dict[int, dict[str, Any]] = {}
-        self.new: list[ExpressionResult] = []  # of this process, since the last exchange
-        for result in on_main(self._read_sink) if sink else []:
-            self._count(result)
-        self.is_earlier = self.counts[:, :, 0] != UNKNOWN
-        self.exchanged_at = time.monotonic()
-
-    def _read_sink(self) -> list[ExpressionResult]:
-        return [
-            result if result.index in self.keep_masks else result._replace(mask=None)
-            for result in self.sink.earlier_results(self.dataset.split)
-        ]
-
-    def _place(self, result: ExpressionResult) -> tuple[int, int]:
-        if result.index not in self.position:
-            raise RuntimeError(f"expression {result.index} was evaluated, but is not among those to evaluate")
-        return self.row[result.protocol], self.position[result.index]
-
-    def _count(self, result: ExpressionResult) -> None:
-        place = self._place(result)
-        if self.counts[place][0] != UNKNOWN:
-            raise RuntimeError(f"expression {result.index} was evaluated twice")
-        self.counts[place] = result.intersection, result.union
-        if result.protocol == self.first and result.index in self.keep_masks:
-            self.masks[result.index] = result.mask
-
-    def complete_indices(self) -> set[int]:
-        """Return the expressions that have a result under every protocol."""
-        return set(self.indices[(self.counts[:, :, 0] != UNKNOWN).all(axis=0)].tolist())
-
-    def needs_mask(self, index: int) -> bool:
-        return self.sink is not None or index in self.keep_masks
-
-    def add(self, results: Iterable[ExpressionResult]) -> tuple[int, int, int]:
-        """Add a batch of this process. Exchange results if it is time; called on all processes together.
-
-        Returns:
-            numbers for the progress bar, over all processes: new expressions, their intersection and union under the
-            first protocol.
-        """
-        # A batch may repeat expressions with an earlier result, because it holds all expressions of its images.
-        new = [result for result in results if not self.is_earlier[self._place(result)]]
-        self.new += new
-        shown = [(result.intersection, result.union) for result in new if result.protocol == self.first]
-        due = time.monotonic() - self.exchanged_at > SECONDS_BETWEEN_WRITES
-        sums = sum_over_processes([len(shown), sum(i for i, _ in shown), sum(u for _, u in shown), float(due)])
-        count, intersection, union, due = map(int, sums)
-        if due:
-            self.exchange()
-        return count, intersection, union
-
-    def exchange(self) -> None:
-        """Pass the new results of every process to all processes, and to the sink."""
-        everyones = [result for part in gather(self.new) for result in part]
-        for result in everyones:
-            self._count(result)
-        if self.sink is not None:
-            on_main(lambda: self.sink.write(self.dataset, everyones))
-        self.new.clear()
-        self.exchanged_at = time.monotonic()
-
-    def by_protocol(self) -> dict[str, EvaluationResult]:
-        missing = len(self.indices) - len(self.complete_indices())
-        if missing:
-            raise RuntimeError(f"{missing} of {len(self.indices)} expressions were not evaluated")
-        found = {}
-        for name, row in self.row.items():
-            masks = self.masks if name == self.first else {}
-            found[name] = EvaluationResult(self.indices, self.counts[row], compute_metrics(self.counts[row]), masks)
-        return found
-
-
-class _ProgressBar:
-    """A bar over the expressions of all processes with the overall IoU so far; without a terminal, lines in the log."""
-
-    def __init__(self, title: str, results: _Results, *, show: bool) -> None:
-        self.title, self.show, self.total = title, show, len(results.indices)
-        earlier = results.counts[0][results.is_earlier[0]]
-        self.done = self.initial = len(earlier)
-        self.intersection, self.union = earlier.sum(axis=0).tolist()
-        self.bar = tqdm(
-            total=self.total, initial=self.done, desc=title, disable=None if show else True, leave=False, unit="expr"
-        )
-        self.started = self.logged_at = time.monotonic()
-
-    def update(self, count: int, intersection: int, union: int) -> None:
-        self.done += count
-        self.intersection += intersection
-        self.union += union
-        overall = f"oIoU {100 * iou(self.intersection, self.union):.2f}"
-        self.bar.set_postfix_str(overall, refresh=False)
-        self.bar.update(count)
-        now = time.monotonic()
-        if self.show and self.bar.disable and now - self.logged_at > SECONDS_BETWEEN_LINES:
-            rate = (self.done - self.initial) / (now - self.started)
-            LOG.debug(f"{self.title}: {self.done}/{self.total} expressions, {rate:.1f}/s, {overall} so far")
-            self.logged_at = now
-
-    def close(self) -> None:
-        self.bar.close()

@@ -57,27 +57,18 @@ def _switch(default: Any, help: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How logits become a mask, and which target mask it is compared with.
-
-    Args:
-        name: of the protocol, with a suffix for each changed switch.
-        gt_mask: ``paper``: a pixel belongs to the object if exactly one of its polygons covers it, so overlaps are
-            holes; ``union``: if at least one does.
-        eval_size: ``resized``: masks are compared at the model's image size, targets resized by nearest neighbour;
-            ``original``: logits are resized (bilinear) to the image's own size and compared with the full-size target.
-        threshold: minimum object probability of a mask pixel; None: the class with the higher logit.
-        max_tokens: token ids kept of a sentence, [CLS] and [SEP] included.
-    """
+    """How logits become a mask, and which target mask it is compared with. The help texts describe the fields."""
 
     name: str
     gt_mask: str = _switch(
         "paper",
-        "pixels in several polygons of one object: not part of the object (paper), or part of it (union)",
+        "pixels in several polygons of an object: holes (paper) or part of the object (union)",
         choices=MASK_MODES,
     )
     eval_size: str = _switch(
         "resized",
-        "compare masks at the model's image size (resized) or at each image's own (original)",
+        "compare masks at the model's image size, with targets resized by nearest neighbor (resized), or at each image's "
+        "own size, with logits resized bilinearly (original)",
         choices=EVAL_SIZES,
         needs_model="a binary mask cannot be converted to the logits at another size",
     )
@@ -91,7 +82,7 @@ class Protocol:
     )
     max_tokens: int = _switch(
         MAX_TOKENS,
-        "token ids kept of a sentence",
+        "token ids kept of a sentence, [CLS] and [SEP] included",
         type=int,
         config_key="DATA.MAX_TOKENS",
         needs_model="the model predicts other masks for sentences that are cut elsewhere",

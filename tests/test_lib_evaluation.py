@@ -11,14 +11,16 @@ from golden_cases import golden_inputs, set_golden_weights
 from PIL import Image
 from pycocotools import mask as coco_mask
 
+import lib.collector
 import lib.evaluation
 from bert.tokenization import read_vocabulary
 from CrossVLT import CrossVLTOutput, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_eval_batches
 from lib.baselines import baseline_metrics
+from lib.collector import ExpressionResult, ResultSink
 from lib.errors import StoppedError
-from lib.evaluation import EvalSetup, ExpressionResult, ResultSink, alignment_maps, evaluate, logits_to_masks, predict
+from lib.evaluation import EvalSetup, alignment_maps, evaluate, logits_to_masks, predict
 from lib.metrics import compute_metrics
 from lib.protocols import PAPER, PROTOCOLS, Protocol
 from refer.masks import decode_mask
@@ -194,7 +196,7 @@ def test_counts_agree_with_pycocotools(size):
 
 
 def test_earlier_results_are_not_computed_again(monkeypatch, caplog):
-    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(lib.collector, "SECONDS_BETWEEN_LINES", -1)
     caplog.set_level("DEBUG", "crossvlt")
     sink = Memory([ExpressionResult(0, "paper", 7, 9, None)])
     result = evaluate_echo(EXAMPLE, batch_size=2, sink=sink)["paper"]
@@ -210,11 +212,11 @@ def test_earlier_results_are_not_computed_again(monkeypatch, caplog):
 
 def test_results_are_written_by_the_clock_and_before_a_stop(monkeypatch):
     split = Split([[[1, 0], [0, 0]]] * 4, [[[1, 0], [0, 0]]] * 4)
-    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_WRITES", -1)  # after every batch
+    monkeypatch.setattr(lib.collector, "SECONDS_BETWEEN_WRITES", -1)  # after every batch
     sink = Memory()
     evaluate_echo(split, batch_size=1, sink=sink)
     assert [[index for index, *_ in call] for call in sink.calls] == [[0], [1], [2], [3], []]
-    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_WRITES", 1000)
+    monkeypatch.setattr(lib.collector, "SECONDS_BETWEEN_WRITES", 1000)
     answers = iter([False, False, True])  # before the first, second and third batch
     model, sink = Echo().train(), Memory()
     with pytest.raises(StoppedError, match="Stopped while evaluating split val"):
@@ -224,7 +226,7 @@ def test_results_are_written_by_the_clock_and_before_a_stop(monkeypatch):
 
 
 def test_progress_is_logged_without_a_terminal(monkeypatch, caplog):
-    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_LINES", -1)
+    monkeypatch.setattr(lib.collector, "SECONDS_BETWEEN_LINES", -1)
     caplog.set_level("DEBUG", "crossvlt")
     evaluate_echo(EXAMPLE, batch_size=2)
     assert [line.split(", ")[0] for line in caplog.messages] == ["val: 2/3 expressions", "val: 3/3 expressions"]

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-import lib.evaluation
+import lib.collector
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset
+from lib.collector import ExpressionResult
 from lib.errors import MissingFileError, StoppedError, UserError
-from lib.evaluation import EvalSetup, ExpressionResult, evaluate
+from lib.evaluation import EvalSetup, evaluate
 from lib.protocols import PROTOCOLS
 from lib.report.results import ResultFile, read_results
 from refer.masks import decode_mask, encode_mask
@@ -244,7 +245,7 @@ def test_counts_are_those_of_the_stored_masks(run_evaluation, datasets, tmp_path
 
 def test_memory_does_not_grow_with_the_number_of_masks(run_evaluation, tmp_path, monkeypatch):
     """Results are written at each exchange: never more than one batch is kept in memory."""
-    monkeypatch.setattr(lib.evaluation, "SECONDS_BETWEEN_WRITES", -1)
+    monkeypatch.setattr(lib.collector, "SECONDS_BETWEEN_WRITES", -1)
     sizes, write = [], ResultFile.write
 
     def count(file, dataset, results):

@@ -8,7 +8,7 @@ import pytest
 from bert.tokenization import read_vocabulary
 from data.dataset_refer_bert import ReferDataset
 from lib.baselines import baseline_metrics
-from lib.evaluation import EvaluationResult
+from lib.collector import EvaluationResult
 from lib.metrics import METRIC_NAMES, compute_metrics
 from lib.protocols import PROTOCOLS
 from lib.report.intervals import intervals

@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from data.dataset_refer_bert import ReferDataset
-from lib.evaluation import EvalSetup, EvaluationResult, evaluate
+from lib.collector import EvaluationResult
+from lib.evaluation import EvalSetup, evaluate
 from lib.protocols import PAPER
 from lib.visualize import spread_indices
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from data.dataset_refer_bert import ReferDataset
 from data.transforms import normalize_images
+from lib.collector import EvaluationResult
 from lib.errors import UserError
-from lib.evaluation import EvaluationResult, alignment_maps, evaluate
+from lib.evaluation import alignment_maps, evaluate
 from lib.files import check_writable
 from lib.inference import load_for_evaluation, start_evaluation
 from lib.visualize import MAX_PANELS, Prediction, contact_sheet, expression_panel, save_image, spread_indices

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 
 from data.dataset_refer_bert import ReferDataset
+from lib.collector import ExpressionResult, ResultSink
 from lib.errors import MissingFileError, UserError
-from lib.evaluation import ExpressionResult, ResultSink
 from lib.files import atomic_write, translate_write_errors, write_text
 from lib.metrics import iou
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from data.dataset_refer_bert import ReferDataset
 from lib.baselines import baseline_metrics
-from lib.evaluation import EvaluationResult
+from lib.collector import EvaluationResult
 from lib.files import write_text
 from lib.metrics import METRIC_NAMES
 from lib.protocols import Protocol

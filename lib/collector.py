@@ -1,0 +1,185 @@
+"""Collect the results of an evaluation from all processes: pixel counts, masks to keep, and a file to write to."""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from data.dataset_refer_bert import ReferDataset
+from lib.metrics import compute_metrics, iou
+from lib.protocols import Protocol
+from utils import gather, on_main, sum_over_processes
+
+LOG = logging.getLogger("crossvlt")
+SECONDS_BETWEEN_LINES = 30
+SECONDS_BETWEEN_WRITES = 60  # longest work lost if a process is killed
+UNKNOWN = -1
+
+
+class ExpressionResult(NamedTuple):
+    """One expression under one protocol."""
+
+    index: int  # in the dataset
+    protocol: str
+    intersection: int  # pixels
+    union: int
+    mask: dict[str, Any] | None  # the predicted mask as COCO RLE, if requested
+
+
+class EvaluationResult(NamedTuple):
+    """All expressions under one protocol, in the dataset's order."""
+
+    indices: np.ndarray  # int64 [n]
+    counts: np.ndarray  # int64 [n, 2]: intersection, union
+    metrics: dict[str, float]  # in percent
+    masks: dict[int, dict[str, Any]]  # predicted masks as COCO RLE by index: the requested ones of the first protocol
+
+    def iou(self, index: int) -> float:
+        """Return the IoU of the expression at ``index``; 0 if the union is empty."""
+        return iou(*self.counts[np.searchsorted(self.indices, index)].tolist())
+
+
+class ResultSink(ABC):
+    """Receives results while an evaluation runs, and knows those of an earlier, interrupted run."""
+
+    resume_hint = ""  # how an interrupted evaluation is continued
+
+    @abstractmethod
+    def earlier_results(self, split: str) -> Iterable[ExpressionResult]:
+        """Return the results of a split that are stored already."""
+
+    @abstractmethod
+    def write(self, dataset: ReferDataset, results: Sequence[ExpressionResult]) -> None:
+        """Store new results; called on the main process, once for each result."""
+
+
+class Collector:
+    """Results of all processes: counts of every expression under every protocol, and the masks to keep.
+
+    Other masks are passed on to the sink at every exchange, so that memory does not grow with the number of expressions.
+
+    Args:
+        dataset, protocols, keep_masks, sink: see :func:`lib.evaluation.evaluate`.
+        indices: of the expressions to evaluate, int64 [n], ascending.
+    """
+
+    def __init__(
+        self,
+        dataset: ReferDataset,
+        indices: np.ndarray,
+        protocols: Sequence[Protocol],
+        keep_masks: Collection[int],
+        sink: ResultSink | None,
+    ) -> None:
+        self.dataset, self.indices, self.keep_masks, self.sink = dataset, indices, set(keep_masks), sink
+        self.position = {index: position for position, index in enumerate(indices.tolist())}
+        self.row = {protocol.name: row for row, protocol in enumerate(protocols)}
+        self.first = protocols[0].name
+        self.counts = np.full((len(protocols), len(indices), 2), UNKNOWN, dtype=np.int64)
+        self.masks: dict[int, dict[str, Any]] = {}
+        self.new: list[ExpressionResult] = []  # of this process, since the last exchange
+        for result in on_main(self._read_sink) if sink else []:
+            self._count(result)
+        self.is_earlier = self.counts[:, :, 0] != UNKNOWN
+        self.exchanged_at = time.monotonic()
+
+    def _read_sink(self) -> list[ExpressionResult]:
+        return [
+            result if result.index in self.keep_masks else result._replace(mask=None)
+            for result in self.sink.earlier_results(self.dataset.split)
+        ]
+
+    def _place(self, result: ExpressionResult) -> tuple[int, int]:
+        if result.index not in self.position:
+            raise RuntimeError(f"expression {result.index} was evaluated, but is not among those to evaluate")
+        return self.row[result.protocol], self.position[result.index]
+
+    def _count(self, result: ExpressionResult) -> None:
+        place = self._place(result)
+        if self.counts[place][0] != UNKNOWN:
+            raise RuntimeError(f"expression {result.index} was evaluated twice")
+        self.counts[place] = result.intersection, result.union
+        if result.protocol == self.first and result.index in self.keep_masks:
+            self.masks[result.index] = result.mask
+
+    def complete_indices(self) -> set[int]:
+        """Return the expressions that have a result under every protocol."""
+        return set(self.indices[(self.counts[:, :, 0] != UNKNOWN).all(axis=0)].tolist())
+
+    def needs_mask(self, index: int) -> bool:
+        """Return whether the predicted masks of an expression are to be stored."""
+        return self.sink is not None or index in self.keep_masks
+
+    def add(self, results: Iterable[ExpressionResult]) -> tuple[int, int, int]:
+        """Add a batch of this process. Exchange results if it is time; called on all processes together.
+
+        Returns:
+            numbers for the progress bar, over all processes: new expressions, their intersection and union under the
+            first protocol.
+        """
+        # A batch may repeat expressions with an earlier result, because it holds all expressions of its images.
+        new = [result for result in results if not self.is_earlier[self._place(result)]]
+        self.new += new
+        shown = [(result.intersection, result.union) for result in new if result.protocol == self.first]
+        due = time.monotonic() - self.exchanged_at > SECONDS_BETWEEN_WRITES
+        sums = sum_over_processes([len(shown), sum(i for i, _ in shown), sum(u for _, u in shown), float(due)])
+        count, intersection, union, due = map(int, sums)
+        if due:
+            self.exchange()
+        return count, intersection, union
+
+    def exchange(self) -> None:
+        """Pass the new results of every process to all processes, and to the sink."""
+        gathered = [result for part in gather(self.new) for result in part]
+        for result in gathered:
+            self._count(result)
+        if self.sink is not None:
+            on_main(lambda: self.sink.write(self.dataset, gathered))
+        self.new.clear()
+        self.exchanged_at = time.monotonic()
+
+    def results(self) -> dict[str, EvaluationResult]:
+        """Return the results by protocol name. RuntimeError: an expression has none."""
+        missing = len(self.indices) - len(self.complete_indices())
+        if missing:
+            raise RuntimeError(f"{missing} of {len(self.indices)} expressions were not evaluated")
+        found = {}
+        for name, row in self.row.items():
+            masks = self.masks if name == self.first else {}
+            found[name] = EvaluationResult(self.indices, self.counts[row], compute_metrics(self.counts[row]), masks)
+        return found
+
+
+class ProgressBar:
+    """A bar over the expressions of all processes with the overall IoU so far; without a terminal, lines in the log."""
+
+    def __init__(self, title: str, collector: Collector, *, show: bool) -> None:
+        self.title, self.show, self.total = title, show, len(collector.indices)
+        earlier = collector.counts[0][collector.is_earlier[0]]
+        self.done = self.initial = len(earlier)
+        self.intersection, self.union = earlier.sum(axis=0).tolist()
+        self.bar = tqdm(
+            total=self.total, initial=self.done, desc=title, disable=None if show else True, leave=False, unit="expr"
+        )
+        self.started = self.logged_at = time.monotonic()
+
+    def update(self, count: int, intersection: int, union: int) -> None:
+        """Add what :meth:`Collector.add` returned."""
+        self.done += count
+        self.intersection += intersection
+        self.union += union
+        overall = f"oIoU {100 * iou(self.intersection, self.union):.2f}"
+        self.bar.set_postfix_str(overall, refresh=False)
+        self.bar.update(count)
+        now = time.monotonic()
+        if self.show and self.bar.disable and now - self.logged_at > SECONDS_BETWEEN_LINES:
+            rate = (self.done - self.initial) / (now - self.started)
+            LOG.debug(f"{self.title}: {self.done}/{self.total} expressions, {rate:.1f}/s, {overall} so far")
+            self.logged_at = now
+
+    def close(self) -> None:
+        self.bar.close()
