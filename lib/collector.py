@@ -60,7 +60,7 @@ class ResultSink(ABC):
 class Collector:
     """Results of all processes: counts of every expression under every protocol, and the masks to keep.
 
-    Other masks are passed on to the sink at every exchange, so that memory does not grow with the number of expressions.
+    Other masks are passed on to the sink at every exchange, so that memory does not grow with the split.
 
     Args:
         dataset, protocols, keep_masks, sink: see :func:`lib.evaluation.evaluate`.

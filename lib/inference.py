@@ -22,6 +22,7 @@ from lib.errors import StoppedError, UserError
 from lib.evaluation import EvalSetup
 from lib.files import file_sha256
 from lib.protocols import SWITCHES, Protocol, choose_protocols
+from lib.variants import BERT, BERT_VOCAB_SIZE
 from refer.refer import REFER
 from utils import init_distributed, on_main, set_up_logging
 
@@ -102,7 +103,7 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
     base = {key: saved[key] for key in KEYS_AS_TRAINED if key in saved}
     tokenizer_path = Path(base.get("PRETRAINED.TOKENIZER", ""))
     if tokenizer_path.suffix == ".txt" and not tokenizer_path.exists():
-        del base["PRETRAINED.TOKENIZER"]  # trained on another machine; check_vocabulary refuses another vocabulary
+        del base["PRETRAINED.TOKENIZER"]  # trained on another machine; check_vocabulary verifies the vocabulary
     cfg, given = config.resolve(args, base)
     checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
     for key, name, flag in MODEL_FLAGS:
@@ -110,7 +111,13 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
         if key in given and expected and expected != trained:
             raise UserError(f"{path} was trained with {name} {trained}, not {expected}. Drop {flag}.")
     vocab_size = checkpoint.model_config["vocab_size"]
-    tokenizer = load_tokenizer(config.tokenizer_name(cfg, vocab_size))
+    name = config.tokenizer_name(cfg, vocab_size)
+    if name == BERT and vocab_size != BERT_VOCAB_SIZE and tokenizer_path.suffix == ".txt":
+        raise UserError(
+            f"{path} was trained with the vocabulary {tokenizer_path} ({vocab_size} entries), which does not exist here. "
+            "Pass --bert_tokenizer with a copy of that file."
+        )
+    tokenizer = load_tokenizer(name)
     check_vocabulary(tokenizer, vocab_size, checkpoint.extra.get("vocabulary"))
     switches = {
         name: config.lookup(cfg, switch.config_key) if switch.config_key else getattr(args, name)

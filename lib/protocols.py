@@ -48,7 +48,7 @@ class Switch:
             hint = did_you_mean(str(value), self.choices)
             raise UserError(f"{flag} {value}: choose one of {', '.join(self.choices)}.{hint}")
         if self.limits and not self.limits[0] < value < self.limits[1]:
-            raise UserError(f"{flag} {value}: must be between {self.limits[0]} and {self.limits[1]}")
+            raise UserError(f"{flag} {value}: must be between {self.limits[0]} and {self.limits[1]}.")
 
 
 def _switch(default: Any, help: str, **options: Any) -> Any:
@@ -57,7 +57,7 @@ def _switch(default: Any, help: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How logits become a mask, and which target mask it is compared with. The help texts describe the fields."""
+    """How logits become a mask, and which target mask it is compared with. Each help text describes its field."""
 
     name: str
     gt_mask: str = _switch(
@@ -150,7 +150,7 @@ def choose_protocols(names: str, **switches: Any) -> list[Protocol]:
         protocol = replace(PROTOCOLS[base], name=protocol_name(base, changes), **changes)
         for other in chosen:
             if replace(other, name=protocol.name) == protocol:
-                raise UserError(f"--protocol {names}: these switches make {other.name} and {protocol.name} the same")
+                raise UserError(f"--protocol {names}: these switches make {other.name} and {protocol.name} the same.")
         chosen.append(protocol)
     if not chosen:
         raise UserError(f"--protocol {names!r} contains no name. Choose from {', '.join(PROTOCOLS)}.")

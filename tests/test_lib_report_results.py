@@ -149,7 +149,7 @@ def test_a_complete_file_is_kept_unless_it_may_be_replaced(write, results, heade
 
 
 def test_messages_about_damaged_files(write, results, tmp_path):
-    with pytest.raises(MissingFileError, match="no result file"):
+    with pytest.raises(MissingFileError, match=r"Result file .* does not exist"):
         read_results(tmp_path / "none.jsonl")
     path = tmp_path / "a.jsonl"
     file = write(path, results)

@@ -43,17 +43,17 @@ def choose_command(args: Any, parser: Parser) -> str:
     required, accepted = COMMANDS[command]
     for name in required:
         if not getattr(args, name):
-            others = [f"--{other}" for other in required if other != name]
-            raise UserError(f"--{name} is missing" + (f"; it is required with {', '.join(others)}" if others else ""))
+            together = "".join(f" --{other}" for other in required)
+            raise UserError(f"--{name} is missing. This command needs{together}. See --help.")
     for name in {name: None for flags in COMMANDS.values() for group in flags for name in group}:
         if name not in required + accepted and getattr(args, name) != parser.get_default(name):
             selected_by = command if command != "evaluate" else "resume"
-            raise UserError(f"--{name} cannot be combined with --{selected_by}")
+            raise UserError(f"--{name} cannot be combined with --{selected_by}.")
     for name in ("vis_maps", "vis_num"):
         if getattr(args, name) != parser.get_default(name) and not args.vis:
-            raise UserError(f"--{name} needs --vis DIR, the folder for the images")
+            raise UserError(f"--{name} needs --vis DIR, the folder for the images.")
     if args.vis_num < 1:
-        raise UserError(f"--vis_num {args.vis_num}: must be at least 1")
+        raise UserError(f"--vis_num {args.vis_num}: must be at least 1.")
     _check_outputs(args.predictions, args.json)
     return command
 
@@ -61,7 +61,9 @@ def choose_command(args: Any, parser: Parser) -> str:
 def _check_outputs(predictions: str | None, json: str | None) -> None:
     if predictions and Path(predictions).suffix == PARTIAL:
         complete = predictions.removesuffix(PARTIAL)
-        raise UserError(f"--predictions {predictions} is a partial file. To continue it, pass --predictions {complete}")
+        raise UserError(
+            f"--predictions {predictions} is a partial file. To continue it, pass --predictions {complete}."
+        )
     if predictions and json:
         written = (predictions, f"{predictions}{PARTIAL}", settings_path(predictions))
         if Path(json).resolve() in [Path(path).resolve() for path in written]:

@@ -94,7 +94,7 @@ def compare_models(args: Any) -> None:
     """
     paths, folder = [part.strip() for part in args.vis_compare.split(",") if part.strip()], Path(args.vis)
     if not paths:
-        raise UserError(f"--vis_compare {args.vis_compare!r} contains no checkpoint")
+        raise UserError(f"--vis_compare {args.vis_compare!r} contains no checkpoint.")
     checkpoints = [load_for_evaluation(args, path) for path in paths]
     cfg, protocols = checkpoints[0].cfg, checkpoints[0].protocols
     if len(protocols) > 1:

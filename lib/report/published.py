@@ -55,11 +55,11 @@ def choose_rows(dataset: str | None, split_by: str | None, splits: str | None) -
     names = [name.strip() for name in (splits or "all").split(",") if name.strip()]
     for name in names:
         if name != "all" and name not in [row.split for row in rows]:
-            raise UserError(f"--table: no published row has split {name!r} with this --dataset and --splitBy")
+            raise UserError(f"--table: no published row has split {name!r} with this --dataset and --splitBy.")
     rows = [row for row in rows if "all" in names or row.split in names]
     if not rows:
         raise UserError(
-            f"--table has rows of {', '.join(DATASETS)} (refcocog: umd), but none with this --dataset and --splitBy"
+            f"--table has rows of {', '.join(DATASETS)} (refcocog: umd), but none with this --dataset and --splitBy."
         )
     return rows
 
@@ -84,20 +84,20 @@ def find_checkpoints(source: str | Path) -> dict[str, Path]:
             if first is not None:
                 found[name] = first
         if not found:
-            raise MissingFileError(f"--checkpoints {source}: no best_<set>.pth for any of {', '.join(DATASETS)}")
+            raise MissingFileError(f"--checkpoints {source}: no best_<set>.pth for any of {', '.join(DATASETS)}.")
         return found
     try:
         entries = yaml.safe_load(source.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise MissingFileError(f"--checkpoints {source}: no such folder or file") from error
+        raise MissingFileError(f"--checkpoints {source}: no such folder or file.") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--checkpoints {source} is not a YAML file of `set: file` ({reason})") from error
+        raise UserError(f"--checkpoints {source} is not a YAML file of `set: file` ({reason}).") from error
     if not isinstance(entries, dict) or not entries or not all(isinstance(path, str) for path in entries.values()):
-        raise UserError(f"--checkpoints {source} is not a YAML file of `set: file`")
+        raise UserError(f"--checkpoints {source} is not a YAML file of `set: file`.")
     for name, path in entries.items():
         if name not in DATASETS:
             raise UserError(f"--checkpoints {source}: unknown dataset {name!r}.{did_you_mean(str(name), DATASETS)}")
         if not (source.parent / path).is_file():
-            raise MissingFileError(f"--checkpoints {source}: {name}: no file {source.parent / path}")
+            raise MissingFileError(f"--checkpoints {source}: {name}: no file {source.parent / path}.")
     return {name: source.parent / path for name, path in entries.items()}

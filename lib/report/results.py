@@ -153,9 +153,11 @@ class ResultFile(ResultSink):
 
 
 def _describe(value: Any) -> str:
-    """Return a setting for a message: protocols by name, anything else as it is."""
+    """Return a setting for a message: protocols by name, splits with their sizes, anything else as it is."""
     if isinstance(value, list) and all(isinstance(item, dict) and "name" in item for item in value):
         return ", ".join(str(item["name"]) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
     return str(value)
 
 
@@ -208,7 +210,7 @@ def read_header(path: Path) -> dict[str, Any]:
         MissingFileError, UserError: as for :func:`read_results`.
     """
     if not path.is_file():
-        raise MissingFileError(f"no result file {path}")
+        raise MissingFileError(f"Result file {path} does not exist.")
     source = path if path.suffix == PARTIAL else settings_path(path)
     try:
         with open(source, "rb") as file:
@@ -216,11 +218,11 @@ def read_header(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{source} is missing. It holds the settings of {path}; keep both files together.") from error
     except OSError as error:
-        raise UserError(f"cannot read {source}: {error.strerror}") from error
+        raise UserError(f"Cannot read {source}: {error.strerror}.") from error
     except ValueError:
         header = None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise UserError(f"{source} was not written by test.py --predictions")
+        raise UserError(f"{source} was not written by test.py --predictions.")
     return header
 
 
@@ -246,7 +248,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Line]]:
             if not (is_header or is_truncated):
                 line = _parse_line(text)
                 if line is None:
-                    raise UserError(f"{path} is corrupt: line {number} is not a result")
+                    raise UserError(f"{path} is corrupt: line {number} is not a result.")
                 yield offset, line
             offset += len(text)
 
