@@ -114,8 +114,8 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
     name = config.tokenizer_name(cfg, vocab_size)
     if name == BERT and vocab_size != BERT_VOCAB_SIZE and tokenizer_path.suffix == ".txt":
         raise UserError(
-            f"{path} was trained with the vocabulary {tokenizer_path} ({vocab_size} entries), which does not exist here. "
-            "Pass --bert_tokenizer with a copy of that file."
+            f"{path} was trained with the vocabulary {tokenizer_path} ({vocab_size} entries), which does not exist "
+            "here. Pass --bert_tokenizer with a copy of that file."
         )
     tokenizer = load_tokenizer(name)
     check_vocabulary(tokenizer, vocab_size, checkpoint.extra.get("vocabulary"))

@@ -67,8 +67,8 @@ class Protocol:
     )
     eval_size: str = _switch(
         "resized",
-        "compare masks at the model's image size, with targets resized by nearest neighbor (resized), or at each image's "
-        "own size, with logits resized bilinearly (original)",
+        "compare masks at the model's image size, with targets resized by nearest neighbor (resized), or at each "
+        "image's own size, with logits resized bilinearly (original)",
         choices=EVAL_SIZES,
         needs_model="a binary mask cannot be converted to the logits at another size",
     )
