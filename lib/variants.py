@@ -28,6 +28,10 @@ SWIN_VARIANTS = {
     },
 }  # fmt: skip
 
-# The paper's ablations of cross-aware early fusion: (vision_to_language, language_to_vision in stages 1 to 3).
-# The last stage always fuses language into vision.
-FUSIONS = {"cross": (True, True), "vision": (False, True), "late": (False, False)}
+# Fusions: (vision-to-language attention, language-to-vision fusion in stages 1 to 3). The last stage always fuses
+# language into vision. "vision" and "late" are the paper's ablations.
+FUSIONS = {
+    "cross": (True, True),  # published
+    "vision": (False, True),
+    "late": (False, False),
+}
