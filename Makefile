@@ -1,17 +1,18 @@
-# make demo   set up, make RefShapes, train a small CrossVLT on two CPU processes, evaluate it, draw its predictions
-# make test   set up, run the tests
-# make stress kill 20 trainings at random moments and compare what becomes of them (about a quarter of an hour)
-# make lint   ruff, as CI runs it
-# make lock   resolve requirements*.txt anew into requirements.lock
+# make demo    set up, generate RefShapes, train a small CrossVLT with two CPU processes, evaluate it, draw predictions
+# make test    set up, run the tests
+# make lint    run ruff as CI does
+# make docs    generate docs/options.md from lib/options.py
+# make stress  kill 20 trainings at random moments, resume them, compare (about a quarter of an hour)
+# make lock    resolve requirements*.txt into requirements.lock
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := checkpoints/demo
 ON_REFSHAPES := --dataset refshapes --device cpu --batch-size 32
-# One thread per process: more threads than cores only get in each other's way.
+# One thread per process: more threads than cores slow each other down.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
 
-.PHONY: demo test stress lint lock
+.PHONY: demo test stress lint docs lock
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: requirements.lock
@@ -45,6 +46,9 @@ stress: | $(VENV)/.installed
 lint: | $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: | $(VENV)/.installed
+	$(BIN)/python -c 'from lib.config import options_table; print(options_table(), end="")' > docs/options.md
 
 lock: | $(VENV)/.installed
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.10 --no-header --no-annotate \

@@ -149,11 +149,7 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
     return result, next(filter(None, gather(reason)), "")
 
 
-def cpu_group() -> None:
-    """Deprecated: callers no longer need to pass a group; removed when the last one is gone."""
-
-
-def sum_over_processes(values: list[float], group: None = None) -> list[float]:
+def sum_over_processes(values: list[float]) -> list[float]:
     """Return the element-wise sums over all processes, in float64, identical on every process.
 
     The numbers are exchanged between the CPUs, so that nobody waits for a GPU. All processes pass equally many values.
@@ -179,6 +175,17 @@ class _TerminalHandler(logging.StreamHandler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class _History(logging.Handler):
+    """Keep the lines logged before the log file exists, so that the file contains them as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.records.append(record)
+
+
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Ignore a full disk: the log stops, and whatever needs the disk reports the error itself."""
@@ -190,7 +197,9 @@ def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
     """Configure the project's logger: stderr (warnings only on ranks above 0) and, on the main process, ``file``.
 
     Debug lines (progress) go to the file and to a redirected stderr, but not to a terminal, which shows a bar instead.
+    Lines logged before the call with ``file`` are written to the file first.
     """
+    history = next((handler for handler in LOGGER.handlers if isinstance(handler, _History)), None) or _History()
     for handler in LOGGER.handlers:
         handler.close()
     LOGGER.handlers.clear()
@@ -200,11 +209,21 @@ def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
     terminal.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
     terminal.setFormatter(_ColoredFormatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     LOGGER.addHandler(terminal)
-    if file is not None and rank == 0:
+    if file is None:
+        LOGGER.addHandler(history)
+    elif rank == 0:
         log_file = _LogFile(file, encoding="utf-8")
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for record in history.records:
+            log_file.handle(record)
         LOGGER.addHandler(log_file)
     return LOGGER
+
+
+def warn_once(message: str, *args: Any) -> None:
+    """Log a warning that all processes have in common, on the first one only."""
+    if launched_rank() == 0:
+        LOGGER.warning(message, *args)
 
 
 def derive_seed(*parts: int | str) -> int:

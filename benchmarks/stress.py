@@ -1,10 +1,10 @@
-"""Kill a training at random moments, go on with it, and compare with one that nobody killed.
+"""Kill trainings at random moments, resume them, and compare them with an uninterrupted one.
 
     python -m benchmarks.stress --kills 20          (make stress)
 
-Each run is trained by two processes (or --processes) on a small RefShapes set, killed once with SIGKILL, every third
-one while it writes a checkpoint, and gone on with by --auto_resume. It passes where the final weights, optimizer
-state, metrics and every logged number are bit for bit those of the uninterrupted run.
+Each run trains with two processes (or --processes) on a small RefShapes set. It is killed once with SIGKILL, every
+third one while it writes a checkpoint, and resumed with --auto_resume. It passes if the final weights, optimizer state,
+metrics and all logged numbers are bitwise those of the uninterrupted run.
 """
 
 import json
@@ -25,7 +25,7 @@ import torch
 from data.refshapes.dataset import write_refshapes
 from lib.cli import Parser, run_command
 from lib.errors import UserError
-from lib.files import atomic_write
+from lib.files import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -39,22 +39,22 @@ BATCH_SIZE: 4
 WORKERS: 0
 DEVICE: cpu
 """
-UNTIMED = ("samples_per_second", "memory_gib")  # what no two runs have alike
-SECONDS_TO_END = 300
+VARYING = ("samples_per_second", "memory_gib")  # differ between any two runs
+TIMEOUT = 300
 
 
 class Kill(NamedTuple):
-    """When a run is killed: ``after`` so many seconds of it, or while its checkpoint no. ``written`` is written."""
+    """When a run is killed: after some seconds, or while it writes its n-th checkpoint."""
 
-    after: float | None
-    written: int | None
+    seconds: float | None
+    checkpoint: int | None
 
     def __str__(self) -> str:
-        return f"{self.after:.1f} s into it" if self.written is None else f"writing its checkpoint no. {self.written}"
+        return f"after {self.seconds:.1f} s" if self.checkpoint is None else f"writing checkpoint {self.checkpoint}"
 
 
 class Experiment:
-    """Runs of one configuration in a folder of their own."""
+    """Runs of one configuration in one folder."""
 
     def __init__(self, folder: Path, train_images: int = 24, processes: int = 2) -> None:
         self.folder, self.processes = folder, processes
@@ -65,22 +65,22 @@ class Experiment:
         return self.folder / "checkpoints" / name
 
     def command(self, name: str, *flags: str) -> list[str]:
-        """What trains the run ``name``, or goes on with it."""
+        """Return the arguments that start or resume the run ``name``."""
         return [
             "train.py", "--cfg", str(self.folder / "config.yaml"), "--model_id", name, "--auto_resume",
             "--output-dir", str(self.folder / "checkpoints"), "--log_dir", str(self.folder / "models"), *flags,
         ]  # fmt: skip
 
     def train(self, name: str, kill: Kill | None = None) -> bool:
-        """Train the run ``name``, or go on with it, and kill it if asked to; gives back whether it came to its end.
+        """Start or resume the run ``name``, and kill it as requested. Return whether it finished.
 
         Raises:
-            RuntimeError: it ended by itself, but not well, or not in time.
+            RuntimeError: it failed, or did not finish in time.
         """
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        environment = {**os.environ, **meeting, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(self.processes)}
+            master = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+        environment = {**os.environ, **master, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(self.processes)}
         command = [sys.executable, *self.command(name)]
         with open(self.folder / f"{name}.txt", "a") as output:
             processes = [
@@ -93,55 +93,55 @@ class Experiment:
             try:
                 if kill is not None:
                     self._wait_for(kill, name, processes)
-                    ended = any(process.poll() is not None for process in processes)
+                    finished = any(process.poll() is not None for process in processes)
                     for process in processes:
                         process.kill()
-                    if not ended:
+                    if not finished:
                         return False
-                statuses = [process.wait(SECONDS_TO_END) for process in processes]
+                statuses = [process.wait(TIMEOUT) for process in processes]
             finally:
                 for process in processes:
                     process.kill()
                     process.wait()
         if kill is None and any(statuses):
-            raise RuntimeError(f"{name} ended with {statuses}:\n{(self.folder / f'{name}.txt').read_text()}")
+            raise RuntimeError(f"{name} ended with statuses {statuses}:\n{(self.folder / f'{name}.txt').read_text()}")
         return True
 
     def _wait_for(self, kill: Kill, name: str, processes: list[subprocess.Popen]) -> None:
         started, launched = self.folder / "models" / name / "environment.json", time.time()
-        deadline = time.monotonic() + SECONDS_TO_END
-        begun, written = None, 0
-        writing = True  # what an earlier kill left half written is not counted
+        deadline = time.monotonic() + TIMEOUT
+        running_since, num_checkpoints = None, 0
+        is_writing = True  # a file left half written by an earlier kill does not count
         while time.monotonic() < deadline and all(process.poll() is None for process in processes):
-            if begun is None and started.exists() and started.stat().st_mtime > launched:
-                begun = time.monotonic()
-            if kill.after is not None:
-                if begun and time.monotonic() - begun >= kill.after:
+            if running_since is None and started.exists() and started.stat().st_mtime > launched:
+                running_since = time.monotonic()
+            if kill.seconds is not None:
+                if running_since and time.monotonic() - running_since >= kill.seconds:
                     return
             else:
                 parts = any(self.checkpoints(name).glob(".step_*.part"))
-                written += parts and not writing
-                writing = parts
-                if written >= kill.written:
+                num_checkpoints += parts and not is_writing
+                is_writing = parts
+                if num_checkpoints >= kill.checkpoint:
                     return
             time.sleep(0.001)
 
     def seconds(self, name: str) -> float:
-        """From the log's first line to the last checkpoint."""
+        """Return the time from the start of the log to the last checkpoint."""
         log, last = self.folder / "models" / name / "environment.json", self.checkpoints(name) / "last.pth"
         return last.stat().st_mtime - log.stat().st_mtime
 
     def result(self, name: str) -> dict:
-        """The final checkpoint and the logged numbers of a run."""
+        """Return the final checkpoint and the logged numbers of a run."""
         content = torch.load(self.checkpoints(name) / "last.pth", weights_only=True)
         config = {key: value for key, value in content.pop("config").items() if key != "MODEL_ID"}
         lines = (self.folder / "models" / name / "metrics.jsonl").read_text().splitlines()
-        logged = [{k: v for k, v in json.loads(line).items() if k not in UNTIMED} for line in lines]
+        logged = [{k: v for k, v in json.loads(line).items() if k not in VARYING} for line in lines]
         return {"checkpoint": content, "config": config, "logged": logged}
 
 
 def difference(first: object, second: object, where: str = "") -> str | None:
-    """The first place where two nested results differ in any bit; None where they don't."""
+    """Return the first place where two nested results differ in any bit, or None."""
     if isinstance(first, torch.Tensor):
         same = isinstance(second, torch.Tensor) and torch.equal(first, second)
         return None if same else where
@@ -162,9 +162,9 @@ def difference(first: object, second: object, where: str = "") -> str | None:
 def get_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.stress", description=__doc__)
     parser.add_argument("--kills", type=int, default=20, help="runs to kill (default: 20)")
-    parser.add_argument("--processes", type=int, default=2, help="that train together (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("--out", metavar="FILE", help="write the table to this file too")
+    parser.add_argument("--processes", type=int, default=2, help="per run (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
+    parser.add_argument("--out", metavar="FILE", help="also write the table to this file")
     return parser
 
 
@@ -174,41 +174,40 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="stress_"))
     experiment = Experiment(folder, processes=args.processes)
     experiment.train("whole")
-    wanted, seconds = experiment.result("whole"), experiment.seconds("whole")
+    expected, seconds = experiment.result("whole"), experiment.seconds("whole")
     lines = [
         f"# {args.kills} kills of {args.processes} processes",
         "",
-        f"{wanted['checkpoint']['step']} steps, {seconds:.0f} s uninterrupted.",
+        f"{expected['checkpoint']['step']} steps, {seconds:.0f} s uninterrupted.",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__}",
         "",
-        "| run | killed | went on from step | final state |",
+        "| run | killed | resumed from step | final state |",
         "|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     passed = 0
     for number in range(args.kills):
         name = f"run{number}"
-        writing = number % 3 == 2
-        kill = Kill(None, moments.randint(1, 10)) if writing else Kill(moments.uniform(0, 0.85 * seconds), None)
-        ended = experiment.train(name, kill)
+        while_writing = number % 3 == 2
+        kill = Kill(None, moments.randint(1, 10)) if while_writing else Kill(moments.uniform(0, 0.85 * seconds), None)
+        finished = experiment.train(name, kill)
         unfinished = list(experiment.checkpoints(name).glob(".*.part"))
         experiment.train(name)
         starts = json.loads((folder / "models" / name / "environment.json").read_text())
-        differs = difference(wanted, experiment.result(name))
-        passed += differs is None and not ended
-        told = "not killed: it was faster" if ended else "identical" if differs is None else f"differs at {differs}"
-        left = ", file half written" if unfinished else ""
-        lines.append(f"| {number + 1} | {kill}{left} | {starts[-1]['from_step']} | {told} |")
+        differs = difference(expected, experiment.result(name))
+        passed += differs is None and not finished
+        state = "finished before the kill" if finished else "identical" if differs is None else f"differs at {differs}"
+        partial = ", file half written" if unfinished else ""
+        lines.append(f"| {number + 1} | {kill}{partial} | {starts[-1]['from_step']} | {state} |")
         print(lines[-1], flush=True)
         shutil.rmtree(experiment.checkpoints(name))
-    lines += ["", f"{passed} of {args.kills} end with bitwise the uninterrupted run's state and numbers."]
+    lines += ["", f"{passed} of {args.kills} runs end bitwise identical to the uninterrupted one."]
     print("\n".join(lines[-2:]))
     if args.out:
-        with atomic_write(args.out) as aside:
-            aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        write_text(args.out, "\n".join(lines) + "\n")
     if passed < args.kills:
-        raise UserError(f"{args.kills - passed} of {args.kills} runs are not what they should be; see {folder}")
+        raise UserError(f"{args.kills - passed} of {args.kills} runs differ from the uninterrupted one. See {folder}.")
     shutil.rmtree(folder)
 
 

@@ -1,209 +1,164 @@
-"""Configuration: yacs defaults, then ``--cfg file.yaml``, then flags. Only this and main() functions see argparse."""
+"""Configuration of train.py and test.py: YAML overrides the defaults, flags override the YAML. Imports no torch."""
 
 import argparse
-import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any
 
 import yaml
 from yacs.config import CfgNode
 
+from lib.cli import Parser, did_you_mean
 from lib.errors import MissingFileError, UserError
-from lib.variants import BERT, BERT_VOCAB_SIZE, FUSIONS, IMG_SIZE, MAX_TOKENS, SWIN_VARIANTS
+from lib.options import OPTIONS, Option
+from lib.variants import BERT
 from refer.datasets import settle_split_systems
 
-SMALLEST = 32  # a picture of at most this side leaves the last stage one position
-MOST_TOKENS = 512  # positions of BERT
 BASE_KEY = "_BASE_"
 
-# In DATA, MODEL and PRETRAINED an empty value means: the published one, or what the checkpoint says.
-# fmt: off
-DEFAULTS = CfgNode({
-    "DATA": {
-        "ROOT": "./refer/data", "NAME": "refcoco", "SPLIT_BY": "", "SPLIT": "val",
-        "IMG_SIZE": IMG_SIZE, "MAX_TOKENS": MAX_TOKENS,
-    },
-    "MODEL": {
-        "SWIN_TYPE": "base", "WINDOW_SIZE": 0, "DROP_PATH_RATE": 0.3, "TEXT_DROPOUT": 0.1, "FUSION": "cross",
-        "EMBED_DIM": 0, "DEPTHS": [], "NUM_HEADS": [], "TEXT_DIM": 768, "TEXT_LAYERS": 6, "TEXT_HEADS": 12,
-        "VOCAB_SIZE": BERT_VOCAB_SIZE, "ALIGN_DIM": 256,
-    },
-    "PRETRAINED": {
-        "SWIN": "", "BERT": BERT, "TOKENIZER": "", "FROM_SCRATCH": False, "INIT_FROM": "",
-        "DDP_TRAINED": False,
-    },
-    "TRAIN": {
-        "EPOCHS": 40, "STEPS": 0, "LR": 3e-5, "WEIGHT_DECAY": 1e-2, "AMSGRAD": False, "WARMUP_STEPS": 0,
-        "CLIP_GRAD": 0.0, "ALIGNMENT": True, "TRAIN_TEMPERATURE": False, "EMA": 0.0,
-        "ACCUM_STEPS": 0, "GLOBAL_BATCH": 0, "GLOBAL_NORM": False,
-        "AMP": "off", "TF32": False, "COMPILE": False, "GRAD_CHECKPOINT": False,
-        "SAVE_STEPS": 0, "SAVE_MINUTES": 30.0, "KEEP": 2,
-    },
-    "OUTPUT_DIR": "./checkpoints", "LOG_DIR": "./models", "MODEL_ID": "", "PRINT_FREQ": 10,
-    "BATCH_SIZE": 6, "WORKERS": 2, "PIN_MEM": False, "SEED": 0, "DEVICE": "auto",
-})
-# fmt: on
+
+def _make_defaults() -> CfgNode:
+    defaults = CfgNode()
+    for option in OPTIONS:
+        *parents, name = option.key.split(".")
+        node = defaults
+        for parent in parents:
+            node = node.setdefault(parent, CfgNode())
+        node[name] = option.default
+    return defaults
 
 
-class Flag(NamedTuple):
-    """A command-line flag that sets a configuration key; ``value`` is what it sets where it takes no argument."""
-
-    names: tuple[str, ...]
-    key: str
-    help: str
-    scripts: tuple[str, ...] = ("train", "test")
-    choices: tuple[str, ...] | None = None
-    value: Any = None
-    metavar: str | None = None
+DEFAULTS = _make_defaults()
 
 
-# fmt: off
-TRAIN_ONLY, TEST_ONLY = ("train",), ("test",)
-FLAGS = (
-    Flag(("--dataset",), "DATA.NAME", "refcoco, refcoco+, refcocog, refshapes or your own; several (a,b,c): train on "
-         "their union without the pictures of any evaluation split, validate on the first's", TRAIN_ONLY),
-    Flag(("--dataset",), "DATA.NAME", "refcoco, refcoco+, refcocog, refshapes or your own", TEST_ONLY),
-    Flag(("--splitBy",), "DATA.SPLIT_BY", "split system; must be given for refcocog: umd or google (default: unc, of "
-         "your own the only one); of several datasets one each (a,b,c; default: the paper's)", TRAIN_ONLY),
-    Flag(("--splitBy",), "DATA.SPLIT_BY", "split system; must be given for refcocog: umd or google (default: unc, of "
-         "your own the only one)", TEST_ONLY),
-    Flag(("--split",), "DATA.SPLIT", "split to validate on", TRAIN_ONLY),
-    Flag(("--split",), "DATA.SPLIT", "split(s) to evaluate: one, several (val,testA,testB) or all", TEST_ONLY),
-    Flag(("--refer_data_root",), "DATA.ROOT", "folder of the REFER layout"),
-    Flag(("--img_size",), "DATA.IMG_SIZE", "side of the square that pictures are resized to (test.py: as trained)"),
-    Flag(("--max_tokens",), "DATA.MAX_TOKENS", "token ids kept of a sentence (test.py: as trained)"),
-    Flag(("--swin_type",), "MODEL.SWIN_TYPE", "size of the Swin encoder (test.py: read from the checkpoint)",
-         choices=tuple(SWIN_VARIANTS)),
-    Flag(("--window12",), "MODEL.WINDOW_SIZE", "Swin window of 12, whatever the type's pretrained file has", value=12),
-    Flag(("--fusion",), "MODEL.FUSION", "where language and vision meet: the paper's ablations", TRAIN_ONLY,
-         choices=tuple(FUSIONS)),
-    Flag(("--pretrained_swin_weights",), "PRETRAINED.SWIN", "ImageNet Swin file (default: by type, in ./pretrained)",
-         TRAIN_ONLY, metavar="FILE"),
-    Flag(("--ck_bert",), "PRETRAINED.BERT", "BERT weights: a file, a folder or a hub name", TRAIN_ONLY, metavar="BERT"),
-    Flag(("--bert_tokenizer",), "PRETRAINED.TOKENIZER",
-         "a vocab.txt, a folder holding one, or a hub name (default: bert-base-uncased; refshapes: its own)",
-         metavar="BERT"),
-    Flag(("--from_scratch",), "PRETRAINED.FROM_SCRATCH", "start from random weights instead of ImageNet and BERT files",
-         TRAIN_ONLY, value=True),
-    Flag(("--init_from",), "PRETRAINED.INIT_FROM", "start from a checkpoint's weights, with a new optimizer",
-         TRAIN_ONLY, metavar="FILE"),
-    Flag(("--ddp_trained_weights",), "PRETRAINED.DDP_TRAINED",
-         "insist that the checkpoint's keys begin with module. (stripping them needs no flag)", value=True),
-    Flag(("--epochs",), "TRAIN.EPOCHS", "passes over the training split", TRAIN_ONLY),
-    Flag(("--steps",), "TRAIN.STEPS", "optimizer steps of the whole training, instead of --epochs", TRAIN_ONLY),
-    Flag(("-b", "--batch-size"), "BATCH_SIZE", "samples per process and forward pass"),
-    Flag(("--accum-steps",), "TRAIN.ACCUM_STEPS", "forward passes per process and optimizer step", TRAIN_ONLY),
-    Flag(("--global_batch",), "TRAIN.GLOBAL_BATCH",
-         "samples per optimizer step of all processes, reached by accumulating (published: 12)", TRAIN_ONLY),
-    Flag(("--global_norm",), "TRAIN.GLOBAL_NORM",
-         "one normaliser of the cross-entropy for the whole global batch (published: one per forward pass)",
-         TRAIN_ONLY, value=True),
-    Flag(("--lr",), "TRAIN.LR", "initial learning rate", TRAIN_ONLY),
-    Flag(("--wd", "--weight-decay"), "TRAIN.WEIGHT_DECAY", "weight decay", TRAIN_ONLY, metavar="WD"),
-    Flag(("--amsgrad",), "TRAIN.AMSGRAD", "AMSGrad variant of AdamW", TRAIN_ONLY, value=True),
-    Flag(("--warmup_steps",), "TRAIN.WARMUP_STEPS", "steps of linear warm-up (published: 0)", TRAIN_ONLY),
-    Flag(("--clip_grad",), "TRAIN.CLIP_GRAD", "largest gradient norm, 0: no clipping (published: 0)", TRAIN_ONLY),
-    Flag(("--no_alignment",), "TRAIN.ALIGNMENT", "train without the alignment losses", TRAIN_ONLY, value=False),
-    Flag(("--train_temperature",), "TRAIN.TRAIN_TEMPERATURE",
-         "train the temperatures too, as the paper says (published code: fixed)", TRAIN_ONLY, value=True),
-    Flag(("--ema",), "TRAIN.EMA", "decay of a moving average of the weights, which is then validated and kept as best; "
-         "0: none (published: 0)", TRAIN_ONLY),
-    Flag(("--amp",), "TRAIN.AMP", "mixed precision (published: off)", TRAIN_ONLY, choices=("off", "bf16", "fp16")),
-    Flag(("--tf32",), "TRAIN.TF32", "float32 products and convolutions by TF32, on GPUs that have it (published: not)",
-         TRAIN_ONLY, value=True),
-    Flag(("--compile",), "TRAIN.COMPILE", "compile the encoders' blocks (the first steps take minutes)",
-         TRAIN_ONLY, value=True),
-    Flag(("--grad_checkpoint",), "TRAIN.GRAD_CHECKPOINT",
-         "compute the encoders' activations again for backward instead of keeping them: less memory, slower",
-         TRAIN_ONLY, value=True),
-    Flag(("--save_steps",), "TRAIN.SAVE_STEPS", "a checkpoint every so many steps too, 0: not by steps", TRAIN_ONLY),
-    Flag(("--save_minutes",), "TRAIN.SAVE_MINUTES", "a checkpoint every so many minutes too, 0: not by the clock",
-         TRAIN_ONLY),
-    Flag(("--keep",), "TRAIN.KEEP", "how many of the newest resumable checkpoints stay", TRAIN_ONLY),
-    Flag(("--output-dir",), "OUTPUT_DIR", "checkpoints go to <output-dir>/<model_id>/", TRAIN_ONLY),
-    Flag(("--log_dir",), "LOG_DIR", "logs go to <log_dir>/<model_id>/", TRAIN_ONLY),
-    Flag(("--model_id",), "MODEL_ID", "name of the run (default: <dataset>_<splitBy>_<swin_type>_<time>)", TRAIN_ONLY),
-    Flag(("--print-freq",), "PRINT_FREQ", "steps between log lines", TRAIN_ONLY),
-    Flag(("-j", "--workers"), "WORKERS", "data-loading processes per process"),
-    Flag(("--pin_mem",), "PIN_MEM", "page-locked memory for faster transfers to a GPU", value=True),
-    Flag(("--seed",), "SEED", "of everything random"),
-    Flag(("--device",), "DEVICE", "auto, cpu, cuda or cuda:N"),
-)
-# fmt: on
+class _Switch(argparse.Action):
+    """A boolean with the flags ``--x`` and ``--no-x``."""
 
-POSITIVE_KEYS = (
-    "DATA.IMG_SIZE", "DATA.MAX_TOKENS", "TRAIN.EPOCHS", "BATCH_SIZE", "TRAIN.LR", "PRINT_FREQ", "TRAIN.KEEP",
-    "MODEL.TEXT_DIM", "MODEL.TEXT_LAYERS", "MODEL.TEXT_HEADS", "MODEL.VOCAB_SIZE", "MODEL.ALIGN_DIM",
-)  # fmt: skip
-NON_NEGATIVE_KEYS = (
-    "TRAIN.STEPS", "TRAIN.WEIGHT_DECAY", "TRAIN.WARMUP_STEPS", "TRAIN.CLIP_GRAD", "TRAIN.EMA", "TRAIN.ACCUM_STEPS",
-    "TRAIN.GLOBAL_BATCH", "TRAIN.SAVE_STEPS", "TRAIN.SAVE_MINUTES", "WORKERS", "SEED", "MODEL.WINDOW_SIZE",
-    "MODEL.EMBED_DIM", "MODEL.DROP_PATH_RATE", "MODEL.TEXT_DROPOUT",
-)  # fmt: skip
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, not str(option_string).startswith(("--no-", "--no_")))
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that takes no abbreviations, and for a typo names the right flag in one line."""
+def get_parser(script: str, description: str, add_arguments: Callable[[Parser], None]) -> Parser:
+    """Return the parser of ``train`` or ``test`` with its options and the arguments added by ``add_arguments``.
 
-    def __init__(self, **how: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **how)
-
-    def option_names(self) -> list[str]:
-        return [name for action in self._actions for name in action.option_strings]
-
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(f"unknown flag {unknown[0]}" + did_you_mean(unknown[0].split("=")[0], self.option_names()))
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def did_you_mean(wrong: str, right: Sequence[str]) -> str:
-    """``; did you mean …?`` for the closest of the right names, or nothing."""
-    same = {name.lower().replace("-", "_").lstrip("_"): name for name in right}
-    close = difflib.get_close_matches(wrong.lower().replace("-", "_").lstrip("_"), same, n=1, cutoff=0.6)
-    return f"; did you mean {same[close[0]]}?" if close else ""
-
-
-def get_parser(script: str, description: str, add_more: Callable[[Parser], None]) -> Parser:
-    """The parser of ``train`` or ``test``: the shared flags of that script and, by ``add_more``, its own."""
+    test.py also accepts the flags of train.py; :func:`unused_flags` returns those that it ignores.
+    """
     parser = Parser(prog=f"{script}.py", description=description)
-    parser.add_argument("--cfg", metavar="FILE", help="yaml with configuration keys; flags go before it")
-    add_more(parser)
-    for flag in FLAGS:
-        if script in flag.scripts:
-            default = lookup(DEFAULTS, flag.key)
-            how: dict[str, Any] = {"dest": flag.key, "default": argparse.SUPPRESS, "help": flag.help.replace("%", "%%")}
-            if flag.value is not None:
-                how |= {"action": "store_const", "const": flag.value}
-            else:
-                shown = (
-                    ""
-                    if default in ("", 0) or "(default" in flag.help or "(test.py" in flag.help
-                    else f" (default: {default})"
-                )
-                how |= {"type": type(default), "choices": flag.choices, "help": how["help"] + shown}
-                how["metavar"] = flag.metavar or (
-                    None if flag.choices else flag.names[-1].lstrip("-").upper().replace("-", "_")
-                )
-            parser.add_argument(*flag.names, **how)
-        elif not any(script in other.scripts for other in FLAGS if other.names == flag.names):
-            takes = {"action": "store_const", "const": True} if flag.value is not None else {}
-            parser.add_argument(
-                *flag.names, dest=f"unused {flag.names[-1]}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **takes
-            )
+    parser.add_argument("--cfg", metavar="FILE", help="YAML file with configuration keys; flags override it")
+    add_arguments(parser)
+    for option in OPTIONS:
+        if option.flags:
+            _add_flags(parser, option, is_used=script in option.scripts)
     # Old launchers pass this to every process; the rank itself is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
+def _add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
+    names, text = option.flags, option.help.replace("%", "%%")
+    kwargs: dict[str, Any] = {"dest": option.key, "default": argparse.SUPPRESS}
+    if isinstance(option.default, bool):
+        kwargs["action"] = _Switch
+        if not any(name.startswith("--no_") for name in names):
+            names += (f"--no-{names[-1].removeprefix('--')}",)
+    elif option.constant is not None:
+        kwargs |= {"action": "store_const", "const": option.constant}
+    else:
+        kind = type(option.default)
+        metavar = None if option.choices else option.metavar or {int: "N", float: "X"}.get(kind, "NAME")
+        kwargs |= {"type": kind, "choices": option.choices, "metavar": metavar}
+        if option.default not in ("", 0) and "(default" not in text and "(test.py" not in text:
+            text += f" (default: {option.default})"
+    if not is_used:
+        kwargs["dest"], text = f"unused {names[0]}", argparse.SUPPRESS
+    parser.add_argument(*names, help=text, **kwargs)
+
+
+def unused_flags(args: argparse.Namespace) -> list[str]:
+    """Return the flags that were given but belong to the other script."""
+    return [name.removeprefix("unused ") for name in vars(args) if name.startswith("unused ")]
+
+
+def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) -> tuple[CfgNode, dict[str, str]]:
+    """Combine the defaults, ``base``, the YAML file and the flags; the later ones override the earlier ones.
+
+    Args:
+        args: parsed by the parser of :func:`get_parser`.
+        base: dotted keys, such as the saved configuration of a resumed run.
+
+    Returns:
+        the checked configuration, and the keys set by the YAML file or a flag with the name of that file or flag.
+
+    Raises:
+        UserError: an unknown key, a value of another type or outside its range, or conflicting settings.
+    """
+    cfg, given = DEFAULTS.clone(), {}
+    for key, value in (base or {}).items():
+        _set(cfg, key, value, "saved configuration")
+    for key, (value, path) in (read_config_file(args.cfg) if args.cfg else {}).items():
+        _set(cfg, key, value, path)
+        given[key] = path
+    for option in OPTIONS:
+        if option.key in vars(args):
+            _set(cfg, option.key, getattr(args, option.key), option.flags[-1])
+            given[option.key] = option.flags[-1]
+    for option in OPTIONS:
+        source = given.get(option.key, "saved configuration")
+        option.check(lookup(cfg, option.key), source if source in option.flags else f"{source}: {option.key}")
+    _check_conflicts(cfg, given)
+    pairs = settle_split_systems(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    cfg.DATA.NAME, cfg.DATA.SPLIT_BY = (",".join(names) for names in zip(*pairs, strict=True))
+    return cfg, given
+
+
+def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
+    """Set a dotted key. UserError: there is no such key, or its values have another type."""
+    known = {option.key: option.default for option in OPTIONS}
+    if key not in known:
+        raise UserError(f"{source}: unknown key {key}.{did_you_mean(key, list(known))}")
+    *parents, name = key.split(".")
+    lookup(cfg, ".".join(parents))[name] = _coerce(value, known[key], f"{source}: {key}")
+
+
+def _coerce(value: Any, default: Any, name: str) -> Any:
+    expected = type(default)
+    if expected is float and not isinstance(value, bool):  # YAML reads 1 as an integer and 3e-5 as text
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    if type(value) is not expected or (expected is list and not all(type(item) is int for item in value)):
+        kind = "list of int" if expected is list else expected.__name__
+        raise UserError(f"{name} must be of type {kind}, not {value!r}.")
+    return value
+
+
+def _check_conflicts(cfg: CfgNode, given: dict[str, str]) -> None:
+    """Check settings that exclude each other; the message names the flags or the file that set them."""
+    if cfg.PRETRAINED.FROM_SCRATCH and cfg.PRETRAINED.INIT_FROM:
+        _raise_conflict("PRETRAINED.FROM_SCRATCH", "PRETRAINED.INIT_FROM", given, remedy="--no-from_scratch")
+    if cfg.TRAIN.TRAIN_TEMPERATURE and not cfg.TRAIN.ALIGNMENT:  # only the alignment losses depend on them
+        _raise_conflict("TRAIN.TRAIN_TEMPERATURE", "TRAIN.ALIGNMENT", given, remedy="--no-train_temperature")
+    if given.get("TRAIN.EPOCHS") == "--epochs":
+        if given.get("TRAIN.STEPS") == "--steps":
+            raise UserError("--epochs conflicts with --steps: both set the length of the training. Drop one of them.")
+        cfg.TRAIN.STEPS = 0  # otherwise --epochs would have no effect beside the steps of a YAML or of a resumed run
+
+
+def _raise_conflict(first: str, second: str, given: dict[str, str], *, remedy: str) -> None:
+    sources = [given.get(key, "the saved configuration") for key in (first, second)]
+    names = [s if s.startswith("--") else f"{s} sets {key}" for s, key in zip(sources, (first, second), strict=True)]
+    advice = "Drop one of them." if sources[0].startswith("--") else f"Pass {remedy} or drop one of them."
+    joint = " conflicts with " if sources[0].startswith("--") else ", which conflicts with "
+    raise UserError(f"{names[0]}{joint}{names[1]}. {advice}")
+
+
 def lookup(cfg: CfgNode, key: str) -> Any:
-    """The value of a dotted key."""
-    for part in key.split("."):
+    """Return the value of a dotted key."""
+    for part in filter(None, key.split(".")):
         cfg = cfg[part]
     return cfg
 
@@ -219,151 +174,71 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def read_config_file(path: str, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The dotted keys of a yaml file, as they are written there.
+def read_config_file(path: str, including: tuple[Path, ...] = ()) -> dict[str, tuple[Any, str]]:
+    """Read a YAML file and return {dotted key: (value, path of the file that sets it)}.
 
-    Its ``_BASE_``, if it has one, names the file (relative to its own folder) whose keys hold where it has none.
+    The file named by ``_BASE_`` (relative to the including file) provides the keys that this one does not set.
 
     Args:
-        path: of the yaml file.
-        above: the files that have this one as their base.
+        path: of the YAML file.
+        including: files whose ``_BASE_`` led here.
 
     Raises:
-        MissingFileError, UserError: no such file; not yaml; a file is its own base.
+        MissingFileError, UserError: the file is missing, not YAML, or includes itself.
     """
-    if Path(path).resolve() in above:
-        raise UserError(f"--cfg {path}: by {BASE_KEY} it is its own base")
+    if Path(path).resolve() in including:
+        raise UserError(f"--cfg {path}: the file includes itself through {BASE_KEY}.")
     try:
         with open(path, encoding="utf-8") as file:
             tree = yaml.safe_load(file)
     except OSError as error:
-        raise MissingFileError(f"--cfg {path}: {error.strerror}") from error
+        raise MissingFileError(f"--cfg {path}: {error.strerror}.") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--cfg {path} is not valid yaml: {' '.join(str(error).split())}") from error
+        raise UserError(f"--cfg {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
-        raise UserError(f"--cfg {path} holds no configuration keys")
+        raise UserError(f"--cfg {path} contains no configuration keys.")
     base = tree.pop(BASE_KEY, None)
+    keys = {key: (value, str(path)) for key, value in flatten(tree).items()}
     if base is None:
-        return flatten(tree)
+        return keys
     if not isinstance(base, str):
-        raise UserError(f"--cfg {path}: {BASE_KEY} must be a file's name, not {base!r}")
-    return read_config_file(str(Path(path).parent / base), (*above, Path(path).resolve())) | flatten(tree)
-
-
-def apply(cfg: CfgNode, keys: dict[str, Any], source: str) -> None:
-    """Set dotted keys, each of the type its default has.
-
-    Raises:
-        UserError: a key that doesn't exist, with the one that was meant; a value of another type.
-    """
-    known = flatten(DEFAULTS)
-    for key, value in keys.items():
-        if key not in known:
-            raise UserError(f"{source}: unknown key {key}{did_you_mean(key, list(known))}")
-        *parents, name = key.split(".")
-        node = lookup(cfg, ".".join(parents)) if parents else cfg
-        node[name] = _coerced(value, lookup(DEFAULTS, key), f"{source}: {key}")
-
-
-def _coerced(value: Any, default: Any, where: str) -> Any:
-    wanted = type(default)
-    if wanted is float and not isinstance(value, bool):  # yaml reads 1 as an integer and 3e-5 as text
-        try:
-            return float(value)
-        except (TypeError, ValueError):
-            pass
-    fits = type(value) is wanted and (wanted is not list or all(type(item) is int for item in value))
-    if not fits:
-        raise UserError(
-            f"{where} must be of type {'list of int' if wanted is list else wanted.__name__}, not {value!r}"
-        )
-    return value
-
-
-def resolve(args: argparse.Namespace, base: dict[str, Any] | None = None) -> tuple[CfgNode, set[str]]:
-    """Defaults, then ``base`` (dotted keys, such as a resumed run's), then the yaml, then the flags.
-
-    Returns:
-        the checked configuration and the dotted keys that the yaml or a flag set.
-
-    Raises:
-        UserError: a value of the wrong type or outside its range.
-    """
-    cfg = DEFAULTS.clone()
-    apply(cfg, base or {}, "saved configuration")
-    from_file = read_config_file(args.cfg) if args.cfg else {}
-    apply(cfg, from_file, args.cfg)
-    known = flatten(DEFAULTS)
-    flags = {key: value for key, value in vars(args).items() if key in known}
-    apply(cfg, flags, "flags")
-    if "TRAIN.EPOCHS" in flags:
-        if "TRAIN.STEPS" in flags:
-            raise UserError("--epochs and --steps both say how long to train: give one of them")
-        cfg.TRAIN.STEPS = 0  # else the flag would do nothing beside a file's or a resumed run's steps
-    _check_ranges(cfg)
-    pairs = settle_split_systems(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
-    cfg.DATA.NAME, cfg.DATA.SPLIT_BY = (",".join(names) for names in zip(*pairs, strict=True))
-    return cfg, set(from_file) | set(flags)
+        raise UserError(f"--cfg {path}: {BASE_KEY} must be a file name, not {base!r}.")
+    return read_config_file(str(Path(path).parent / base), (*including, Path(path).resolve())) | keys
 
 
 def datasets_of(cfg: CfgNode) -> list[tuple[str, str]]:
-    """(dataset, splitBy) of each dataset of a resolved configuration; the first is the one to validate on."""
+    """Return (dataset, splitBy) of each configured dataset; training validates on the first one."""
     return list(zip(cfg.DATA.NAME.split(","), cfg.DATA.SPLIT_BY.split(","), strict=True))
 
 
-def _check_ranges(cfg: CfgNode) -> None:
-    flag_of = {flag.key: flag.names[-1] for flag in FLAGS}
-    for flag in FLAGS:
-        if flag.choices and lookup(cfg, flag.key) not in flag.choices:
-            raise UserError(f"{flag.key} {lookup(cfg, flag.key)!r}: choose one of {', '.join(flag.choices)}")
-    if cfg.TRAIN.TRAIN_TEMPERATURE and not cfg.TRAIN.ALIGNMENT:
-        raise UserError(
-            "--train_temperature with --no_alignment: only the alignment losses train temperatures; drop one"
-        )
-    if cfg.DATA.IMG_SIZE <= SMALLEST:
-        raise UserError(f"--img_size {cfg.DATA.IMG_SIZE}: must be above {SMALLEST}")
-    if cfg.DATA.MAX_TOKENS > MOST_TOKENS:
-        raise UserError(f"--max_tokens {cfg.DATA.MAX_TOKENS}: BERT has positions for {MOST_TOKENS}")
-    for key in ("MODEL.DROP_PATH_RATE", "MODEL.TEXT_DROPOUT", "TRAIN.EMA"):
-        if lookup(cfg, key) >= 1:
-            raise UserError(f"{flag_of.get(key, key)} {lookup(cfg, key)}: must be below 1")
-    for key in (*POSITIVE_KEYS, *NON_NEGATIVE_KEYS):
-        value, name = lookup(cfg, key), flag_of.get(key, key)
-        if not value >= 0 or value == float("inf") or (key in POSITIVE_KEYS and value == 0):
-            raise UserError(f"{name} {value}: must be {'above' if key in POSITIVE_KEYS else 'at least'} 0")
-
-
-def divide_batch(cfg: CfgNode, given: set[str], world_size: int) -> int:
-    """Forward passes per process and optimizer step; afterwards ``TRAIN.GLOBAL_BATCH`` says what a step's samples are.
+def divide_batch(cfg: CfgNode, given: dict[str, str], world_size: int) -> int:
+    """Return the number of accumulated forward passes per process and step, and set ``TRAIN.GLOBAL_BATCH``.
 
     Raises:
-        UserError: the global batch can't be divided so.
+        UserError: the global batch is not divisible by the samples of one forward pass of all processes.
     """
     train, per_pass = cfg.TRAIN, world_size * cfg.BATCH_SIZE
     if train.ACCUM_STEPS:
         total = per_pass * train.ACCUM_STEPS
         if train.GLOBAL_BATCH not in (0, total) and "TRAIN.GLOBAL_BATCH" in given:
+            names = {key: given.get(key, key) for key in ("TRAIN.GLOBAL_BATCH", "TRAIN.ACCUM_STEPS")}
+            first, second = (s if s.startswith("--") else f"{key} of {s}" for key, s in names.items())
             raise UserError(
-                f"--global_batch {train.GLOBAL_BATCH}, but {world_size} process(es) × --batch-size {cfg.BATCH_SIZE} × "
-                f"--accum-steps {train.ACCUM_STEPS} are {total}: leave one of them out"
+                f"{first} is {train.GLOBAL_BATCH}, but {second} {train.ACCUM_STEPS} × batch size {cfg.BATCH_SIZE} × "
+                f"{world_size} process(es) = {total}. Set only one of the two."
             )
         train.GLOBAL_BATCH, train.ACCUM_STEPS = total, 0
     train.GLOBAL_BATCH = train.GLOBAL_BATCH or per_pass
     if train.GLOBAL_BATCH % per_pass:
         raise UserError(
-            f"a global batch of {train.GLOBAL_BATCH} can't be divided among {world_size} process(es) with --batch-size "
-            f"{cfg.BATCH_SIZE}: change --batch-size or --global_batch"
+            f"A global batch of {train.GLOBAL_BATCH} is not divisible by {world_size} process(es) × batch size "
+            f"{cfg.BATCH_SIZE}. Change --batch-size or --global_batch."
         )
     return train.GLOBAL_BATCH // per_pass
 
 
-def unused_flags(args: argparse.Namespace) -> list[str]:
-    """Flags that were given but belong to the other script."""
-    return [name.removeprefix("unused ") for name in vars(args) if name.startswith("unused ")]
-
-
 def model_keywords(cfg: CfgNode, window_size: int) -> dict[str, Any]:
-    """The keywords of build_crossvlt that a configuration means."""
+    """Return the configured keyword arguments of build_crossvlt."""
     model = cfg.MODEL
     return {
         "swin_type": model.SWIN_TYPE,
@@ -383,10 +258,26 @@ def model_keywords(cfg: CfgNode, window_size: int) -> dict[str, Any]:
 
 
 def tokenizer_name(cfg: CfgNode, vocab_size: int) -> str:
-    """The tokenizer a configuration means: as given, else BERT's — or RefShapes' own, on RefShapes with a model whose
-    word embeddings aren't BERT's."""
+    """Return the configured tokenizer. The default is BERT's; on RefShapes, RefShapes' own vocabulary for models whose
+    word embedding is not BERT's."""
     if cfg.PRETRAINED.TOKENIZER:
         return cfg.PRETRAINED.TOKENIZER
     if cfg.DATA.NAME == "refshapes" and (cfg.PRETRAINED.FROM_SCRATCH or vocab_size != DEFAULTS.MODEL.VOCAB_SIZE):
         return str(Path(cfg.DATA.ROOT, "refshapes", "vocab.txt"))
     return BERT
+
+
+def options_table() -> str:
+    """Return the Markdown text of docs/options.md."""
+    intro = (
+        "All options of train.py and test.py. A YAML file (`--cfg`) overrides the defaults; flags override the YAML. "
+        "Booleans can be unset by a flag `--no-...`. This page is generated from lib/options.py by `make docs`."
+    )
+    rows = ["| key | flags | default | meaning | scripts | may change on resume |", "|---|---|---|---|---|---|"]
+    for option in OPTIONS:
+        flags = " ".join(f"`{flag}`" for flag in option.flags) or "YAML only"
+        choices = f" ({', '.join(option.choices)})" if option.choices else ""
+        scripts, resume = ", ".join(option.scripts), "yes" if option.may_change_on_resume else ""
+        cells = (f"`{option.key}`", flags, f"`{option.default!r}`", f"{option.help}{choices}", scripts, resume)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(["# Options", "", intro, "", *rows, ""])

@@ -12,6 +12,8 @@ from pathlib import Path
 
 from lib.errors import UserError
 
+METRICS_FILE = "metrics.jsonl"  # of a training run, in the folder of its logs
+
 
 def file_sha256(path: str | Path) -> str:
     """Return the SHA-256 of a file's content in hexadecimal, as ``sha256sum`` prints it."""
@@ -74,7 +76,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
             fsync(path.parent)  # otherwise a power failure could undo the rename
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 @contextmanager

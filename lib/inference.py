@@ -17,7 +17,7 @@ from CrossVLT import build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from lib import config
 from lib.checkpoint import Checkpoint, read_checkpoint, rebuild
-from lib.engine.control import Control
+from lib.engine.signals import StopSignals
 from lib.errors import StoppedError, UserError
 from lib.evaluation import EvalSetup
 from lib.files import file_sha256
@@ -104,7 +104,7 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
     tokenizer_path = Path(base.get("PRETRAINED.TOKENIZER", ""))
     if tokenizer_path.suffix == ".txt" and not tokenizer_path.exists():
         del base["PRETRAINED.TOKENIZER"]  # trained on another machine; check_vocabulary verifies the vocabulary
-    cfg, given = config.resolve(args, base)
+    cfg, given = config.load_config(args, base)
     checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
     for key, name, flag in MODEL_FLAGS:
         expected, trained = config.lookup(cfg, key), checkpoint.model_config[name]
@@ -137,7 +137,7 @@ def start_evaluation(cfg: CfgNode, *, keeps_results: bool = False) -> Iterator[E
     """
     dist = init_distributed(cfg.DEVICE)
     set_up_logging(dist.rank)
-    with Control(0, 0.0) as signals:
+    with StopSignals() as signals:
         try:
             yield EvalSetup(dist, cfg.BATCH_SIZE, cfg.WORKERS, cfg.PIN_MEM, signals.stop_requested)
         except StoppedError as error:

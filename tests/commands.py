@@ -1,4 +1,4 @@
-"""Commands run in the tests' own process, to be quick, and what they leave on the disk."""
+"""Run commands in the tests' own process, which is faster, and list the files they write."""
 
 import sys
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from lib.cli import run_command
 
 
 class Finished(NamedTuple):
-    """What became of it."""
+    """Exit status and output of a command."""
 
     status: int
     out: str
@@ -15,16 +15,16 @@ class Finished(NamedTuple):
 
 
 def run_in_process(main, command, monkeypatch, capsys):
-    """Run what the command line ``command`` runs, which is ``run_command(main)``."""
+    """Run ``main`` as the command line ``command`` would."""
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     status = 0
     try:
         run_command(main)
-    except SystemExit as left:
-        status = left.code
+    except SystemExit as error:
+        status = error.code
     return Finished(status, *capsys.readouterr())
 
 
 def contents(folder):
-    """Every file below a folder, hidden ones too: {relative path: bytes}."""
+    """Return {relative path: bytes} of all files below a folder, hidden ones included."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""What several test files share."""
+"""Fixtures and constants shared by the tests."""
 
 import importlib.util
 import os
@@ -13,11 +13,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests, such as golden_cases
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the hub, or for what a user has got from it
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the Hub or the user's cache of it
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir(), "no_hub_cache"))
 for cache in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(cache, None)
-for name in ("no_proxy", "NO_PROXY"):  # servers of the tests are on this machine
+for name in ("no_proxy", "NO_PROXY"):  # the servers of the tests run on this machine
     os.environ[name] = "127.0.0.1,localhost"
 
 from commands import run_in_process  # noqa: E402
@@ -25,12 +25,11 @@ from own_data import made_source, source  # noqa: E402, F401  (fixtures)
 from published_set import annotations, image_files, prepare, server, weights  # noqa: E402, F401  (fixtures)
 from result_files import run_rescore  # noqa: E402, F401  (fixtures)
 
-# Of every process a test starts: sums are rounded alike only by the same number of threads.
+# Environment of the processes that tests start: sums are rounded identically only with the same number of threads.
 PROCESS_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
-# The files that take longest go first: each is run by one of `make test`'s two processes, and begun at the end it would
-# leave the other one idle.
-LONGEST = ("test_training_runs", "test_crossvlt", "test_evaluating", "test_train_and_test", "test_lib_engine_step")
+# The slowest files run first, so that neither of the two processes of `make test` is idle at the end.
+LONGEST = ("test_training_runs", "test_crossvlt", "test_evaluating", "test_train_and_test", "test_lib_engine_loop")
 
 SMALL = {
     "embed_dim": 32,
@@ -51,15 +50,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """For small tensors more threads only wait for each other; with torchrun too each process has one."""
+    """Small tensors are fastest with one thread, which torchrun sets as well."""
     every = torch.get_num_threads()
     torch.set_num_threads(1)
     return every
 
 
 @pytest.fixture(autouse=True)
-def logging_as_it_was():
-    """A command that a test runs in this process sets up logging for the whole process: not for the next test."""
+def restored_logging():
+    """Undo the logging set-up of commands that a test runs in this process."""
     from utils import LOGGER
 
     before = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
@@ -68,8 +67,16 @@ def logging_as_it_was():
 
 
 @pytest.fixture
+def crossvlt_log(monkeypatch):
+    """Let caplog see the project's log lines."""
+    from utils import LOGGER
+
+    monkeypatch.setattr(LOGGER, "propagate", True)
+
+
+@pytest.fixture
 def every_thread(one_thread):
-    """For models of the published size."""
+    """Use all threads, for models of the published size."""
     torch.set_num_threads(one_thread)
     yield
     torch.set_num_threads(1)
@@ -89,7 +96,7 @@ def small_model():
 
 @pytest.fixture
 def small_inputs():
-    """Pictures, ids, text mask and object masks for a small model: ``small_inputs(batch, height, width)``."""
+    """Make images, token ids, attention mask and target masks: ``small_inputs(batch, height, width)``."""
 
     def make(batch=2, height=64, width=64, tokens=7, dtype=torch.float32):
         generator = torch.Generator().manual_seed(0)
@@ -104,7 +111,7 @@ def small_inputs():
 
 @pytest.fixture(scope="session")
 def refshapes_root(tmp_path_factory):
-    """A data root with a small RefShapes set."""
+    """A data root with a small RefShapes dataset."""
     from data.refshapes.dataset import write_refshapes
 
     root = tmp_path_factory.mktemp("data")
@@ -114,7 +121,7 @@ def refshapes_root(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def small_config(tmp_path_factory, refshapes_root):
-    """A yaml for a CrossVLT that trains in seconds on the small RefShapes set."""
+    """A YAML file of a CrossVLT that trains in seconds on the small RefShapes dataset."""
     path = tmp_path_factory.mktemp("config") / "small.yaml"
     path.write_text(
         f"""
@@ -133,7 +140,7 @@ DEVICE: cpu
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, small_config):
-    """Two epochs of two processes: the folder and the finished process."""
+    """Train two epochs with two processes; return the folder and the finished process."""
     folder = tmp_path_factory.mktemp("trained")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train.py",
@@ -147,7 +154,7 @@ def trained(tmp_path_factory, small_config):
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Run train.py or test.py in this process."""
+    """Run train.py or test.py in this process: ``run_here("test.py", "--flag", …)``."""
 
     def run(script, *flags, check=False):
         spec = importlib.util.spec_from_file_location(f"{script[:-3]}_script", ROOT / script)
@@ -162,14 +169,14 @@ def run_here(monkeypatch, capsys):
 
 @pytest.fixture
 def error_line(trained, small_config, refshapes_root, tmp_path, monkeypatch, run_here):
-    """Make a user's mistake: ``error_line("test.py", "--flag", …)`` gives back what is told, and loses nothing.
+    """Run a command with a user's mistake and return its error message: ``error_line("test.py", "--flag", …)``.
 
-    In flags {best}, {last}, {cfg}, {data}, {checkpoints} and {tmp} stand for places; {tmp} has a file torn.pth and
-    vocabularies of other sizes.
+    The command must exit with status 2 and change no checkpoint. Flags may contain {best}, {last}, {cfg}, {data},
+    {checkpoints} and {tmp}; the folder {tmp} has a file corrupt.pth and vocabularies of other sizes.
     """
     checkpoints = trained[0] / "checkpoints"
-    (tmp_path / "torn.pth").write_bytes(b"torn")
-    (tmp_path / "a.png").write_bytes(b"no picture, as nobody gets to open it")
+    (tmp_path / "corrupt.pth").write_bytes(b"corrupt")
+    (tmp_path / "a.png").write_bytes(b"not an image; never opened")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     for name, words in (("big", 295), ("other", 94)):
         (tmp_path / name).mkdir()
@@ -182,7 +189,7 @@ def error_line(trained, small_config, refshapes_root, tmp_path, monkeypatch, run
         if script == "train.py" and "--output-dir" not in given:
             given += ["--output-dir", str(tmp_path / "checkpoints")]
         before = sorted((path, path.stat().st_mtime_ns) for path in checkpoints.rglob("*"))
-        monkeypatch.chdir(tmp_path)  # nothing of the checkout's own pretrained files or data
+        monkeypatch.chdir(tmp_path)  # without the pretrained files and data of the checkout
         done = run_here(script, *given)
         assert done.status == 2
         lines = [line for line in done.err.splitlines() if line.startswith("error: ")]

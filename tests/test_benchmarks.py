@@ -16,9 +16,9 @@ def run(monkeypatch, *flags):
     """As its command does, but every row in this process."""
 
     def in_this_process(job):
-        return train_step.measure(job)._asdict() if job.mode else train_step.look_at_machine(job)
+        return train_step.measure(job)._asdict() if job.mode else train_step.describe_machine(job)
 
-    monkeypatch.setattr(train_step, "in_own_process", in_this_process)
+    monkeypatch.setattr(train_step, "run_in_process", in_this_process)
     monkeypatch.setattr(sys, "argv", ["train_step", *map(str, flags)])
     train_step.main()
 
@@ -39,7 +39,7 @@ def test_training_step_is_reported_row_by_row(tmp_path, monkeypatch, capsys):
     kept = [float(row[head.index("kept for backward")].split()[0]) for row in rows]
     for without, checkpointed in (kept[:2], kept[2:]):
         assert 0 < checkpointed < 0.5 * without
-    assert written.splitlines()[-1].startswith("What gradient checkpointing changes about a step: peak memory ")
+    assert written.splitlines()[-1].startswith("Gradient checkpointing changes a step by: peak memory ")
 
 
 def test_training_step_refuses_sizes_that_no_step_has(monkeypatch):

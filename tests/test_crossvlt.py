@@ -10,9 +10,11 @@ from golden_cases import generator, golden_inputs, golden_value, normals, set_go
 from timm.layers import DropPath
 
 from CrossVLT import build_crossvlt
+from lib.config import DEFAULTS
 from lib.criterion import CrossVLTCriterion
-from lib.engine.precision import Precision
-from lib.engine.step import TrainingStep
+from lib.engine.loop import optimizer_step
+from lib.engine.precision import build_scaler
+from lib.engine.state import TrainState
 from lib.fusion import FUSION_LAYERS
 from lib.optim import build_lr_scheduler, build_optimizer, group_parameter_names
 from lib.variants import FUSIONS, SWIN_VARIANTS
@@ -67,7 +69,8 @@ def test_three_training_steps_equal_the_published_ones():
     skipped = group_parameter_names(list(start)).not_optimized
     optimizer = build_optimizer(model, lr=3e-5, weight_decay=1e-2)
     scheduler = build_lr_scheduler(optimizer, total_steps=10)
-    step = TrainingStep(model, CrossVLTCriterion(), optimizer, scheduler, Precision("off", torch.device("cpu")))
+    scaler = build_scaler("off", torch.device("cpu"))
+    state = TrainState(model, optimizer, scheduler, scaler, None, DEFAULTS.TRAIN, total_steps=10, steps_per_epoch=10)
     for number, expected in enumerate(golden["steps"]):
         inputs = golden_inputs(f"train_tiny_224:step{number}", 2, 224, 224)
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([expected["lr"]] * 2, rel=1e-12)
@@ -76,7 +79,7 @@ def test_three_training_steps_equal_the_published_ones():
         if number == 0:
             with torch.no_grad():
                 output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
-        values = step([batch])
+        values = optimizer_step(model, CrossVLTCriterion(), [batch], state)
         assert values["loss"] == pytest.approx(expected["loss"], rel=1e-7)
         assert values["segmentation"] == pytest.approx(expected["seg"], rel=1e-7)
         assert [values[f"alignment{i}"] for i in (1, 2, 3, 4)] == pytest.approx(expected["align"], rel=1e-7)

@@ -1,75 +1,125 @@
-"""The direction of imports, read off the syntax trees."""
+"""The direction of imports, read from the syntax trees; imports inside functions count as well."""
 
 import ast
+from graphlib import TopologicalSorter
 
 import pytest
 from conftest import ROOT
 
-# Each module imports only from rooms of a lower layer, or from its own.
-NETWORK = {"lib.vision_encoder", "lib.fusion", "lib.seg_decoder"}
-LAYERS = {"utils": 1, "refer": 1, "bert": 2, "CrossVLT": 3, "data": 3, "train": 5, "test": 5, "benchmarks": 5}
-TOOLS = 5  # what a tool's get_parser() and main() are, whatever room it is in
-MAY_SEE_ARGPARSE = {"lib.config"}
+# Each module may import from its own layer and from lower ones. The longest matching prefix counts.
+LAYERS = (
+    {"lib.errors", "lib.variants", "lib.files", "lib.cli", "lib.tables", "lib.charts"},  # without torch
+    {"utils"},
+    {"refer", "bert", "lib.vision_encoder", "lib.fusion", "lib.seg_decoder"},
+    {"CrossVLT", "lib.state_dict", "lib.checkpoint", "lib.options", "lib.config", "data"},
+    {"lib.criterion", "lib.optim", "lib.metrics", "lib.protocols", "lib.evaluation", "lib.baselines", "lib.visualize",
+     "lib.engine"},
+    {"lib.inference", "lib.report", "lib.segment"},
+)  # fmt: skip
+# Entry files may import anything (after parsing their arguments), and are imported by nobody.
+TOOLS = {"train", "test", "lib.plot", "lib.rescore"}
+WITHOUT_TORCH = ("lib.errors", "lib.variants", "lib.files", "lib.cli", "lib.tables", "lib.options",
+                 "lib.config")  # fmt: skip
+HEAVY = {"torch", "torchvision", "timm", "transformers", "numpy", "PIL", "pycocotools", "matplotlib", "pandas", "scipy"}
+VISION, LANGUAGE = {"lib.vision_encoder", "lib.fusion", "lib.seg_decoder"}, "bert"
 
 
-def modules():
-    for path in sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("[!.]*/**/*.py")):
-        if path.parent.name != "tests":
-            yield ".".join(path.relative_to(ROOT).with_suffix("").parts), path
+def find_modules():
+    """{dotted name: syntax tree} of all modules but the tests."""
+    paths = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("[!.]*/**/*.py"))
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+        for path in paths
+        if path.parent.name != "tests"
+    }
+
+
+MODULES = find_modules()
+
+
+def is_entry(name):
+    return name in TOOLS or name.endswith("__main__") or name.startswith("benchmarks")
 
 
 def layer(name):
-    if name.startswith("lib"):
-        return 2 if name in NETWORK else 4
-    return LAYERS[name.split(".")[0]]
+    """Index into LAYERS of the longest prefix of ``name`` listed there."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        for index, members in enumerate(LAYERS):
+            if ".".join(parts[:end]) in members:
+                return index
+    raise AssertionError(f"{name} is in no layer")
 
 
-def imports(tree, *, of_tools=True):
-    """Names that are imported, by default also inside of a tool's get_parser() and main()."""
-    nodes = list(ast.walk(tree))
-    if not of_tools:
-        tools = [one for one in tree.body if isinstance(one, ast.FunctionDef) and one.name in {"get_parser", "main"}]
-        apart = {id(node) for tool in tools for node in ast.walk(tool)}
-        nodes = [node for node in nodes if id(node) not in apart]
+def imported_names(nodes):
     for node in nodes:
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module, node
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize(("name", "path"), list(modules()), ids=lambda value: value if isinstance(value, str) else "")
-def test_imports_go_down(name, path):
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    rooms = {"utils", "refer", "bert", "lib", "CrossVLT", "data", "train", "test", "benchmarks"}
-    for imported, _ in imports(tree):
-        if imported and imported.split(".")[0] in rooms:
-            assert layer(imported) <= TOOLS - 1 or layer(name) == TOOLS, f"{name} imports {imported}"
-    for imported, _ in imports(tree, of_tools=False):
-        if imported and imported.split(".")[0] in rooms:
-            assert layer(imported) <= layer(name), f"{name} imports {imported}"
-            if layer(imported) == layer(name) == 5:
-                assert imported.startswith("benchmarks."), f"nobody imports {imported}"
-            if layer(name) == 4:
-                assert imported.split(".")[0] in {"utils", "refer", "lib"}, f"{name} imports {imported}"
-    if layer(name) == 2:
-        other = "bert" if name.startswith("lib") else "lib"
-        for imported, _ in imports(tree, of_tools=False):
-            assert (imported or "").split(".")[0] != other, f"vision and language meet in {name}"
+def project_imports(name):
+    """Modules of the project that a module imports, anywhere in it."""
+    for imported in imported_names(ast.walk(MODULES[name])):
+        parts = imported.split(".")
+        for end in range(len(parts), 0, -1):
+            if ".".join(parts[:end]) in MODULES:
+                yield ".".join(parts[:end])
+                break
 
 
-def test_only_config_and_mains_parse_arguments():
-    for name, path in modules():
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        if any(imported == "argparse" for imported, _ in imports(tree)) and name not in MAY_SEE_ARGPARSE:
-            functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+@pytest.mark.parametrize("name", [name for name in MODULES if not name.endswith("__init__")])
+def test_imports_point_downwards(name):
+    for imported in project_imports(name):
+        shared = imported.startswith("benchmarks") and name.startswith("benchmarks")
+        assert shared or not is_entry(imported), f"{name} imports the entry file {imported}"
+        assert is_entry(name) or layer(imported) <= layer(name), f"{name} imports {imported}"
+        if name in VISION:
+            assert imported.split(".")[0] != LANGUAGE, f"{name} imports {imported}"
+        if name.startswith(LANGUAGE):
+            assert imported not in VISION, f"{name} imports {imported}"
+
+
+def test_no_import_cycles():
+    TopologicalSorter({name: set(project_imports(name)) for name in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if is_entry(name) and not name.startswith("benchmarks")])
+def test_entry_files_parse_before_they_import_heavy_packages(name):
+    """Everything that is imported before main() runs, transitively, is light: --help answers at once."""
+    seen, waiting = set(), [name]
+    while waiting:
+        current = waiting.pop()
+        seen.add(current)
+        for imported in imported_names(MODULES[current].body):
+            assert imported.split(".")[0] not in HEAVY, f"{name} → {current} imports {imported}"
+        top_level = ast.Module(MODULES[current].body, [])
+        names = set(imported_names(top_level.body))
+        waiting += [module for module in MODULES if module not in seen and _is_imported(module, names)]
+
+
+def _is_imported(module, names):
+    return module in names or any(imported.rpartition(".")[0] == module for imported in names)
+
+
+@pytest.mark.parametrize("name", WITHOUT_TORCH)
+def test_the_bottom_layer_is_light(name):
+    assert not HEAVY & {imported.split(".")[0] for imported in imported_names(ast.walk(MODULES[name]))}
+
+
+def test_only_config_and_tools_use_argparse():
+    for name, tree in MODULES.items():
+        uses_argparse = any(imported.split(".")[0] == "argparse" for imported in imported_names(ast.walk(tree)))
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        if uses_argparse and name not in ("lib.cli", "lib.config"):
             assert {"get_parser", "main"} <= functions, f"{name} uses argparse without being a tool"
 
 
-def test_nothing_happens_at_import():
-    """Top-level statements only define, import or guard."""
-    for name, path in modules():
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+def test_importing_runs_nothing():
+    """Statements at module level only define, import or guard."""
+    for name, tree in MODULES.items():
+        for node in tree.body:
             if isinstance(node, ast.Expr):
                 assert isinstance(node.value, ast.Constant), f"{name}:{node.lineno} runs at import"
             elif isinstance(node, ast.For | ast.While | ast.With | ast.Try):
@@ -78,7 +128,26 @@ def test_nothing_happens_at_import():
                 assert "__name__" in ast.unparse(node.test), f"{name}:{node.lineno} runs at import"
 
 
-def test_rooms_are_empty_packages_and_tests_are_flat():
-    for room in ("lib", "lib/engine", "lib/report", "bert", "data", "refer"):
-        assert (ROOT / room / "__init__.py").read_text() == ""
+def test_packages_are_empty_and_tests_are_flat():
+    for path in ROOT.glob("[!.]*/**/__init__.py"):
+        if ".venv" not in path.parts:
+            assert path.read_text() == "", path
     assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize(("name", "max_lines"), [("train", 250), ("test", 200)])
+def test_entry_scripts_stay_short(name, max_lines):
+    assert len((ROOT / f"{name}.py").read_text().splitlines()) <= max_lines
+
+
+def test_functions_have_at_most_eight_parameters():
+    """Builders and command-line code may have more."""
+    for name, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("build_"):
+                args = node.args
+                count = len(
+                    [arg for arg in args.posonlyargs + args.args + args.kwonlyargs if arg.arg not in ("self", "cls")]
+                )
+                is_dataset = node.name == "__init__" and name == "data.dataset_refer_bert"
+                assert count <= 8 or is_dataset or is_entry(name), f"{name}.{node.name} has {count} parameters"

@@ -1,10 +1,13 @@
-"""Configuration and flags: precedence, the published flags, and what a mistake is answered with."""
+"""lib.config and lib.options: precedence, the published flags, messages about mistakes."""
+
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 from lib import config
 from lib.errors import MissingFileError, UserError
+from lib.options import OPTIONS
 
 
 def parse(script, *flags):
@@ -12,12 +15,12 @@ def parse(script, *flags):
 
 
 def resolved(*flags, script="train", base=None):
-    return config.resolve(parse(script, *flags), base)
+    return config.load_config(parse(script, *flags), base)
 
 
 def test_defaults_are_the_published_recipe():
     cfg, given = resolved()
-    assert given == set()
+    assert given == {}
     assert (cfg.DATA.NAME, cfg.DATA.SPLIT_BY, cfg.DATA.SPLIT, cfg.DATA.IMG_SIZE) == ("refcoco", "unc", "val", 480)
     assert (cfg.TRAIN.EPOCHS, cfg.BATCH_SIZE, cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY) == (40, 6, 3e-5, 1e-2)
     assert (cfg.TRAIN.WARMUP_STEPS, cfg.TRAIN.CLIP_GRAD, cfg.TRAIN.AMSGRAD, cfg.TRAIN.ALIGNMENT) == (
@@ -49,61 +52,63 @@ def test_every_published_flag_of_train_sets_its_key():
     assert resolved("--batch-size", 2, "--workers", 1, "--weight-decay", "0.1", "--local-rank", 0)[0].BATCH_SIZE == 2
 
 
-def test_flags_go_before_the_file_and_the_file_before_the_base(tmp_path):
+def test_flags_override_the_yaml_and_the_yaml_overrides_the_base(tmp_path):
     (tmp_path / "c.yaml").write_text("DATA: {IMG_SIZE: 320, MAX_TOKENS: 15}\nTRAIN: {LR: 1, WEIGHT_DECAY: 1e-3}\n")
     cfg, given = resolved(
         "--cfg", tmp_path / "c.yaml", "--img_size", 224, base={"DATA.IMG_SIZE": 64, "DATA.MAX_TOKENS": 9, "SEED": 5}
     )
     assert (cfg.DATA.IMG_SIZE, cfg.DATA.MAX_TOKENS, cfg.SEED) == (224, 15, 5)
     assert (cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY) == (1.0, 1e-3)  # yaml reads 1e-3 as text
-    assert given == {"DATA.IMG_SIZE", "DATA.MAX_TOKENS", "TRAIN.LR", "TRAIN.WEIGHT_DECAY"}
+    path = str(tmp_path / "c.yaml")
+    from_yaml = dict.fromkeys(("DATA.MAX_TOKENS", "TRAIN.LR", "TRAIN.WEIGHT_DECAY"), path)
+    assert given == {"DATA.IMG_SIZE": "--img_size", **from_yaml}
     assert config.DEFAULTS.DATA.IMG_SIZE == 480
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
-        (["--batchsize", "3"], "unknown flag --batchsize; did you mean --batch-size?"),
-        (["--datset", "refcoco"], "did you mean --dataset?"),
-        (["--img-size=3"], "did you mean --img_size?"),
+        (["--batchsize", "3"], "unknown flag --batchsize. Did you mean --batch-size? See --help."),
+        (["--datset", "refcoco"], "Did you mean --dataset?"),
+        (["--img-size=3"], "Did you mean --img_size?"),
         (["--data", "refcoco"], "unknown flag --data"),  # an abbreviation
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--swin_type", "huge"], "choose from"),
         (["--batch-size", "0"], "--batch-size 0: must be above 0"),
         (["--lr", "nan"], "--lr nan: must be above 0"),
-        (["--clip_grad", "-1"], "--clip_grad -1.0: must be at least 0"),
-        (["--img_size", "32"], "--img_size 32: must be above 32"),
-        (["--max_tokens", "600"], "--max_tokens 600: BERT has positions for 512"),
+        (["--clip_grad", "-1"], "--clip_grad -1.0: must be at least 0."),
+        (["--img_size", "32"], "--img_size 32: must be at least 33"),
+        (["--max_tokens", "600"], "--max_tokens 600: must be at most 512"),
         (["--dataset", "refcocog"], "--splitBy umd or --splitBy google"),
         (["--cfg", "nowhere.yaml"], "--cfg nowhere.yaml: No such file"),
     ],
 )
-def test_mistakes_in_flags(flags, told):
+def test_mistakes_in_flags(flags, message):
     with pytest.raises(UserError) as caught:
         resolved(*flags)
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("TRAIN: {LEARNING_RATE: 1}", "unknown key TRAIN.LEARNING_RATE"),
-        ("TRIAN: {LR: 1}", "unknown key TRIAN.LR; did you mean TRAIN.LR?"),
+        ("TRIAN: {LR: 1}", "unknown key TRIAN.LR. Did you mean TRAIN.LR?"),
         ("BATCH_SIZE: many", "BATCH_SIZE must be of type int, not 'many'"),
         ("MODEL: {DEPTHS: [1, x]}", "MODEL.DEPTHS must be of type list of int"),
-        ("MODEL: {SWIN_TYPE: huge}", "MODEL.SWIN_TYPE 'huge': choose one of tiny, small, base, large"),
+        ("MODEL: {SWIN_TYPE: huge}", "c.yaml: MODEL.SWIN_TYPE 'huge': choose one of tiny, small, base, large"),
         ("MODEL: {DROP_PATH_RATE: 1.5}", "MODEL.DROP_PATH_RATE 1.5: must be below 1"),
         ("TRAIN: {AMSGRAD: 1}", "TRAIN.AMSGRAD must be of type bool"),
-        ("a: [", "not valid yaml"),
-        ("just text", "holds no configuration keys"),
+        ("a: [", "not valid YAML"),
+        ("just text", "contains no configuration keys"),
     ],
 )
-def test_mistakes_in_files(tmp_path, text, told):
+def test_mistakes_in_files(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
         resolved("--cfg", tmp_path / "c.yaml")
-    assert told in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -112,7 +117,7 @@ def test_a_missing_file_is_a_missing_file():
         resolved("--cfg", "nowhere.yaml")
 
 
-def test_training_flags_are_known_to_test_but_reported():
+def test_test_accepts_and_reports_training_flags():
     args = parse("test", "--lr", "0.1", "--ck_bert", "bert-base-uncased", "--amsgrad", "--split", "val")
     assert sorted(config.unused_flags(args)) == ["--amsgrad", "--ck_bert", "--lr"]
     assert config.unused_flags(parse("train", "--lr", "0.1")) == []
@@ -128,16 +133,16 @@ def test_tokenizer_follows_the_dataset():
     assert config.tokenizer_name(resolved("--dataset", "refshapes", "--bert_tokenizer", "x")[0], 200) == "x"
 
 
-def test_epochs_go_before_steps_of_a_file(tmp_path):
+def test_epochs_flag_overrides_steps_of_the_yaml(tmp_path):
     (tmp_path / "c.yaml").write_text("TRAIN: {STEPS: 100, EPOCHS: 40}")
     assert resolved("--cfg", tmp_path / "c.yaml")[0].TRAIN.STEPS == 100
     cfg = resolved("--cfg", tmp_path / "c.yaml", "--epochs", 3)[0]
     assert (cfg.TRAIN.EPOCHS, cfg.TRAIN.STEPS) == (3, 0)
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="--epochs conflicts with --steps"):
         resolved("--epochs", 3, "--steps", 5)
 
 
-def test_a_key_of_another_version_is_named():
+def test_unknown_keys_of_a_checkpoint_are_named():
     with pytest.raises(UserError, match=r"saved configuration: unknown key TRAIN\.LEARN"):
         resolved(base={"TRAIN.LEARN": 3})
 
@@ -164,21 +169,21 @@ RECIPES = {
 def test_published_recipes_are_the_defaults(name):
     cfg, _ = resolved("--cfg", ROOT / "configs" / f"{name}.yaml")
     assert RECIPES[name] == (cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
-    assert config.divide_batch(cfg, set(), world_size=2) == 1
+    assert config.divide_batch(cfg, {}, world_size=2) == 1
     assert cfg.TRAIN.GLOBAL_BATCH == 12
     defaults = config.flatten(config.DEFAULTS)
     apart = {key for key, value in config.flatten(cfg).items() if value != defaults[key]}
     assert apart <= {"DATA.NAME", "DATA.SPLIT_BY", "TRAIN.GLOBAL_BATCH"}
 
 
-def test_variants_differ_from_the_published_recipe_in_what_they_say():
+def test_variants_of_the_published_recipe_differ_in_one_option():
     published = config.flatten(resolved("--cfg", ROOT / "configs" / "published.yaml")[0])
     for name, differing in {"one_24gb_gpu": {"TRAIN.GRAD_CHECKPOINT": True}, "bf16": {"TRAIN.AMP": "bf16"}}.items():
         keys = config.flatten(resolved("--cfg", ROOT / "configs" / f"{name}.yaml")[0])
         assert {key: value for key, value in keys.items() if value != published[key]} == differing
 
 
-def test_every_recipe_opens_with_its_command():
+def test_every_config_starts_with_its_command():
     for path in (ROOT / "configs").glob("*.yaml"):
         commands = [
             line[1:].split("train.py")[1].split() for line in path.read_text().splitlines() if "train.py" in line
@@ -189,19 +194,19 @@ def test_every_recipe_opens_with_its_command():
         assert str(path.relative_to(ROOT)) in commands[0]
 
 
-def test_a_base_is_found_beside_its_file_and_may_have_one(tmp_path):
+def test_base_files_are_relative_and_can_be_chained(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "c.yaml").write_text("_BASE_: ../b.yaml\nTRAIN: {LR: 0.5}\n")
     (tmp_path / "b.yaml").write_text("_BASE_: d.yaml\nTRAIN: {LR: 0.1, EPOCHS: 3}\n")
     (tmp_path / "d.yaml").write_text("TRAIN: {EPOCHS: 1, AMP: bf16}\n")
     cfg, given = resolved("--cfg", tmp_path / "a" / "c.yaml")
     assert (cfg.TRAIN.LR, cfg.TRAIN.EPOCHS, cfg.TRAIN.AMP) == (0.5, 3, "bf16")
-    assert given == {"TRAIN.LR", "TRAIN.EPOCHS", "TRAIN.AMP"}
+    assert [path.name for path in map(Path, given.values())] == ["b.yaml", "d.yaml", "c.yaml"]
     (tmp_path / "d.yaml").write_text("_BASE_: a/c.yaml\nSEED: 1\n")
-    with pytest.raises(UserError, match=r"c\.yaml: by _BASE_ it is its own base"):
+    with pytest.raises(UserError, match=r"c\.yaml: the file includes itself through _BASE_"):
         resolved("--cfg", tmp_path / "a" / "c.yaml")
     (tmp_path / "d.yaml").write_text("_BASE_: [1]\n")
-    with pytest.raises(UserError, match="must be a file's name"):
+    with pytest.raises(UserError, match="must be a file name"):
         resolved("--cfg", tmp_path / "b.yaml")
     (tmp_path / "d.yaml").unlink()
     with pytest.raises(MissingFileError, match=r"d\.yaml: No such file"):
@@ -219,18 +224,55 @@ def test_the_global_batch_is_divided(flags, world_size, accum_steps, total):
     cfg, given = resolved(*flags)
     assert config.divide_batch(cfg, given, world_size) == accum_steps
     assert total == cfg.TRAIN.GLOBAL_BATCH
-    # Saved and gone on with by other processes, the global batch stays.
+    # Resumed with other processes, the global batch stays the same.
     again, given = resolved("-b", 1, base=config.flatten(cfg))
     assert config.divide_batch(again, given, 1) == total
 
 
-def test_a_global_batch_that_cannot_be():
-    for flags, told in (
-        (["-b", 5, "--global_batch", 12], "a global batch of 12 can't be divided among 1 process"),
-        (["-b", 6, "--global_batch", 12, "--accum-steps", 4], "× --accum-steps 4 are 24: leave one of them out"),
+def test_an_impossible_global_batch_is_refused():
+    for flags, message in (
+        (["-b", 5, "--global_batch", 12], "A global batch of 12 is not divisible by 1 process"),
+        (
+            ["-b", 6, "--global_batch", 12, "--accum-steps", 4],
+            r"--global_batch is 12, but --accum-steps 4 × batch size 6 × 1 process\(es\) = 24",
+        ),
     ):
         cfg, given = resolved(*flags)
-        with pytest.raises(UserError, match=told):
+        with pytest.raises(UserError, match=message):
             config.divide_batch(cfg, given, 1)
     cfg, given = resolved("-b", 2, "--accum-steps", 3, base={"TRAIN.GLOBAL_BATCH": 12})  # a resumed run's
     assert (config.divide_batch(cfg, given, 1), cfg.TRAIN.GLOBAL_BATCH) == (3, 6)
+
+
+def test_a_conflict_names_the_flag_and_the_file(tmp_path):
+    path = tmp_path / "try.yaml"
+    path.write_text("PRETRAINED: {FROM_SCRATCH: true}\nTRAIN: {GLOBAL_BATCH: 12}\n")
+    with pytest.raises(UserError) as caught:
+        resolved("--cfg", path, "--init_from", "a.pth")
+    assert str(caught.value) == (
+        f"{path} sets PRETRAINED.FROM_SCRATCH, which conflicts with --init_from. "
+        "Pass --no-from_scratch or drop one of them."
+    )
+    cfg, _ = resolved("--cfg", path, "--init_from", "a.pth", "--no-from_scratch")
+    assert (cfg.PRETRAINED.FROM_SCRATCH, cfg.PRETRAINED.INIT_FROM) == (False, "a.pth")
+    with pytest.raises(UserError, match=r"--from_scratch conflicts with --init_from\. Drop one of them\."):
+        resolved("--from_scratch", "--init_from", "a.pth")
+    with pytest.raises(UserError, match="--train_temperature conflicts with --no_alignment"):
+        resolved("--train_temperature", "--no_alignment")
+    cfg, given = resolved("--cfg", path, "--accum-steps", 4)
+    with pytest.raises(UserError, match=r"TRAIN\.GLOBAL_BATCH of .*try\.yaml is 12, but --accum-steps 4"):
+        config.divide_batch(cfg, given, 1)
+
+
+def test_every_boolean_can_be_unset_by_a_flag():
+    for option in OPTIONS:
+        if isinstance(option.default, bool):
+            flag = "--no_alignment" if option.key == "TRAIN.ALIGNMENT" else f"--no-{option.flags[-1][2:]}"
+            cfg, _ = resolved(flag, base={option.key: True})
+            assert config.lookup(cfg, option.key) is False
+    assert resolved("--alignment", base={"TRAIN.ALIGNMENT": False})[0].TRAIN.ALIGNMENT
+
+
+def test_the_documented_options_are_the_real_ones():
+    """docs/options.md is generated: make docs."""
+    assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == config.options_table()

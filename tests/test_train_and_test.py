@@ -20,7 +20,7 @@ def losses_of(log):
     return [float(line.split("loss ")[1].split()[0]) for line in log.splitlines() if " step " in line]
 
 
-def test_training_writes_what_the_readme_says(trained):
+def test_training_writes_the_documented_files(trained):
     folder, done = trained
     last, best = (entries(folder / "checkpoints" / "run" / name) for name in ("last.pth", "best.pth"))
     assert last["epoch"] == 2
@@ -32,7 +32,7 @@ def test_training_writes_what_the_readme_says(trained):
     assert "global batch 8 = 2 process(es) × 4 × 1 accumulated on cpu" in log
     assert "rank 0's running statistics" in log
     assert log.count("INFO epoch") == 2
-    assert last["step"] == int(log.split("steps 0…")[1].split(",")[0])
+    assert last["step"] == int(log.split("steps 0 to ")[1].split(",")[0])
     assert "\r" not in done.stderr  # plain lines into a pipe, no bar
     losses = losses_of(log)
     assert len(losses) >= 4
@@ -78,30 +78,30 @@ def test_initialising_from_weights(trained, run_here, train_flags, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs?"),
-        (["--resume", "{best}"], "start a new one from its weights with --init_from"),
-        (["--resume", "{last}", "--lr", "0.5"], "TRAIN.LR is 0.001, not 0.5"),
-        (["--resume", "{last}", "--auto_resume"], "give one of them"),
-        (["--cfg", "{cfg}", "--auto_resume"], "--auto_resume needs --model_id"),
-        (["--cfg", "{cfg}", "--global_batch", "6"], "a global batch of 6 can't be divided among 1 process"),
-        (["--cfg", "{cfg}", "--train_temperature", "--no_alignment"], "only the alignment losses train"),
+        (["--epoch", "3"], "unknown flag --epoch. Did you mean --epochs? See --help."),
+        (["--resume", "{best}"], "has no optimizer state. Use --init_from"),
+        (["--resume", "{last}", "--lr", "0.5"], "TRAIN.LR is 0.001 in its recipe, not 0.5"),
+        (["--resume", "{last}", "--auto_resume"], "--resume conflicts with --auto_resume. Drop one of them."),
+        (["--cfg", "{cfg}", "--auto_resume"], "--auto_resume requires --model_id"),
+        (["--cfg", "{cfg}", "--global_batch", "6"], "A global batch of 6 is not divisible by 1 process"),
+        (["--cfg", "{cfg}", "--train_temperature", "--no_alignment"], "conflicts with --no_alignment"),
         (["--cfg", "{cfg}", "--ema", "1"], "--ema 1.0: must be below 1"),
         (["--cfg", "{cfg}", "--keep", "0"], "--keep 0: must be above 0"),
-        (["--resume", "{last}", "-b", "8"], "has all its 28 steps done"),
-        (["--resume", "{tmp}/torn.pth"], "torn.pth is corrupt or not a PyTorch file"),
-        (["--cfg", "{cfg}", "--model_id", "run", "--output-dir", "{checkpoints}"], "already holds a run"),
+        (["--resume", "{last}", "-b", "8"], "All 28 steps of this run are done. Pass a larger --epochs"),
+        (["--resume", "{tmp}/corrupt.pth"], "corrupt.pth is corrupt or not a PyTorch file"),
+        (["--cfg", "{cfg}", "--model_id", "run", "--output-dir", "{checkpoints}"], "already contains a run"),
         (["--cfg", "{cfg}", "--split", "testC"], "No split 'testC'"),
         (["--cfg", "{cfg}", "-b", "1000"], "1000 × 1 accumulated. Lower --batch-size"),
         (["--cfg", "{cfg}", "--device", "gpu"], "--device gpu: use auto, cpu, cuda or cuda:N"),
-        (["--cfg", "{cfg}", "--init_from", "{best}"], "contradict each other"),
+        (["--cfg", "{cfg}", "--init_from", "{best}"], "PRETRAINED.FROM_SCRATCH, which conflicts with --init_from"),
         (["--cfg", "{cfg}", "--model_id", ".."], "must be a plain name"),
-        (["--cfg", "{cfg}", "--ddp_trained_weights"], "give --init_from or --resume too"),
-        (["--resume", "{last}", "--window12"], "MODEL.WINDOW_SIZE is 4, not 12"),
+        (["--cfg", "{cfg}", "--ddp_trained_weights"], "--ddp_trained_weights requires a checkpoint"),
+        (["--resume", "{last}", "--window12"], "MODEL.WINDOW_SIZE is 4 in its recipe, not 12"),
         (["--cfg", "{cfg}", "--warmup_steps", "10000"], "--warmup_steps 10000"),
-        (["--cfg", "{cfg}", "--log_dir", "{tmp}/torn.pth"], "can't make the folder"),
-        (["--dataset", "refcoco"], "22k.pth: `python -m refer.prepare --weights swin_base` brings https://"),
-        (["--dataset", "refcoco"], "or train with --from_scratch"),
-        (["--dataset", "refcoc"], "Did you mean refcoco"),
+        (["--cfg", "{cfg}", "--log_dir", "{tmp}/corrupt.pth"], "Cannot create the folder"),
+        (["--dataset", "refcoco"], "not found. Download them with `python -m refer.prepare --weights swin_base` (from https://"),
+        (["--dataset", "refcoco"], "or train with --from_scratch."),
+        (["--dataset", "refcoc"], "Did you mean refcoco?"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_clear_line(error_line, flags, told):

@@ -1,9 +1,10 @@
-"""Runs that are killed, stopped, restarted and spread over nodes, as they happen to a lab."""
+"""Training runs that are killed, stopped, restarted and spread over nodes."""
 
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,10 +29,10 @@ def experiment(tmp_path_factory):
     return made
 
 
-def start(command, **how):
+def start(command, **kwargs):
     return subprocess.Popen(
         list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=PROCESS_ENVIRONMENT, **how,
+        env=PROCESS_ENVIRONMENT, **kwargs,
     )  # fmt: skip
 
 
@@ -53,11 +54,11 @@ def saved(experiment, name, file="last.pth"):
 
 
 def saved_step(experiment, name):
-    """The newest step that a run has a checkpoint of."""
+    """The newest step of a run's checkpoints."""
     return max((int(path.name[5:13]) for path in experiment.checkpoints(name).glob("step_*.pth")), default=-1)
 
 
-def test_what_a_run_leaves(experiment):
+def test_files_of_a_run(experiment):
     content, folder = saved(experiment, "whole"), experiment.folder / "models" / "whole"
     assert content["epoch"] == 2
     assert content["epoch_step"] == 0
@@ -68,28 +69,28 @@ def test_what_a_run_leaves(experiment):
     assert trained == sorted(
         {*range(2, per_epoch + 1, 2), per_epoch} | {per_epoch + s for s in (*range(2, per_epoch + 1, 2), per_epoch)}
     )
-    judged = [line for line in lines if line["kind"] == "eval"]
-    assert [line["step"] for line in judged] == [per_epoch, steps]
-    assert judged[-1]["oIoU"] == content["metrics"]["oIoU"]
-    assert saved(experiment, "whole", "best.pth")["best_oIoU"] == max(line["oIoU"] for line in judged)
+    evaluated = [line for line in lines if line["kind"] == "eval"]
+    assert [line["step"] for line in evaluated] == [per_epoch, steps]
+    assert evaluated[-1]["oIoU"] == content["metrics"]["oIoU"]
+    assert saved(experiment, "whole", "best.pth")["best_oIoU"] == max(line["oIoU"] for line in evaluated)
     assert {"loss", "alignment4", "lr", "grad_norm", "samples_per_second", "memory_gib", "skipped"} <= set(lines[0])
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == trained
-    assert [event.value for event in events.Scalars("val/oIoU")] == pytest.approx([line["oIoU"] for line in judged])
+    assert [event.value for event in events.Scalars("val/oIoU")] == pytest.approx([line["oIoU"] for line in evaluated])
     assert len(events.Tags()["images"]) == 4
     log = (folder / "train.log").read_text()
-    assert "expected: " in log
+    assert "Expected per epoch: " in log
     assert "GiB" in log
     assert json.loads((folder / "environment.json").read_text())[0]["processes"] == 2
-    assert content["ema"] is not None  # what is validated and kept as best
+    assert content["ema"] is not None  # the moving average is validated and saved as best.pth
     best = saved(experiment, "whole", "best.pth")["model"]
     assert difference(best, content["model"]) is not None
 
 
 def test_three_kills_change_nothing(experiment):
-    ended = [experiment.train("killed", kill) for kill in (Kill(None, 1), Kill(1.5, None), Kill(None, 3))]
+    ended = [experiment.train("killed", kill) for kill in (Kill(None, 1), Kill(None, 2), Kill(None, 3))]
     ended.append(experiment.train("killed"))
     assert ended == [False, False, False, True]
     assert difference(experiment.result("whole"), experiment.result("killed")) is None
@@ -100,26 +101,26 @@ def test_three_kills_change_nothing(experiment):
 
 
 @pytest.mark.parametrize(("number", "launcher"), [(signal.SIGTERM, [sys.executable]), (signal.SIGINT, TWO)])
-def test_signals_save_and_leave(experiment, number, launcher):
-    """A scheduler signals the whole group, workers too; Ctrl-C at a terminal does as well."""
+def test_signals_save_and_stop(experiment, number, launcher):
+    """Schedulers and Ctrl-C signal the whole process group, data-loading workers included."""
     name = f"signal{int(number)}"
     flags = ["-j", 1, "--save_steps", 0, *(["--global_batch", 8] if launcher is not TWO else [])]
     process = start([*launcher, *experiment.command(name, *flags)], start_new_session=True)
     log = experiment.folder / "models" / name / "train.log"
     wait_for(lambda: log.exists() and "step 2/" in log.read_text(), process)
     os.killpg(process.pid, number)
-    status, told = finish(process)
-    assert status == (75 if launcher is not TWO else 1), told  # torchrun has a status of its own
-    assert f"{number.name}: stopped at step " in told
+    status, output = finish(process)
+    assert status == (75 if launcher is not TWO else 1), output  # torchrun has its own status
+    assert f"{number.name}: stopped at step " in output
     content = saved(experiment, name)
     assert content["step"] >= 2
-    assert f"stopped at step {content['step']} with everything saved" in told
-    assert 'train.py", line' not in told  # no traceback of ours
+    assert f"stopped at step {content['step']}, everything is saved in" in output
+    assert 'train.py", line' not in output  # no traceback of ours
     if launcher is TWO:
-        experiment.train(name)  # goes on with other flags for saving and workers, which are no part of the recipe
-        wanted, got = experiment.result("whole"), experiment.result(name)
+        experiment.train(name)  # with other flags for saving and workers, which may change
+        expected, result = experiment.result("whole"), experiment.result(name)
         for part in ("checkpoint", "logged"):
-            assert difference(wanted[part], got[part]) is None
+            assert difference(expected[part], result[part]) is None
 
 
 def test_a_killed_worker_is_restarted_by_the_launcher(experiment):
@@ -130,62 +131,64 @@ def test_a_killed_worker_is_restarted_by_the_launcher(experiment):
     workers = [int(pid) for pid in children if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
-    status, told = finish(process)
-    assert status == 0, told
+    status, output = finish(process)
+    assert status == 0, output
     starts = json.loads((experiment.folder / "models" / "elastic" / "environment.json").read_text())
     assert len(starts) == 2
     assert starts[1]["from_step"] >= 3
     assert difference(experiment.result("whole"), experiment.result("elastic")) is None
 
 
-def test_two_nodes_are_one(experiment):
-    ports = ["--master_addr", "localhost", "--master_port", str(20000 + os.getpid() % 20000)]
+def test_two_nodes_train_as_one(experiment):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        ports = ["--master_addr", "localhost", "--master_port", free.getsockname()[1]]
     nodes = [
         start([*TORCHRUN, "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1, *ports,
                *experiment.command("nodes")])
         for rank in (0, 1)
     ]  # fmt: skip
-    for status, told in [finish(node) for node in nodes]:
-        assert status == 0, told
+    for status, output in [finish(node) for node in nodes]:
+        assert status == 0, output
     assert difference(experiment.result("whole"), experiment.result("nodes")) is None
 
 
-def test_another_number_of_processes_goes_on_between_epochs(experiment):
-    """From inside the second epoch of two processes back to its beginning, on one, with the same global batch."""
+def test_another_number_of_processes_resumes_at_the_end_of_an_epoch(experiment):
+    """From within the second epoch of two processes back to its start, with one process and the same global batch."""
     assert not experiment.train("smaller", Kill(None, 6))
     at, boundary = saved_step(experiment, "smaller"), saved(experiment, "whole")["step"] // 2
     assert boundary < at
-    status, told = finish(start([sys.executable, *experiment.command("smaller")]))
-    assert status == 0, told
-    assert "saved by 2 process(es) × 4 × 1 accumulated, now 1 process(es) × 4 × 2 accumulated" in told
-    assert f"going back from step {at} to the end of epoch 1, step {boundary}" in told
-    assert "global batch 8 = 1 process(es) × 4 × 2 accumulated" in told
+    status, output = finish(start([sys.executable, *experiment.command("smaller")]))
+    assert status == 0, output
+    assert "saved with 2 process(es) × 4 × 1 accumulated, now 1 process(es) × 4 × 2 accumulated" in output
+    assert f"Returning from step {at} to the end of epoch 1, step {boundary}" in output
+    assert "global batch 8 = 1 process(es) × 4 × 2 accumulated" in output
     assert saved(experiment, "smaller")["step"] == 2 * boundary
     lines = read_metrics(experiment.folder / "models" / "smaller")
     steps = [(line["kind"], line["step"]) for line in lines]
-    assert len(steps) == len(set(steps))  # what was logged after the boundary is there once
+    assert len(steps) == len(set(steps))  # no step is logged twice
 
 
-def test_the_first_error_is_the_one_that_is_told(experiment):
-    """A picture that one process can't read ends both, with that line first."""
-    picture = sorted((experiment.folder / "data" / "refshapes" / "images").iterdir())[0]
-    whole = picture.read_bytes()
+def test_the_first_error_is_printed_first(experiment):
+    """An image that one process cannot read ends both, with that message first."""
+    image = sorted((experiment.folder / "data" / "refshapes" / "images").iterdir())[0]
+    whole = image.read_bytes()
     try:
-        picture.write_bytes(whole[: len(whole) // 2])
-        status, told = finish(start([*TWO, *experiment.command("broken", "--save_steps", 0)]))
+        image.write_bytes(whole[: len(whole) // 2])
+        status, output = finish(start([*TWO, *experiment.command("broken", "--save_steps", 0)]))
     finally:
-        picture.write_bytes(whole)
+        image.write_bytes(whole)
     assert status != 0
-    assert f"error: Cannot decode image {picture}" in told
-    others = [told.find(line) for line in ("ended, because another", "Traceback", "ChildFailedError")]
-    assert all(at < 0 or at > told.index("Cannot decode image") for at in others)
+    assert f"error: Cannot decode image {image}" in output
+    others = [output.find(line) for line in ("ended, because another", "Traceback", "ChildFailedError")]
+    assert all(at < 0 or at > output.index("Cannot decode image") for at in others)
 
 
-def test_a_loss_that_blows_up_is_told_with_its_samples(experiment):
+def test_a_non_finite_loss_is_reported_with_its_samples(experiment):
     flags = ["--lr", "1e18", "--clip_grad", 0]
-    status, told = finish(start([sys.executable, *experiment.command("nan", *flags)]))
+    status, output = finish(start([sys.executable, *experiment.command("nan", *flags)]))
     assert status == 2
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
     assert "nan on samples [" in line or "inf on samples [" in line
     (path,) = (experiment.folder / "models" / "nan").glob("non_finite_step_*_rank_0.pt")
     assert str(path) in line
@@ -196,35 +199,35 @@ def test_a_loss_that_blows_up_is_told_with_its_samples(experiment):
     assert set(content["model"]) == set(saved(experiment, "nan")["model"])
 
 
-def test_a_disk_that_fills_up_loses_nothing_that_was_saved(experiment):
+def test_a_full_disk_loses_no_earlier_checkpoint(experiment):
     small = (experiment.checkpoints("whole") / "best.pth").stat().st_size
-    limit = int(2.5 * small)  # the first checkpoint (weights and average) fits, one with the optimizer doesn't
+    limit = int(2.5 * small)  # the first checkpoint fits, one with the optimizer's state does not
 
     def no_large_files():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     process = start([sys.executable, *experiment.command("full")], preexec_fn=no_large_files)
-    status, told = finish(process)
-    assert status == 2, told
-    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
-    assert "can't write" in line
+    status, output = finish(process)
+    assert status == 2, output
+    (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert "cannot write" in line
     assert saved(experiment, "full")["step"] == 0
     assert not list(experiment.checkpoints("full").glob(".*.part"))
 
 
-def test_going_on_into_another_folder_keeps_the_best_of_that(experiment, tmp_path):
-    """Its first validation is the best there, whatever the other folder's was."""
+def test_resuming_into_another_folder_starts_a_new_best(experiment, tmp_path):
+    """The first validation is the best one there, independent of the other folder's."""
     torch.save({**saved(experiment, "whole"), "best_oIoU": 99.0}, tmp_path / "other.pth")
     command = [part for part in experiment.command("moved") if part != "--auto_resume"]
-    status, told = finish(start([*TWO, *command, "--resume", tmp_path / "other.pth", "--epochs", 3]))
-    assert status == 0, told
+    status, output = finish(start([*TWO, *command, "--resume", tmp_path / "other.pth", "--epochs", 3]))
+    assert status == 0, output
     best, last = saved(experiment, "moved", "best.pth"), saved(experiment, "moved")
     assert last["epoch"] == 3
     assert best["best_oIoU"] == last["best_oIoU"] == last["metrics"]["oIoU"] < 99
 
 
-def test_a_finished_run_has_nothing_left_to_do(experiment):
-    status, told = finish(start([sys.executable, *experiment.command("whole", "--global_batch", "8")]))
+def test_a_finished_run_does_nothing(experiment):
+    status, output = finish(start([sys.executable, *experiment.command("whole", "--global_batch", "8")]))
     assert status == 0
-    assert "steps done" in told
+    assert "steps of this run are done" in output

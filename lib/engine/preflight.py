@@ -1,5 +1,6 @@
-"""What can be known before the first step: whether the disk has room, whether a step fits, how long an epoch takes."""
+"""Preflight checks of a training: disk space, memory, expected time per epoch."""
 
+import logging
 import shutil
 import time
 from pathlib import Path
@@ -7,40 +8,43 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from data.loaders import Batch
 from lib.criterion import CrossVLTCriterion
-from lib.engine.precision import Precision
-from lib.engine.progress import random_states, restore_random_states
-from lib.engine.step import out_of_memory
+from lib.engine.loop import out_of_memory_message
+from lib.engine.precision import autocast
+from lib.engine.state import TrainState, random_states, restore_random_states
 from lib.errors import UserError
-from lib.evaluation import Batch
 from lib.files import check_writable
+from utils import on_main
 
+LOG = logging.getLogger("crossvlt")
 GIB = 2**30
 
 
-def time_training(model: nn.Module, criterion: CrossVLTCriterion, precision: Precision, batch: Batch) -> float:
-    """Seconds of a forward and backward pass on a batch; afterwards everything is as it was.
+def time_training(model: nn.Module, criterion: CrossVLTCriterion, batch: Batch, amp: str) -> float:
+    """Return the seconds of one forward and backward pass. Model, gradients and random states are left unchanged.
 
     Args:
-        model: as the training's, wrapped or not. DistributedDataParallel arranges its exchange anew after the first
-            pass: behind these two a resumed run's first step adds in the same order as an uninterrupted run's.
-        criterion, precision: as the training's.
-        batch: as the training's, on the model's device.
+        model: as in training. DistributedDataParallel rebuilds its buckets after the first pass: after the two passes
+            here, the first step of a resumed run sums gradients in the same order as an uninterrupted run.
+        criterion: the losses.
+        batch: a micro-batch on the model's device.
+        amp: mixed precision, see :func:`lib.engine.precision.autocast`.
 
     Raises:
-        UserError: it doesn't fit into the GPU's memory.
+        UserError: the pass does not fit into the GPU's memory.
     """
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     states, was_training = random_states(), model.training
     model.train()
-    for _ in range(2):  # the first one also compiles, and makes libraries load
+    for _ in range(2):  # the first pass also compiles and loads libraries
         started = time.perf_counter()
         try:
-            with precision.autocast():
+            with autocast(amp, batch["image"].device):
                 output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
             criterion(output, batch["mask"])["loss"].backward()
         except torch.OutOfMemoryError as error:
-            raise UserError(out_of_memory(batch["image"].shape[0])) from error
+            raise UserError(out_of_memory_message(batch["image"].shape[0])) from error
         if batch["image"].is_cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - started
@@ -53,37 +57,36 @@ def time_training(model: nn.Module, criterion: CrossVLTCriterion, precision: Pre
     return seconds
 
 
-def checkpoint_bytes(model: nn.Module, *, amsgrad: bool, ema: bool) -> tuple[int, int]:
-    """About how large (a resumable checkpoint, one of weights alone) will be."""
-    weights = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return weights * (2 if ema else 1) + trained * (3 if amsgrad else 2), weights
+def checkpoint_bytes(state: TrainState) -> tuple[int, int]:
+    """Return the approximate sizes of a resumable checkpoint and of one with weights only."""
+    weights = sum(t.numel() * t.element_size() for t in state.model.state_dict().values())
+    trained = sum(p.numel() * p.element_size() for p in state.model.parameters() if p.requires_grad)
+    moments = 3 if state.recipe.AMSGRAD else 2
+    return weights * (2 if state.ema else 1) + trained * moments, weights
 
 
-def check_space(folder: Path, resumable: int, weights: int, keep: int) -> int:
-    """Find out before the training whether its checkpoints fit on the disk; gives back the bytes free.
+def check_disk_space(state: TrainState, folder: Path, keep: int) -> None:
+    """Check on the main process that the disk can hold the run's checkpoints, and log its free space.
 
-    At the most there are ``keep`` resumable ones, one that ends an epoch, one being written, and the best twice.
+    At most there are ``keep`` resumable ones, one from the end of an epoch, one being written, and the best twice.
 
     Raises:
-        UserError: they don't fit, or the folder can't be written to.
+        UserError: the disk is too full, or the folder is not writable.
     """
-    check_writable(folder / "last.pth")
-    free = shutil.disk_usage(folder).free
-    # last.pth is a second name of one of the others.
-    there = sum(path.stat().st_size for path in folder.glob("*.pth") if path.name != "last.pth")
-    needed = (keep + 2) * resumable + 2 * weights - there
-    if needed > free:
-        raise UserError(
-            f"{folder}: the checkpoints need another {needed / GIB:.2f} GiB ({resumable / GIB:.2f} each), but the disk "
-            f"has {free / GIB:.2f} left: make room, choose another --output-dir, or lower --keep (now {keep})"
-        )
-    return free
+    resumable, weights = checkpoint_bytes(state)
 
+    def check() -> None:
+        check_writable(folder / "last.pth")
+        free = shutil.disk_usage(folder).free
+        # last.pth is a hard link to another one.
+        existing = sum(path.stat().st_size for path in folder.glob("*.pth") if path.name != "last.pth")
+        needed = (keep + 2) * resumable + 2 * weights - existing
+        if needed > free:
+            raise UserError(
+                f"{folder}: the checkpoints need {needed / GIB:.2f} GiB more ({resumable / GIB:.2f} each), but only "
+                f"{free / GIB:.2f} GiB of disk space are free. Make room, choose another --output-dir, or lower --keep "
+                f"(now {keep})."
+            )
+        LOG.info(f"Checkpoint size {resumable / GIB:.2f} GiB, free disk space {free / GIB:.0f} GiB")
 
-def duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``."""
-    for unit, size, digits in (("h", 3600, 1), ("min", 60, 0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    on_main(check)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lib.charts import COLORS, GREY, styled_figure
 from lib.errors import MissingFileError, UserError
-from lib.journal import METRICS_FILE
+from lib.files import METRICS_FILE
 
 SIZE, DPI = (11.2, 5.0), 200  # inches, dots per inch
 BEST_MARKER = {"marker": "o", "linestyle": "", "markersize": 8, "markerfacecolor": "none", "color": "black"}

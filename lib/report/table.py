@@ -55,7 +55,7 @@ def reproduce_table(args: Any) -> None:
     checkpoints = find_checkpoints(args.checkpoints)
     published = choose_rows(flags.get("DATA.NAME"), flags.get("DATA.SPLIT_BY"), flags.get("DATA.SPLIT"))
     rows = []
-    with start_evaluation(config.resolve(_with_dataset(args, published[0]))[0], keeps_results=True) as setup:
+    with start_evaluation(config.load_config(_with_dataset(args, published[0]))[0], keeps_results=True) as setup:
         on_main(lambda: check_writable(folder / "table.md"))
         for dataset in dict.fromkeys(row.dataset for row in published):
             of_dataset = [row for row in published if row.dataset == dataset]

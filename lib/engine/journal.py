@@ -1,4 +1,4 @@
-"""What a run writes about itself besides its log: metrics.jsonl, TensorBoard's event files, its environment."""
+"""What a run records about itself: metrics.jsonl, TensorBoard event files, environment.json."""
 
 import importlib.metadata
 import json
@@ -8,6 +8,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,18 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib.files import translate_write_errors, write_text
+from lib.files import METRICS_FILE, translate_write_errors, write_text
 
 LOG = logging.getLogger("crossvlt")
-METRICS_FILE = "metrics.jsonl"
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "pycocotools")
-TAGS = {"train": "train", "eval": "val"}  # kind of a line → what its TensorBoard names begin with
+TENSORBOARD_TAGS = {"train": "train", "eval": "val"}  # kind of an entry → prefix of its TensorBoard names
 
 
 class Journal:
-    """A line of JSON per logged step and per validation, and the same as TensorBoard scalars, where that is installed.
+    """One line of JSON per logged step and per validation, and the same values as TensorBoard scalars if installed.
 
     Args:
-        folder: of the run's logs; None: nothing is written (processes other than the main one).
+        folder: of the run's logs. None: nothing is written (on all processes but the main one).
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -35,63 +35,63 @@ class Journal:
         self._events = None
 
     def begin(self, step: int = 0, *, validated: bool = True) -> None:
-        """Go on after ``step``: what is written of later ones is dropped, so that nothing is there twice.
+        """Continue after ``step``: entries of later steps are deleted, so that no step occurs twice.
 
         Args:
-            step: done so far.
+            step: number of steps done.
             validated: whether the validation after that step is done.
 
         Raises:
-            UserError: the files can't be written.
+            UserError: the files cannot be written.
         """
         if self.path is None:
             return
-        _drop_after(self.path, step, validated)
+        _delete_after(self.path, step, validated)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            LOG.info("no TensorBoard event files: TensorBoard isn't installed (requirements-extra.txt)")
+            LOG.info("No TensorBoard event files: TensorBoard is not installed (requirements-extra.txt)")
             return
         folder = self.path.with_name("tensorboard")
         with translate_write_errors(folder):
             self._events = SummaryWriter(str(folder), purge_step=step + 1)
 
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Write one line: ``kind`` (train, eval), ``step`` and the values.
+    def write(
+        self, kind: str, step: int, values: dict[str, Any], draw: Callable[[], dict[str, Image.Image]] | None = None
+    ) -> None:
+        """Write an entry.
+
+        Args:
+            kind: ``train`` or ``eval``.
+            step: number of steps done.
+            values: floats become TensorBoard scalars.
+            draw: returns RGB images for TensorBoard by name; only called if TensorBoard is installed.
 
         Raises:
-            UserError: it can't be written.
+            UserError: the files cannot be written.
         """
         if self.path is None:
             return
         with translate_write_errors(self.path):
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-            if self._events is not None:
-                for name, value in values.items():
-                    if isinstance(value, float):
-                        self._events.add_scalar(f"{TAGS[kind]}/{name}", value, step)
-                self._events.flush()
-
-    @property
-    def accepts_images(self) -> bool:
-        """Whether :meth:`draw` leads anywhere."""
-        return self._events is not None
-
-    def draw(self, name: str, picture: Image.Image, step: int) -> None:
-        """Add an RGB picture to the event files."""
-        if self._events is not None:
-            with translate_write_errors(self.path.with_name("tensorboard")):
-                self._events.add_image(name, np.asarray(picture), step, dataformats="HWC")
+            if self._events is None:
+                return
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._events.add_scalar(f"{TENSORBOARD_TAGS[kind]}/{name}", value, step)
+            for name, image in (draw() if draw else {}).items():
+                self._events.add_image(name, np.asarray(image), step, dataformats="HWC")
+            self._events.flush()
 
     def close(self) -> None:
-        """Write out what is still buffered."""
+        """Write buffered TensorBoard events."""
         if self._events is not None:
             self._events.close()
 
 
-def _drop_after(path: Path, step: int, validated: bool) -> None:
-    """Take the lines out of a metrics file that come after ``step``, and a last one that a kill has torn."""
+def _delete_after(path: Path, step: int, validated: bool) -> None:
+    """Delete the entries of a metrics file that come after ``step``, and an incomplete last line."""
     if not path.exists():
         return
     kept = []
@@ -100,25 +100,25 @@ def _drop_after(path: Path, step: int, validated: bool) -> None:
             entry = json.loads(line)
         except ValueError:
             continue
-        done = entry["step"] < step or (entry["step"] == step and (validated or entry["kind"] == "train"))
-        if line.endswith("\n") and done:
+        is_done = entry["step"] < step or (entry["step"] == step and (validated or entry["kind"] == "train"))
+        if line.endswith("\n") and is_done:
             kept.append(line)
     write_text(path, "".join(kept))
 
 
-def write_environment(path: Path, **more: Any) -> None:
-    """Add this start of the run to a JSON list of its starts: versions, device, git revision, command, and ``more``."""
+def write_environment(path: Path, **details: Any) -> None:
+    """Append this start of the run to a JSON list: versions, device, git revision, command, and ``details``."""
     starts = []
     if path.exists():
         try:
             starts = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
-            LOG.warning("%s is not valid JSON: written anew", path)
-    write_text(path, json.dumps([*starts, {**environment(), **more}], indent=1))
+            LOG.warning("%s is not valid JSON and is overwritten", path)
+    write_text(path, json.dumps([*starts, {**environment(), **details}], indent=1))
 
 
 def environment() -> dict[str, Any]:
-    """Versions, devices, the checkout's git revision and the command of this process."""
+    """Return versions, devices, the git revision of the checkout and the command of this process."""
     cuda = torch.cuda.is_available()
     return {
         "time": time.strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -129,12 +129,12 @@ def environment() -> dict[str, Any]:
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "cuda": torch.version.cuda if cuda else None,
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
-        "git_revision": git_revision(Path(__file__).parent.parent),
+        "git_revision": git_revision(Path(__file__).parents[2]),
     }
 
 
 def git_revision(folder: Path) -> str | None:
-    """The commit a checkout is at, ``-dirty`` where tracked files differ from it; None where it is no checkout."""
+    """Return the commit of a checkout, with ``-dirty`` if tracked files are modified; None outside a checkout."""
     if not (folder / ".git").exists():
         return None
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

@@ -1,0 +1,178 @@
+"""Builders of a training. They read the configuration, so that datasets, network and loop need not know it."""
+
+import logging
+import math
+import re
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import BertTokenizer
+from yacs.config import CfgNode
+
+from bert.files import resolve_bert_file
+from bert.tokenization import check_vocabulary
+from CrossVLT import CrossVLT, build_crossvlt
+from data.dataset_refer_bert import ReferDataset
+from data.mixed import MixedDataset, mix
+from lib import config
+from lib.checkpoint import Checkpoint, load_pretrained, load_weights, read_checkpoint, rebuild
+from lib.engine.checkpoints import check_recipe, check_same, division_of, find_resumed, match_division
+from lib.errors import MissingFileError, UserError
+from lib.variants import SWIN_VARIANTS
+from refer.datasets import BERT_WEIGHTS, SWIN_URL, check_dataset
+from refer.refer import REFER
+from utils import Distributed, derive_seed, from_main, gather, launched_world_size, on_main, warn_once
+
+LOG = logging.getLogger("crossvlt")
+
+
+class Start(NamedTuple):
+    """Where a training starts."""
+
+    resumed: Checkpoint | None  # the run continues from this checkpoint
+    initial: Checkpoint | None  # a new run starts from the weights of this one (--init_from)
+    pretrained: tuple[Path | None, Path | None]  # or from these Swin and BERT files
+    accum_steps: int  # forward passes per process and optimizer step
+
+
+def load_recipe(args: Any) -> tuple[CfgNode, Start]:
+    """Read the configuration and find the weights to start from. When resuming, the saved recipe is the default.
+
+    Raises:
+        UserError: a mistake in flags or files.
+    """
+    cfg, given = config.load_config(args)
+    resumed = find_resumed(args.resume, args.auto_resume, cfg.OUTPUT_DIR, cfg.MODEL_ID)
+    if resumed:
+        cfg, given = config.load_config(args, base=resumed.extra["config"])
+        check_recipe(resumed, config.flatten(cfg), given)
+    accum_steps = config.divide_batch(cfg, given, launched_world_size())
+    if resumed:
+        resumed = match_division(resumed, (launched_world_size(), cfg.BATCH_SIZE, accum_steps))
+        previous = math.prod(division_of(resumed))
+        if previous != cfg.TRAIN.GLOBAL_BATCH:
+            warn_once(
+                f"The global batch changes from {previous} to {cfg.TRAIN.GLOBAL_BATCH}. Epochs have another number of "
+                "steps from now on, so the learning rate jumps."
+            )
+    for dataset, split_by in config.datasets_of(cfg):
+        check_dataset(cfg.DATA.ROOT, dataset, split_by)
+    pretrained = (None, None) if resumed else find_pretrained(cfg)
+    initial = read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM and not resumed else None
+    if cfg.PRETRAINED.DDP_TRAINED and "PRETRAINED.DDP_TRAINED" in given:
+        checkpoint = resumed or initial
+        if checkpoint is None:
+            raise UserError("--ddp_trained_weights requires a checkpoint. Pass --init_from or --resume, or drop it.")
+        checkpoint.check_prefix(True)
+    cfg.PRETRAINED.TOKENIZER = config.tokenizer_name(cfg, cfg.MODEL.VOCAB_SIZE)  # saved with the run
+    return cfg, Start(resumed, initial, pretrained, accum_steps)
+
+
+def agree_on_run(cfg: CfgNode, resumed: Checkpoint | None) -> None:
+    """Check that all processes resume from the same checkpoint, and give a run without ``--model_id`` a name."""
+    found = gather((resumed.path.name, resumed.extra["step"]) if resumed else None)
+    on_main(lambda: check_same(found))
+    if not cfg.MODEL_ID:
+        dataset = f"{cfg.DATA.NAME}_{cfg.DATA.SPLIT_BY}".replace(",", "-")
+        cfg.MODEL_ID = from_main(f"{dataset}_{cfg.MODEL.SWIN_TYPE}_{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def build_datasets(cfg: CfgNode, tokenizer: BertTokenizer) -> tuple[ReferDataset | MixedDataset, ReferDataset]:
+    """Read the annotations and return the training and the validation split.
+
+    With several datasets, training uses their union without the images of any evaluation split, and validation the
+    first dataset. Logs how many images the splits share.
+    """
+    refers = [REFER(cfg.DATA.ROOT, *names) for names in config.datasets_of(cfg)]
+    kwargs = {"img_size": cfg.DATA.IMG_SIZE, "max_tokens": cfg.DATA.MAX_TOKENS, "seed": cfg.SEED}
+
+    def build_train(refer: REFER, excluded_images: Collection[int] = ()) -> ReferDataset:
+        return ReferDataset(refer, "train", tokenizer, draw_sentences=True, excluded_images=excluded_images, **kwargs)
+
+    val_set = ReferDataset(refers[0], cfg.DATA.SPLIT, tokenizer, **kwargs)
+    if len(refers) > 1:
+        train_set, proof = mix(refers, build_train)
+        for line in proof.lines():
+            LOG.info(line)
+        return train_set, val_set
+    train_set = build_train(refers[0])
+    keys = refers[0].image_keys()
+    val_images, train_images = ({keys[e.image_id] for e in split.expressions} for split in (val_set, train_set))
+    shared = len(val_images & train_images)
+    if shared:
+        warn_once("%d of the %d images of split %s are also in train", shared, len(val_images), val_set.split)
+    return train_set, val_set
+
+
+def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
+    """Return the Swin and BERT files to start from; (None, None) if training starts from other weights.
+
+    Raises:
+        MissingFileError: a file is missing; the message says where to download it.
+    """
+    pretrained = cfg.PRETRAINED
+    if pretrained.FROM_SCRATCH or pretrained.INIT_FROM:
+        return None, None
+    name = SWIN_VARIANTS[cfg.MODEL.SWIN_TYPE]["pretrained"]
+    swin = Path(pretrained.SWIN or Path("pretrained") / name)
+    if not swin.is_file():
+        raise MissingFileError(
+            f"ImageNet Swin weights {swin} not found. Download them with `python -m refer.prepare --weights "
+            f"swin_{cfg.MODEL.SWIN_TYPE}` (from {SWIN_URL}{name}), pass --pretrained_swin_weights FILE, or train "
+            "with --from_scratch."
+        )
+    try:
+        return swin, resolve_bert_file(pretrained.BERT, BERT_WEIGHTS, flag="--ck_bert")
+    except MissingFileError as error:
+        raise MissingFileError(f"{error} Or train with --from_scratch.") from error
+
+
+def build_model(cfg: CfgNode, start: Start, tokenizer: BertTokenizer, distributed: Distributed) -> CrossVLT:
+    """Build the network with the weights that training starts from, on this process's device.
+
+    Raises:
+        UserError: the configured sizes, the files and the vocabulary do not fit each other.
+    """
+    torch.manual_seed(derive_seed("initialisation", cfg.SEED))
+    if start.resumed is not None:
+        model = rebuild(start.resumed, build_crossvlt)
+    else:
+        swin, bert = start.pretrained
+        try:
+            model = build_crossvlt(**config.model_keywords(cfg, _window_size(cfg, swin, start.initial)))
+        except ValueError as error:
+            raise UserError(f"Cannot build the configured MODEL: {error}") from error
+        if start.initial is not None:
+            load_weights(model, start.initial)
+        load_pretrained(model, swin, bert)
+    checkpoint = start.resumed or start.initial
+    check_vocabulary(tokenizer, model.config["vocab_size"], checkpoint.extra.get("vocabulary") if checkpoint else None)
+    model = model.to(distributed.device)
+    if distributed.world_size > 1 and distributed.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
+def _window_size(cfg: CfgNode, swin: Path | None, initial: Checkpoint | None) -> int:
+    """The configured window, else that of the initial weights, else 0 (the default of the Swin type)."""
+    if cfg.MODEL.WINDOW_SIZE:
+        return cfg.MODEL.WINDOW_SIZE
+    if initial is not None:
+        return initial.model_config["window_size"]
+    in_name = re.search(r"window(\d+)", swin.name) if swin else None
+    return int(in_name[1]) if in_name else 0
+
+
+def wrap_model(model: CrossVLT, distributed: Distributed) -> nn.Module:
+    """Wrap the model in DistributedDataParallel if there are several processes."""
+    if distributed.world_size == 1:
+        return model
+    if distributed.device.type == "cuda":
+        return DistributedDataParallel(model, device_ids=[distributed.device.index])
+    LOG.info("BatchNorm is not synchronized (SyncBatchNorm requires CUDA); rank 0's running statistics are used")
+    return DistributedDataParallel(model)

@@ -1,0 +1,183 @@
+"""The training loop: one epoch, and one optimizer step.
+
+Shapes: B samples per micro-batch, S side of the images, N tokens.
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data.loaders import Batch, TrainLoader
+from lib.criterion import CrossVLTCriterion
+from lib.engine.precision import autocast
+from lib.engine.run import Run
+from lib.engine.state import TrainState
+from lib.errors import UserError
+from utils import on_main, sum_over_processes
+
+MAX_CONSECUTIVE_SKIPS = 50  # with more, a smaller loss scale will not help
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is inf or nan; no weight was updated. ``caused_here``: by the samples of this process."""
+
+    def __init__(self, message: str, caused_here: bool) -> None:
+        super().__init__(message)
+        self.caused_here = caused_here
+
+
+def train_one_epoch(
+    model: nn.Module, criterion: CrossVLTCriterion, loader: TrainLoader, state: TrainState, run: Run
+) -> None:
+    """Train until the end of the epoch, or of the training; an epoch that was interrupted continues where it was.
+
+    Args:
+        model: ``state.model``, possibly wrapped in DistributedDataParallel.
+        criterion: the losses.
+        loader: this process's micro-batches.
+        state: updated in place.
+        run: logs, saves checkpoints and stops the training.
+
+    Raises:
+        StoppedError: a signal was received; everything is saved.
+        UserError: a loss is inf or nan, an image is unreadable, or the disk or the GPU's memory is full.
+    """
+    run.begin_epoch(state)
+    model.train()
+    steps = loader.steps(state.epoch, start=state.epoch_step)
+    for micro_batches in itertools.islice(steps, state.remaining_steps()):
+        try:
+            losses = optimizer_step(model, criterion, micro_batches, state)
+        except NonFiniteError as error:
+            run.report_non_finite(error, state, micro_batches)
+        except torch.OutOfMemoryError as error:  # the first update allocates AdamW's state
+            raise UserError(out_of_memory_message(loader.sampler.batch_size)) from error
+        state.count_step(losses)
+        run.after_step(state, losses, num_samples=sum(len(batch["index"]) for batch in micro_batches))
+    broadcast_buffers(state.model)
+    if state.ema:
+        broadcast_buffers(state.ema.module)
+
+
+def optimizer_step(
+    model: nn.Module, criterion: CrossVLTCriterion, micro_batches: Sequence[Batch], state: TrainState
+) -> dict[str, float]:
+    """One optimizer step over the micro-batches of all processes.
+
+    Args:
+        model: ``state.model``, possibly wrapped in DistributedDataParallel.
+        criterion: the losses.
+        micro_batches: of this process: dicts with ``image`` [B, 3, S, S], ``input_ids`` and ``attention_mask`` [B, N]
+            and ``mask`` [B, S, S].
+        state: its weights, optimizer, schedule, scaler and moving average are updated.
+
+    Returns:
+        the means over all processes of ``loss``, ``segmentation`` and ``alignment1…4``, the learning rate ``lr``, and
+        ``grad_norm`` before clipping. Or only ``skipped``: 1, if fp16 overflowed and the loss scale was lowered.
+
+    Raises:
+        NonFiniteError: on every process, if a loss or the gradient is inf or nan on any of them.
+        UserError: fp16 skipped ``MAX_CONSECUTIVE_SKIPS`` steps in a row.
+    """
+    optimizer, scaler, recipe = state.optimizer, state.scaler, state.recipe
+    optimizer.zero_grad(set_to_none=True)
+    # A forward pass that overflows in fp16 must not remain in BatchNorm's running statistics.
+    saved_buffers = [buffer.clone() for buffer in model.buffers()] if scaler.is_enabled() else []
+    losses = accumulate_gradients(model, criterion, micro_batches, state)  # [2 + 4]
+
+    scaler.unscale_(optimizer)
+    trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    grad_norm = nn.utils.clip_grad_norm_(trained, recipe.CLIP_GRAD if recipe.CLIP_GRAD > 0 else math.inf)
+
+    *local_losses, grad_norm = torch.cat([losses, grad_norm.to(losses)[None]]).tolist()  # the step's only device sync
+    loss_is_bad = not all(map(math.isfinite, local_losses))
+    num_bad, *sums = sum_over_processes([float(loss_is_bad or not math.isfinite(grad_norm)), *local_losses])
+    if num_bad and not scaler.is_enabled():
+        value = f"the loss is {local_losses[0]}" if loss_is_bad else f"the gradient norm is {grad_norm}"
+        raise NonFiniteError(value, caused_here=loss_is_bad)
+
+    lr = optimizer.param_groups[0]["lr"]
+    if not num_bad:
+        scaler.step(optimizer)
+    scaler.update()
+    with warnings.catch_warnings():
+        # A skipped step counts as a step. PyTorch would warn that the optimizer has not started yet.
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.* before .*optimizer.step", category=UserWarning)
+        state.scheduler.step()
+    if num_bad:
+        _skip(model, saved_buffers, state)
+        return {"skipped": 1.0}
+    state.skipped_in_a_row = 0
+    if state.ema is not None:
+        state.ema.update(state.model)
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    names = ["loss", "segmentation", *(f"alignment{i}" for i in range(1, len(sums) - 1))]
+    return {name: total / world_size for name, total in zip(names, sums, strict=True)} | {
+        "lr": lr,
+        "grad_norm": grad_norm,
+    }
+
+
+def accumulate_gradients(
+    model: nn.Module, criterion: CrossVLTCriterion, micro_batches: Sequence[Batch], state: TrainState
+) -> torch.Tensor:
+    """Backpropagate the mean loss over the micro-batches; return the means of loss, segmentation and alignment1…4.
+
+    The published code normalizes each forward pass's cross-entropy by its own class weights. With GLOBAL_NORM all
+    micro-batches and processes share one normalizer, so that the gradient does not depend on how samples are divided.
+    """
+    normalizer = None
+    if state.recipe.GLOBAL_NORM:
+        local_sum = sum(criterion.weight_sum(batch["mask"]) for batch in micro_batches)
+        total, count = sum_over_processes([local_sum, len(micro_batches)])
+        normalizer = total / count
+    terms = []
+    for number, batch in enumerate(micro_batches, 1):
+        # Processes exchange gradients once per step, in the last backward pass.
+        skip_sync = isinstance(model, DistributedDataParallel) and number < len(micro_batches)
+        with model.no_sync() if skip_sync else nullcontext():
+            with autocast(state.recipe.AMP, batch["image"].device):
+                output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
+            losses = criterion(output, batch["mask"], normalizer)
+            state.scaler.scale(losses["loss"] / len(micro_batches)).backward()
+        terms.append(torch.cat([losses["loss"][None], losses["segmentation"][None], losses["alignment"]]).detach())
+    return torch.stack(terms).mean(0)
+
+
+def _skip(model: nn.Module, saved_buffers: list[torch.Tensor], state: TrainState) -> None:
+    """Restore the buffers after fp16 overflowed; give up if that happens in too many steps in a row."""
+    with torch.no_grad():
+        for buffer, saved in zip(model.buffers(), saved_buffers, strict=True):
+            buffer.copy_(saved)
+    state.skipped_in_a_row += 1
+
+    def give_up() -> None:
+        raise UserError(
+            f"fp16 overflowed in {state.skipped_in_a_row} steps in a row. Use --amp bf16, lower --lr, or set "
+            "--clip_grad."
+        )
+
+    if state.skipped_in_a_row >= MAX_CONSECUTIVE_SKIPS:
+        on_main(give_up)
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Copy rank 0's buffers to all processes: BatchNorm's running statistics, where they are not synchronized."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def out_of_memory_message(batch_size: int) -> str:
+    """Return what to do when a training step does not fit into the GPU's memory."""
+    return (
+        f"The GPU's memory is too small for a batch of {batch_size}. Use --amp bf16 or --grad_checkpoint, or lower "
+        "--batch-size and keep the global batch with --accum-steps."
+    )

@@ -1,0 +1,46 @@
+"""Signals that stop a training or an evaluation after saving its work."""
+
+import signal
+import time
+from types import FrameType
+
+from utils import sum_over_processes
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# torchrun forwards Ctrl-C, so that a process can receive the same one twice within a moment.
+SECONDS_BEFORE_SECOND_INTERRUPT = 2.0
+
+
+class StopSignals:
+    """Context manager (main thread only) that records SIGTERM, SIGINT and SIGUSR1 instead of dying from them.
+
+    A second SIGINT, some seconds later, raises KeyboardInterrupt at once.
+
+    Attributes:
+        received: name of the first signal, or None.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self._received_at = 0.0
+        self._previous_handlers: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._previous_handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+
+    def _record(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        is_second = self.received and now - self._received_at > SECONDS_BEFORE_SECOND_INTERRUPT
+        if is_second and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self.received:
+            self.received, self._received_at = signal.Signals(number).name, now
+
+    def stop_requested(self) -> bool:
+        """Return whether any process received a signal. Collective: all processes call it and get the same answer."""
+        return sum_over_processes([float(self.received is not None)])[0] > 0

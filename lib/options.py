@@ -1,0 +1,344 @@
+"""All options of train.py and test.py, each described once.
+
+From ``OPTIONS`` lib/config.py makes the defaults, the flags, the range checks, the rule what a resumed run may change,
+and docs/options.md. Adding an option is one entry here, and its use.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lib.errors import UserError
+from lib.variants import BERT, BERT_VOCAB_SIZE, FUSIONS, IMG_SIZE, MAX_TOKENS, SWIN_VARIANTS
+from refer.datasets import ROOT
+
+MIN_IMAGE_SIZE = 33  # smaller images leave a single position in the last stage
+MAX_POSITIONS = 512  # position embeddings of BERT
+BOTH = ("train", "test")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One configuration key.
+
+    Args:
+        key: dotted name in a YAML file, e.g. ``TRAIN.LR``.
+        default: also determines the type.
+        help: one line for ``--help`` and docs/options.md.
+        flags: command-line flags that set the key; none: it can only be set in a YAML file.
+        scripts: which of ``train`` and ``test`` use it.
+        choices: the allowed values.
+        above, at_least, below, at_most: the allowed range of a number.
+        may_change_on_resume: whether a resumed run may change it; all other options are the recipe in the checkpoint.
+        constant: the value that a flag without argument sets (booleans have ``--x`` and ``--no-x`` instead).
+        metavar: placeholder of the flag's argument.
+    """
+
+    key: str
+    default: Any
+    help: str
+    flags: tuple[str, ...] = ()
+    scripts: tuple[str, ...] = ("train",)
+    choices: tuple[str, ...] | None = None
+    above: float | None = None
+    at_least: float | None = None
+    below: float | None = None
+    at_most: float | None = None
+    may_change_on_resume: bool = False
+    constant: Any = None
+    metavar: str | None = None
+
+    def check(self, value: Any, name: str) -> None:
+        """Raise a UserError that begins with ``name`` if the value is not allowed."""
+        if self.choices and value not in self.choices:
+            raise UserError(f"{name} {value!r}: choose one of {', '.join(self.choices)}.")
+        for allowed, limit in (
+            (self.above is None or value > self.above, f"above {self.above}"),
+            (self.at_least is None or value >= self.at_least, f"at least {self.at_least}"),
+            (self.below is None or value < self.below, f"below {self.below}"),
+            (self.at_most is None or value <= self.at_most, f"at most {self.at_most}"),
+            (not isinstance(value, float) or math.isfinite(value), "a finite number"),
+        ):
+            if not allowed:
+                raise UserError(f"{name} {value}: must be {limit}.")
+
+
+# In DATA, MODEL and PRETRAINED an empty value (0, "", []) stands for the published value or the checkpoint's.
+OPTIONS = (
+    # Data
+    Option(
+        "DATA.NAME",
+        "refcoco",
+        "dataset: refcoco, refcoco+, refcocog, refshapes or your own. train.py accepts several "
+        "(a,b,c): it trains on their union without the images of any evaluation split and validates on the first",
+        ("--dataset",),
+        BOTH,
+    ),
+    Option(
+        "DATA.SPLIT_BY",
+        "",
+        "split system: umd or google for refcocog (required), otherwise unc or the only one there "
+        "is; for several datasets one each (a,b,c)",
+        ("--splitBy",),
+        BOTH,
+    ),
+    Option(
+        "DATA.SPLIT",
+        "val",
+        "split to validate on (train.py) or to evaluate (test.py: one, several as val,testA, or all)",
+        ("--split",),
+        BOTH,
+    ),
+    Option(
+        "DATA.ROOT",
+        f"./{ROOT}",
+        "folder of the datasets",
+        ("--refer_data_root",),
+        BOTH,
+        may_change_on_resume=True,
+        metavar="DIR",
+    ),
+    Option(
+        "DATA.IMG_SIZE",
+        IMG_SIZE,
+        "images are resized to a square with this side (test.py: as in training)",
+        ("--img_size",),
+        BOTH,
+        at_least=MIN_IMAGE_SIZE,
+    ),
+    Option(
+        "DATA.MAX_TOKENS",
+        MAX_TOKENS,
+        "token ids per sentence, [CLS] and [SEP] included (test.py: as in training)",
+        ("--max_tokens",),
+        BOTH,
+        above=0,
+        at_most=MAX_POSITIONS,
+    ),
+    # Model
+    Option(
+        "MODEL.SWIN_TYPE",
+        "base",
+        "size of the Swin encoder (test.py: read from the checkpoint)",
+        ("--swin_type",),
+        BOTH,
+        choices=tuple(SWIN_VARIANTS),
+    ),
+    Option(
+        "MODEL.WINDOW_SIZE",
+        0,
+        "Swin window of 12 (default: the window of the pretrained file)",
+        ("--window12",),
+        BOTH,
+        at_least=0,
+        constant=12,
+    ),
+    Option(
+        "MODEL.FUSION",
+        "cross",
+        "direction of early fusion: cross (published), vision or late (ablations)",
+        ("--fusion",),
+        choices=tuple(FUSIONS),
+    ),
+    Option("MODEL.DROP_PATH_RATE", 0.3, "stochastic depth of the last Swin block", at_least=0, below=1),
+    Option("MODEL.TEXT_DROPOUT", 0.1, "dropout of the language encoder", at_least=0, below=1),
+    Option("MODEL.EMBED_DIM", 0, "channels of the first Swin stage (default: of the Swin type)", at_least=0),
+    Option("MODEL.DEPTHS", [], "Swin blocks per stage (default: of the Swin type)"),
+    Option("MODEL.NUM_HEADS", [], "Swin attention heads per stage (default: of the Swin type)"),
+    Option("MODEL.TEXT_DIM", 768, "width of the language encoder", above=0),
+    Option("MODEL.TEXT_LAYERS", 6, "BERT layers of language stage 1", above=0),
+    Option("MODEL.TEXT_HEADS", 12, "attention heads of the language encoder", above=0),
+    Option("MODEL.VOCAB_SIZE", BERT_VOCAB_SIZE, "entries of the word embedding", above=0),
+    Option("MODEL.ALIGN_DIM", 256, "width of the space in which the alignment losses compare features", above=0),
+    # Initial weights
+    Option(
+        "PRETRAINED.SWIN",
+        "",
+        "ImageNet Swin file (default: by Swin type, in ./pretrained)",
+        ("--pretrained_swin_weights",),
+        metavar="FILE",
+    ),
+    Option("PRETRAINED.BERT", BERT, "BERT weights: a file, a folder or a Hub name", ("--ck_bert",), metavar="BERT"),
+    Option(
+        "PRETRAINED.TOKENIZER",
+        "",
+        f"vocabulary: a vocab.txt, a folder or a Hub name (default: {BERT}; refshapes: its own)",
+        ("--bert_tokenizer",),
+        BOTH,
+        may_change_on_resume=True,
+        metavar="BERT",
+    ),
+    Option(
+        "PRETRAINED.FROM_SCRATCH",
+        False,
+        "start from random weights instead of ImageNet and BERT files",
+        ("--from_scratch",),
+    ),
+    Option(
+        "PRETRAINED.INIT_FROM",
+        "",
+        "start from the weights of a checkpoint, with a new optimizer",
+        ("--init_from",),
+        metavar="FILE",
+    ),
+    Option(
+        "PRETRAINED.DDP_TRAINED",
+        False,
+        "require that the checkpoint's keys begin with module. (they are accepted with and without)",
+        ("--ddp_trained_weights",),
+        BOTH,
+        may_change_on_resume=True,
+    ),
+    # Training
+    Option("TRAIN.EPOCHS", 40, "passes over the training split", ("--epochs",), above=0, may_change_on_resume=True),
+    Option(
+        "TRAIN.STEPS",
+        0,
+        "optimizer steps of the whole training, instead of --epochs",
+        ("--steps",),
+        at_least=0,
+        may_change_on_resume=True,
+    ),
+    Option("TRAIN.LR", 3e-5, "initial learning rate", ("--lr",), above=0),
+    Option("TRAIN.WEIGHT_DECAY", 1e-2, "weight decay", ("--wd", "--weight-decay"), at_least=0, metavar="WD"),
+    Option("TRAIN.AMSGRAD", False, "AMSGrad variant of AdamW", ("--amsgrad",)),
+    Option("TRAIN.WARMUP_STEPS", 0, "steps of linear warm-up (published: 0)", ("--warmup_steps",), at_least=0),
+    Option(
+        "TRAIN.CLIP_GRAD", 0.0, "largest gradient norm, 0: no clipping (published: 0)", ("--clip_grad",), at_least=0
+    ),
+    Option("TRAIN.ALIGNMENT", True, "train with the alignment losses", ("--alignment", "--no_alignment")),
+    Option(
+        "TRAIN.TRAIN_TEMPERATURE",
+        False,
+        "train the temperatures, as the paper says (published code: fixed)",
+        ("--train_temperature",),
+    ),
+    Option(
+        "TRAIN.EMA",
+        0.0,
+        "decay of a moving average of the weights, which is validated and saved as best.pth; 0: none (published: 0)",
+        ("--ema",),
+        at_least=0,
+        below=1,
+    ),
+    Option(
+        "TRAIN.ACCUM_STEPS",
+        0,
+        "forward passes per process and optimizer step",
+        ("--accum-steps",),
+        at_least=0,
+        may_change_on_resume=True,
+    ),
+    Option(
+        "TRAIN.GLOBAL_BATCH",
+        0,
+        "samples per optimizer step of all processes, reached by accumulation (published: 12)",
+        ("--global_batch",),
+        at_least=0,
+        may_change_on_resume=True,
+    ),
+    Option(
+        "TRAIN.GLOBAL_NORM",
+        False,
+        "normalize the cross-entropy over the whole global batch (published: per forward pass)",
+        ("--global_norm",),
+    ),
+    Option("TRAIN.AMP", "off", "mixed precision (published: off)", ("--amp",), choices=("off", "bf16", "fp16")),
+    Option(
+        "TRAIN.TF32",
+        False,
+        "TF32 matrix products and convolutions on GPUs that support it (published: off)",
+        ("--tf32",),
+    ),
+    Option(
+        "TRAIN.COMPILE",
+        False,
+        "compile the encoders' blocks (the first steps take minutes)",
+        ("--compile",),
+        may_change_on_resume=True,
+    ),
+    Option(
+        "TRAIN.GRAD_CHECKPOINT",
+        False,
+        "recompute the encoders' activations in the backward pass: less memory, slower",
+        ("--grad_checkpoint",),
+        may_change_on_resume=True,
+    ),
+    Option(
+        "TRAIN.SAVE_STEPS",
+        0,
+        "also save a checkpoint every N steps, 0: never",
+        ("--save_steps",),
+        at_least=0,
+        may_change_on_resume=True,
+    ),
+    Option(
+        "TRAIN.SAVE_MINUTES",
+        30.0,
+        "also save a checkpoint every N minutes, 0: never",
+        ("--save_minutes",),
+        at_least=0,
+        may_change_on_resume=True,
+    ),
+    Option(
+        "TRAIN.KEEP",
+        2,
+        "number of newest resumable checkpoints to keep",
+        ("--keep",),
+        above=0,
+        may_change_on_resume=True,
+    ),
+    # Run
+    Option(
+        "OUTPUT_DIR",
+        "./checkpoints",
+        "checkpoints are written to <output-dir>/<model_id>/",
+        ("--output-dir",),
+        may_change_on_resume=True,
+        metavar="DIR",
+    ),
+    Option(
+        "LOG_DIR",
+        "./models",
+        "logs are written to <log_dir>/<model_id>/",
+        ("--log_dir",),
+        may_change_on_resume=True,
+        metavar="DIR",
+    ),
+    Option(
+        "MODEL_ID",
+        "",
+        "name of the run (default: <dataset>_<splitBy>_<swin_type>_<time>)",
+        ("--model_id",),
+        may_change_on_resume=True,
+    ),
+    Option("PRINT_FREQ", 10, "steps between log lines", ("--print-freq",), above=0, may_change_on_resume=True),
+    Option(
+        "BATCH_SIZE",
+        6,
+        "samples per process and forward pass",
+        ("-b", "--batch-size"),
+        BOTH,
+        above=0,
+        may_change_on_resume=True,
+    ),
+    Option(
+        "WORKERS",
+        2,
+        "data-loading workers per process",
+        ("-j", "--workers"),
+        BOTH,
+        at_least=0,
+        may_change_on_resume=True,
+    ),
+    Option(
+        "PIN_MEM",
+        False,
+        "page-locked memory for faster transfers to a GPU",
+        ("--pin_mem",),
+        BOTH,
+        may_change_on_resume=True,
+    ),
+    Option("SEED", 0, "random seed", ("--seed",), BOTH, at_least=0),
+    Option("DEVICE", "auto", "auto, cpu, cuda or cuda:N", ("--device",), BOTH, may_change_on_resume=True),
+)
