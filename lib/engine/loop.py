@@ -79,8 +79,9 @@ def optimizer_step(
         state: its weights, optimizer, schedule, scaler and moving average are updated.
 
     Returns:
-        the means over all processes of ``loss``, ``segmentation`` and ``alignment1…4``, the learning rate ``lr``, and
-        ``grad_norm`` before clipping. Or only ``skipped``: 1, if fp16 overflowed and the loss scale was lowered.
+        the means over all processes of the criterion's terms (``alignment`` as ``alignment1`` to ``alignment4``), the
+        learning rate ``lr``, and ``grad_norm`` before clipping. Or only ``skipped``: 1, if fp16 overflowed and the loss
+        scale was lowered.
 
     Raises:
         NonFiniteError: on every process, if a loss or the gradient is inf or nan on any of them.
@@ -90,13 +91,14 @@ def optimizer_step(
     optimizer.zero_grad(set_to_none=True)
     # A forward pass that overflows in fp16 must not remain in BatchNorm's running statistics.
     saved_buffers = [buffer.clone() for buffer in model.buffers()] if scaler.is_enabled() else []
-    losses = accumulate_gradients(model, criterion, micro_batches, state)  # [2 + 4]
+    names, losses = accumulate_gradients(model, criterion, micro_batches, state)
 
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     grad_norm = nn.utils.clip_grad_norm_(trained, recipe.CLIP_GRAD if recipe.CLIP_GRAD > 0 else math.inf)
 
-    *local_losses, grad_norm = torch.cat([losses, grad_norm.to(losses)[None]]).tolist()  # the step's only device sync
+    # The step's only synchronization with the device.
+    *local_losses, grad_norm = torch.cat([losses, grad_norm.to(losses)[None]]).tolist()
     loss_is_bad = not all(map(math.isfinite, local_losses))
     num_bad, *sums = sum_over_processes([float(loss_is_bad or not math.isfinite(grad_norm)), *local_losses])
     if num_bad and not scaler.is_enabled():
@@ -118,37 +120,50 @@ def optimizer_step(
     if state.ema is not None:
         state.ema.update(state.model)
     world_size = dist.get_world_size() if dist.is_initialized() else 1
-    names = ["loss", "segmentation", *(f"alignment{i}" for i in range(1, len(sums) - 1))]
-    return {name: total / world_size for name, total in zip(names, sums, strict=True)} | {
-        "lr": lr,
-        "grad_norm": grad_norm,
-    }
+    means = {name: total / world_size for name, total in zip(names, sums, strict=True)}
+    return means | {"lr": lr, "grad_norm": grad_norm}
 
 
 def accumulate_gradients(
     model: nn.Module, criterion: CrossVLTCriterion, micro_batches: Sequence[Batch], state: TrainState
-) -> torch.Tensor:
-    """Backpropagate the mean loss over the micro-batches; return the means of loss, segmentation and alignment1…4.
+) -> tuple[list[str], torch.Tensor]:
+    """Backpropagate the mean loss over the micro-batches.
 
     The published code normalizes each forward pass's cross-entropy by its own class weights. With GLOBAL_NORM all
     micro-batches and processes share one normalizer, so that the gradient does not depend on how samples are divided.
+
+    Returns:
+        the names of the criterion's terms, ``loss`` first, and their means over the micro-batches [num_terms]. The
+        elements of a term that is a vector are named ``alignment1``, ``alignment2``, …
     """
     normalizer = None
     if state.recipe.GLOBAL_NORM:
         local_sum = sum(criterion.weight_sum(batch["mask"]) for batch in micro_batches)
         total, count = sum_over_processes([local_sum, len(micro_batches)])
         normalizer = total / count
-    terms = []
+    rows = []
     for number, batch in enumerate(micro_batches, 1):
         # Processes exchange gradients once per step, in the last backward pass.
         skip_sync = isinstance(model, DistributedDataParallel) and number < len(micro_batches)
         with model.no_sync() if skip_sync else nullcontext():
-            with autocast(state.recipe.AMP, batch["image"].device):
-                output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
-            losses = criterion(output, batch["mask"], normalizer)
+            losses = compute_losses(model, criterion, batch, state.recipe.AMP, normalizer)
             state.scaler.scale(losses["loss"] / len(micro_batches)).backward()
-        terms.append(torch.cat([losses["loss"][None], losses["segmentation"][None], losses["alignment"]]).detach())
-    return torch.stack(terms).mean(0)
+        rows.append(torch.cat([term.detach().reshape(-1) for term in losses.values()]))
+    names = []
+    for name, term in losses.items():
+        names += [name] if term.ndim == 0 else [f"{name}{i}" for i in range(1, len(term) + 1)]
+    return names, torch.stack(rows).mean(0)
+
+
+def compute_losses(
+    model: nn.Module, criterion: CrossVLTCriterion, batch: Batch, amp: str, normalizer: float | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the criterion's terms for a micro-batch, with the forward pass in the precision ``amp``."""
+    with autocast(amp, batch["image"].device):
+        output = model(
+            batch["image"], batch["input_ids"], batch["attention_mask"], return_similarities=criterion.alignment
+        )
+    return criterion(output, batch["mask"], normalizer)
 
 
 def _skip(model: nn.Module, saved_buffers: list[torch.Tensor], state: TrainState) -> None:

@@ -10,8 +10,7 @@ from torch import nn
 
 from data.loaders import Batch
 from lib.criterion import CrossVLTCriterion
-from lib.engine.loop import out_of_memory_message
-from lib.engine.precision import autocast
+from lib.engine.loop import compute_losses, out_of_memory_message
 from lib.engine.state import TrainState, random_states, restore_random_states
 from lib.errors import UserError
 from lib.files import check_writable
@@ -40,9 +39,7 @@ def time_training(model: nn.Module, criterion: CrossVLTCriterion, batch: Batch, 
     for _ in range(2):  # the first pass also compiles and loads libraries
         started = time.perf_counter()
         try:
-            with autocast(amp, batch["image"].device):
-                output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
-            criterion(output, batch["mask"])["loss"].backward()
+            compute_losses(model, criterion, batch, amp)["loss"].backward()
         except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory_message(batch["image"].shape[0])) from error
         if batch["image"].is_cuda:

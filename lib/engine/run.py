@@ -273,9 +273,9 @@ def _format_losses(means: dict[str, float]) -> str:
     if "loss" not in means:
         return "all steps skipped"
     alignment = " ".join(f"{value:.3f}" for name, value in means.items() if name.startswith("alignment"))
-    text = f"loss {means['loss']:.4f}  segmentation {means['segmentation']:.4f}"
-    text += f"  alignment {alignment}" if alignment else ""
-    return f"{text}  lr {means['lr']:.3g}  grad norm {means['grad_norm']:.2f}"
+    others = [name for name in means if not name.startswith("alignment") and name not in ("lr", "grad_norm")]
+    parts = [f"{name} {means[name]:.4f}" for name in others] + ([f"alignment {alignment}"] if alignment else [])
+    return "  ".join([*parts, f"lr {means['lr']:.3g}", f"grad norm {means['grad_norm']:.2f}"])
 
 
 def peak_memory_gib(device: torch.device) -> float:
