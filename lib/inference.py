@@ -101,9 +101,10 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
     checkpoint = read_checkpoint(path)
     saved = checkpoint.extra.get("config", {})
     base = {key: saved[key] for key in KEYS_AS_TRAINED if key in saved}
-    tokenizer_path = Path(base.get("PRETRAINED.TOKENIZER", ""))
-    if tokenizer_path.suffix == ".txt" and not tokenizer_path.exists():
-        del base["PRETRAINED.TOKENIZER"]  # trained on another machine; check_vocabulary verifies the vocabulary
+    vocabulary = Path(base.get("PRETRAINED.TOKENIZER", ""))
+    vocabulary_is_missing = vocabulary.suffix == ".txt" and not vocabulary.exists()
+    if vocabulary_is_missing:
+        del base["PRETRAINED.TOKENIZER"]  # trained on another machine; check_vocabulary verifies the one used instead
     cfg, given = config.load_config(args, base)
     checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
     for key, name, flag in MODEL_FLAGS:
@@ -112,9 +113,9 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
             raise UserError(f"{path} was trained with {name} {trained}, not {expected}. Drop {flag}.")
     vocab_size = checkpoint.model_config["vocab_size"]
     name = config.tokenizer_name(cfg, vocab_size)
-    if name == BERT and vocab_size != BERT_VOCAB_SIZE and tokenizer_path.suffix == ".txt":
+    if vocabulary_is_missing and name == BERT and vocab_size != BERT_VOCAB_SIZE:
         raise UserError(
-            f"{path} was trained with the vocabulary {tokenizer_path} ({vocab_size} entries), which does not exist "
+            f"{path} was trained with the vocabulary {vocabulary} ({vocab_size} entries), which does not exist "
             "here. Pass --bert_tokenizer with a copy of that file."
         )
     tokenizer = load_tokenizer(name)
