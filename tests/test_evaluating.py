@@ -8,6 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import lib.evaluation
@@ -166,6 +167,17 @@ def test_own_image(best, refshapes_root, run_here, tmp_path):
     assert done.out == f"Mask covers {share} of the image. {files}\n"
     run_here(*flags, "--out", tmp_path / "all.png", "--threshold", "1e-6", check=True)
     assert np.asarray(Image.open(tmp_path / "all_mask.png")).all()
+
+
+def test_a_missing_vocabulary_is_named(best, run_here, tmp_path):
+    content = torch.load(best, weights_only=True)
+    content["config"]["PRETRAINED.TOKENIZER"] = "elsewhere/vocab.txt"
+    torch.save(content, tmp_path / "moved.pth")
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.jpg")
+    flags = ["--resume", tmp_path / "moved.pth", "--image", tmp_path / "a.jpg", "--sentence", "x"]
+    done = run_here("test.py", *flags, "--out", tmp_path / "out.png")
+    assert done.status == 2
+    assert "was trained with the vocabulary elsewhere/vocab.txt (200 entries), which does not exist here" in done.err
 
 
 @pytest.fixture
