@@ -175,7 +175,7 @@ def error_line(trained, small_config, refshapes_root, tmp_path, monkeypatch, run
     {checkpoints} and {tmp}; the folder {tmp} has a file corrupt.pth and vocabularies of other sizes.
     """
     checkpoints = trained[0] / "checkpoints"
-    (tmp_path / "corrupt.pth").write_bytes(b"corrupt")
+    (tmp_path / "corrupt.pth").write_bytes(b"no checkpoint")
     (tmp_path / "a.png").write_bytes(b"not an image; never opened")
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
     for name, words in (("big", 295), ("other", 94)):

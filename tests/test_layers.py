@@ -12,8 +12,8 @@ LAYERS = (
     {"utils"},
     {"refer", "bert", "lib.vision_encoder", "lib.fusion", "lib.seg_decoder"},
     {"CrossVLT", "lib.state_dict", "lib.checkpoint", "lib.options", "lib.config", "data"},
-    {"lib.criterion", "lib.optim", "lib.metrics", "lib.protocols", "lib.evaluation", "lib.baselines", "lib.visualize",
-     "lib.engine"},
+    {"lib.criterion", "lib.optim", "lib.metrics", "lib.protocols", "lib.collector", "lib.evaluation", "lib.baselines",
+     "lib.visualize", "lib.engine"},
     {"lib.inference", "lib.report", "lib.segment"},
 )  # fmt: skip
 # Entry files may import anything (after parsing their arguments), and are imported by nobody.
