@@ -51,11 +51,10 @@ class ReferDataset(Dataset):
         tokenizer: of BERT.
         img_size: S; images and masks are resized to S×S.
         max_tokens: N; see :func:`bert.tokenization.tokenize`.
-        draw_sentences: True for training: a sample per object (ref), with one of its sentences drawn at random as a
-            function of (seed, epoch, index). False: a sample per sentence; evaluation uses
-            :class:`data.image_batches.ImageBatches` of such a dataset.
-        seed: of drawing and shuffling.
-        shuffle_sentences: permute the sentences within the split, to test whether a model uses the language at all.
+        draw_seed: for training: a sample per object (ref), with one of its sentences drawn at random as a function of
+            (draw_seed, epoch, index). None: a sample per sentence, as :class:`data.image_batches.ImageBatches` needs.
+        shuffle_seed: permute the sentences within the split, to test whether a model uses the language at all. None:
+            keep them.
         excluded_images: ids of images whose refs are left out.
 
     A sample is a dict:
@@ -74,22 +73,21 @@ class ReferDataset(Dataset):
         *,
         img_size: int,
         max_tokens: int = MAX_TOKENS,
-        draw_sentences: bool = False,
-        seed: int = 0,
-        shuffle_sentences: bool = False,
+        draw_seed: int | None = None,
+        shuffle_seed: int | None = None,
         excluded_images: Collection[int] = (),
     ) -> None:
         self.name, self.split_by, self.split = refer.dataset, refer.splitBy, split
         self.annotation_files = (refer.refs_path, refer.instances_path)
         self.image_dir, self.img_size = refer.image_dir, img_size
-        self.draw_sentences, self.seed = draw_sentences, seed
+        self.draw_seed = draw_seed
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # running workers see it change
         with gc_paused():
             excluded = set(excluded_images)
             refs = [ref for ref in refer.loadRefs(refer.getRefIds(split=split)) if ref["image_id"] not in excluded]
             expressions = [expression for ref in refs for expression in _expressions_of(ref)]
-            if shuffle_sentences:
-                expressions = _with_shuffled_sentences(expressions, seed)
+            if shuffle_seed is not None:
+                expressions = _with_shuffled_sentences(expressions, shuffle_seed)
             ids, mask = tokenize(tokenizer, [expression.sentence for expression in expressions], max_tokens)
             self.input_ids, self.attention_mask = torch.from_numpy(ids), torch.from_numpy(mask)
             self.expressions = SharedList(expressions)
@@ -109,7 +107,7 @@ class ReferDataset(Dataset):
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self._segmentations) if self.draw_sentences else len(self.expressions)
+        return len(self.expressions if self.draw_seed is None else self._segmentations)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         expression = self.expression_of(index)
@@ -124,15 +122,17 @@ class ReferDataset(Dataset):
         }
 
     def expression_of(self, index: int) -> int:
-        """Return the position in ``expressions`` of a sample's sentence; in training it depends on seed and epoch."""
-        if not self.draw_sentences:
+        """Return the position in ``expressions`` of a sample's sentence; in training it depends on the epoch."""
+        if self.draw_seed is None:
             return index
         first, end = self._bounds[index : index + 2].tolist()
-        return first + derive_seed(self.seed, int(self._epoch), index) % (end - first)
+        return first + derive_seed(self.draw_seed, int(self._epoch), index) % (end - first)
 
     def _ref_of(self, index: int) -> int:
         """Return the position of a sample's ref in the split."""
-        return index if self.draw_sentences else int(torch.searchsorted(self._bounds, index, right=True)) - 1
+        if self.draw_seed is not None:
+            return index
+        return int(torch.searchsorted(self._bounds, index, right=True)) - 1
 
     def image_path(self, index: int) -> Path:
         """Return the image file of a sample."""

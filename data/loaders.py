@@ -95,36 +95,36 @@ class TrainLoader:
     """
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
-        self.micro_batches, self.dataset = DeviceBatches(loader, device), loader.dataset
+        self.loader, self.device = loader, device
         self.sampler: TrainBatchSampler = loader.batch_sampler
-        self.steps_per_epoch, self.accum_steps = self.sampler.steps_per_epoch, self.sampler.accum_steps
+        self.steps_per_epoch = self.sampler.steps_per_epoch
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
         """Yield the steps of an epoch from number ``start`` on; each is a list of ``accum_steps`` micro-batches."""
-        self.dataset.set_epoch(epoch)
+        self.loader.dataset.set_epoch(epoch)
         self.sampler.set_position(epoch, start)
-        micro_batches = iter(self.micro_batches)
-        while step := list(itertools.islice(micro_batches, self.accum_steps)):
+        micro_batches = iter(DeviceBatches(self.loader, self.device))
+        while step := list(itertools.islice(micro_batches, self.sampler.accum_steps)):
             yield step
 
 
 def build_train_loader(
     dataset: ReferDataset | MixedDataset,
-    device: torch.device | None = None,
+    device: torch.device,
     *,
     batch_size: int,
-    accum_steps: int = 1,
+    accum_steps: int,
     workers: int,
     rank: int,
     world_size: int,
     seed: int,
     pin_memory: bool = False,
-) -> TrainLoader | DataLoader:
+) -> TrainLoader:
     """Build the shuffled loader of a training split.
 
     Args:
         dataset: the training split.
-        device: of the model. None returns the DataLoader itself, whose batches stay on the CPU.
+        device: of the model.
         batch_size, accum_steps, rank, world_size, seed: see :class:`TrainBatchSampler`.
         workers: number of data-loading processes.
         pin_memory: speeds up the transfer to a CUDA device.
@@ -141,7 +141,7 @@ def build_train_loader(
             f"{batch_size} × {accum_steps} accumulated. Lower --batch-size."
         )
     loader = _build_loader(dataset, workers, pin_memory, seed=(seed, rank), batch_sampler=sampler)
-    return loader if device is None else TrainLoader(loader, device)
+    return TrainLoader(loader, device)
 
 
 def build_eval_batches(

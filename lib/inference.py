@@ -57,8 +57,7 @@ class LoadedCheckpoint:
                 self.tokenizer,
                 img_size=self.cfg.DATA.IMG_SIZE,
                 max_tokens=self.cfg.DATA.MAX_TOKENS,
-                seed=self.cfg.SEED,
-                shuffle_sentences=shuffle_sentences,
+                shuffle_seed=self.cfg.SEED if shuffle_sentences else None,
             )
             for split in splits
         }

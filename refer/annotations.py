@@ -58,7 +58,9 @@ def _file_name(value: Any) -> str:
 
 
 def _filled_list(value: Any) -> str:
-    return _wrong_type("list", value) if type(value) is not list else "" if value else "is empty"
+    if type(value) is not list:
+        return _wrong_type("list", value)
+    return "" if value else "is empty"
 
 
 def _wrong_type(expected: str, value: Any) -> str:

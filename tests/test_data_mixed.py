@@ -39,7 +39,7 @@ def make_train(root):
     tokenizer = read_vocabulary(root / "refshapes" / "vocab.txt")
 
     def make(refer, excluded_images=()):
-        kwargs = {"img_size": 48, "draw_sentences": True, "excluded_images": excluded_images}
+        kwargs = {"img_size": 48, "draw_seed": 0, "excluded_images": excluded_images}
         return ReferDataset(refer, "train", tokenizer, **kwargs)
 
     return make
@@ -133,7 +133,7 @@ def test_train_py_logs_the_mixture(root, small_config, tmp_path, run_here):
     for text in (done.err, log):
         assert "20 images are in training, 17 in an evaluation split, 0 in both" in text
         assert next(line for line in text.splitlines() if "other (own)" in line).split()[-2:] == ["20", "10"]
-    assert "are in train too" not in log
+    assert "are also in train" not in log
     config = (tmp_path / "models/mix/config.yaml").read_text()
     assert "NAME: refshapes,other" in config
     assert "SPLIT_BY: unc,own" in config
@@ -157,7 +157,7 @@ def test_train_py_warns_if_evaluation_images_are_in_train(root, small_config, tm
     flags += ["--bert_tokenizer", root / "refshapes/vocab.txt", "--log_dir", tmp_path / "models"]
     flags += ["--output-dir", tmp_path / "checkpoints"]
     done = run_here("train.py", *flags, check=True)
-    assert "1 of the 8 pictures of split val are in train too" in done.err
+    assert "1 of the 8 images of split val are also in train" in done.err
 
 
 @pytest.mark.parametrize(

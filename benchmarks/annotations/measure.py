@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from benchmarks.machine import machine
 from bert.tokenization import load_tokenizer
@@ -49,9 +49,6 @@ class AnnotationsOnly(Dataset):
         self.samples += 1
         return private_memory() if self.samples % SAMPLES_PER_READING == 1 else NOT_READ
 
-    def set_epoch(self, epoch: int) -> None:
-        self.dataset.set_epoch(epoch)
-
 
 def private_memory() -> float:
     """Return the memory that this process shares with no other, in MiB (Linux)."""
@@ -61,9 +58,10 @@ def private_memory() -> float:
 
 def memory_growth(samples: AnnotationsOnly, workers: int) -> tuple[float, float]:
     """Return the private memory of a worker in MiB at its first and at its last batch, averaged over the workers."""
-    loader: DataLoader = build_train_loader(
-        samples, batch_size=BATCH_SIZE, accum_steps=1, workers=workers, rank=0, world_size=1, seed=0
-    )
+    loader = build_train_loader(
+        samples, torch.device("cpu"),
+        batch_size=BATCH_SIZE, accum_steps=1, workers=workers, rank=0, world_size=1, seed=0,
+    ).loader  # fmt: skip
     loader.multiprocessing_context = "fork"
     readings = [value for batch in loader for value in batch.tolist() if value != NOT_READ]
     return statistics.mean(readings[:workers]), statistics.mean(readings[-workers:])
@@ -76,7 +74,7 @@ def report(root: Path, tokenizer_name: str, repeats: int, workers: int) -> str:
         start = time.perf_counter()
         refer = REFER(root)
         middle = time.perf_counter()
-        dataset = ReferDataset(refer, "train", load_tokenizer(tokenizer_name), img_size=480, draw_sentences=True)
+        dataset = ReferDataset(refer, "train", load_tokenizer(tokenizer_name), img_size=480, draw_seed=0)
         end = time.perf_counter()
         for values, seconds in zip(times.values(), (middle - start, end - middle, end - start), strict=True):
             values.append(seconds)

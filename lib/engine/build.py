@@ -89,10 +89,10 @@ def build_datasets(cfg: CfgNode, tokenizer: BertTokenizer) -> tuple[ReferDataset
     first dataset. Logs how many images the splits share.
     """
     refers = [REFER(cfg.DATA.ROOT, *names) for names in config.datasets_of(cfg)]
-    kwargs = {"img_size": cfg.DATA.IMG_SIZE, "max_tokens": cfg.DATA.MAX_TOKENS, "seed": cfg.SEED}
+    kwargs = {"img_size": cfg.DATA.IMG_SIZE, "max_tokens": cfg.DATA.MAX_TOKENS}
 
     def build_train(refer: REFER, excluded_images: Collection[int] = ()) -> ReferDataset:
-        return ReferDataset(refer, "train", tokenizer, draw_sentences=True, excluded_images=excluded_images, **kwargs)
+        return ReferDataset(refer, "train", tokenizer, draw_seed=cfg.SEED, excluded_images=excluded_images, **kwargs)
 
     val_set = ReferDataset(refers[0], cfg.DATA.SPLIT, tokenizer, **kwargs)
     if len(refers) > 1:
