@@ -27,9 +27,9 @@ with lock(sys.argv[1], "busy"):
 def test_a_second_holder_is_refused_and_told_who_holds_the_lock(tmp_path):
     path = tmp_path / "new" / ".lock"
     with lock(path, "The folder is in use"):
-        with pytest.raises(UserError, match=rf"The folder is in use \(process {os.getpid()} on .*, started .*: .*\)\."):
-            with lock(path, "The folder is in use"):
-                pass
+        holder = rf"The folder is in use \(process {os.getpid()} on .*, started .*: .*\)\."
+        with pytest.raises(UserError, match=holder), lock(path, "The folder is in use"):
+            pass
         assert path.exists()
     assert not path.exists()
     with lock(path, "The folder is in use"):
