@@ -82,27 +82,21 @@ def _select_device(device: str, local_rank: int, world_size: int) -> torch.devic
     try:
         selected = torch.device(device)
     except RuntimeError as error:
-        raise UserError(f"--device {device}: use auto, cpu, cuda or cuda:N") from error
+        raise UserError(f"--device {device}: use auto, cpu, cuda or cuda:N.") from error
     if selected.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {device}: only cpu and cuda are supported")
+        raise UserError(f"--device {device}: only cpu and cuda are supported.")
     if selected.type == "cpu":
         return selected
     if not torch.cuda.is_available():
         raise UserError(f"--device {device}: PyTorch finds no CUDA GPU. Use --device cpu or auto.")
     if world_size > 1 and selected.index is not None:
-        raise UserError(f"--device {device}: with several processes each one uses its own GPU. Use --device cuda.")
+        raise UserError(f"--device {device}: with several processes, each one uses its own GPU. Use --device cuda.")
     index = local_rank if selected.index is None else selected.index
     # The same condition on every process of a node, so that the main process reports it.
     needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if selected.index is None else index + 1
     if needed > torch.cuda.device_count():
         raise UserError(f"{needed} GPUs needed, {torch.cuda.device_count()} available. Start one process per GPU.")
     return torch.device("cuda", index)
-
-
-def shut_down_distributed() -> None:
-    """Leave the process group joined by :func:`init_distributed`."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def gather(item: Any) -> list[Any]:

@@ -214,7 +214,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
             if "CUDA" in str(error):
                 raise
             free = shutil.disk_usage(temporary.parent).free / 2**20
-            raise UserError(f"cannot write {path}. Is the disk full? {free:.0f} MiB are free.") from error
+            raise UserError(f"Cannot write {path}. Is the disk full? {free:.0f} MiB are free.") from error
 
 
 def describe(checkpoint: Checkpoint) -> str:

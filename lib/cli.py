@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unknown flag {unknown[0]}." + did_you_mean(unknown[0].split("=")[0], self.option_names()))
+            self.error(f"Unknown flag {unknown[0]}." + did_you_mean(unknown[0].split("=")[0], self.option_names()))
         return parsed
 
     def error(self, message: str) -> NoReturn:

@@ -95,13 +95,13 @@ class Collector:
 
     def _place(self, result: ExpressionResult) -> tuple[int, int]:
         if result.index not in self.position:
-            raise RuntimeError(f"expression {result.index} was evaluated, but is not among those to evaluate")
+            raise RuntimeError(f"Expression {result.index} was evaluated, but was not requested.")
         return self.row[result.protocol], self.position[result.index]
 
     def _count(self, result: ExpressionResult) -> None:
         place = self._place(result)
         if self.counts[place][0] != UNKNOWN:
-            raise RuntimeError(f"expression {result.index} was evaluated twice")
+            raise RuntimeError(f"Expression {result.index} was evaluated twice.")
         self.counts[place] = result.intersection, result.union
         if result.protocol == self.first and result.index in self.keep_masks:
             self.masks[result.index] = result.mask
@@ -146,7 +146,7 @@ class Collector:
         """Return the results by protocol name. RuntimeError: an expression has none."""
         missing = len(self.indices) - len(self.complete_indices())
         if missing:
-            raise RuntimeError(f"{missing} of {len(self.indices)} expressions were not evaluated")
+            raise RuntimeError(f"{missing} of {len(self.indices)} expressions were not evaluated.")
         found = {}
         for name, row in self.row.items():
             masks = self.masks if name == self.first else {}

@@ -46,7 +46,7 @@ class CrossVLTCriterion(nn.Module):
         """
         logits = _at_least_float32(output.mask_logits)
         if masks.shape != (logits.shape[0], *logits.shape[2:]):
-            raise ValueError(f"masks of shape {tuple(masks.shape)} do not fit logits of shape {tuple(logits.shape)}.")
+            raise ValueError(f"Masks of shape {tuple(masks.shape)} do not fit logits of shape {tuple(logits.shape)}.")
         weight = logits.new_tensor(self.class_weights)
         if normalizer is None:
             segmentation = F.cross_entropy(logits, masks, weight=weight)

@@ -54,7 +54,7 @@ def translate_write_errors(path: str | Path) -> Iterator[None]:
     except UserError:  # MissingFileError is an OSError too
         raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 @contextmanager
@@ -130,7 +130,7 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             busy = False
         if busy:
-            raise UserError(f"another process is writing {folder}. Wait until it has finished.")
+            raise UserError(f"Another process is writing {folder}. Wait until it has finished.")
         yield
     finally:
         os.close(descriptor)
@@ -164,11 +164,11 @@ def check_writable(path: str | Path, *, suffix: str = "", inputs: Iterable[str |
     """
     path = Path(path)
     if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder")
+        raise UserError(f"Cannot write {path}: it is a folder.")
     if suffix and path.suffix.lower() != suffix:
-        raise UserError(f"cannot write {path}: the name must end in {suffix}")
+        raise UserError(f"Cannot write {path}: the name must end in {suffix}.")
     if path.exists() and any(path.resolve().is_relative_to(Path(item).resolve()) for item in inputs):
-        raise UserError(f"cannot write {path}: it is one of the input files")
+        raise UserError(f"Cannot write {path}: it is one of the input files.")
     with translate_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent):

@@ -48,7 +48,7 @@ class LanguageToVisionFusion(nn.Module):
         self.num_heads = max(1, inner_dim // HEAD_DIM)
         if inner_dim % self.num_heads:
             raise ValueError(
-                f"a fusion layer of width {inner_dim} cannot be divided into {self.num_heads} equal heads. "
+                f"A fusion layer of width {inner_dim} cannot be divided into {self.num_heads} equal heads. "
                 f"Choose an embed_dim that is a multiple of {HEAD_DIM // 2}."
             )
         self.v_q = nn.Sequential(nn.Conv1d(vision_dim, inner_dim, 1), nn.InstanceNorm1d(inner_dim))

@@ -62,7 +62,7 @@ def spread_indices(length: int, count: int) -> list[int]:
 def overlay(image: Image.Image, mask: np.ndarray, color: Color = PREDICTION_COLOR) -> Image.Image:
     """Return the image with a mask (bool [H, W]) tinted and outlined. ValueError: the mask has another size."""
     if mask.shape != image.size[::-1]:
-        raise ValueError(f"the mask has shape {mask.shape}, the image {image.size[::-1]}")
+        raise ValueError(f"The mask has shape {mask.shape}, the image {image.size[::-1]}.")
     area = Image.fromarray(mask.astype(np.uint8) * 255)
     tinted = Image.composite(Image.new("RGB", image.size, color), image, area.point(lambda v: v * TINT // 255))
     half = max(1, round(max(image.size) / 150))
@@ -86,7 +86,7 @@ def heat_overlay(image: Image.Image, values: np.ndarray, low: float = -1.0, high
         ValueError: ``low`` is not below ``high``.
     """
     if not low < high:
-        raise ValueError(f"the color scale from {low} to {high} is empty: low must be below high")
+        raise ValueError(f"The color scale from {low} to {high} is empty: low must be below high.")
     resized = Image.fromarray(values.astype(np.float32)).resize(image.size, Image.Resampling.BILINEAR)
     channels, stops = zip(*HEAT_COLORS, strict=True), np.linspace(low, high, len(HEAT_COLORS))
     color = np.stack([np.interp(np.asarray(resized), stops, channel) for channel in channels], axis=-1)
@@ -118,7 +118,7 @@ def expression_panel(
         ValueError: the target has another size than the image.
     """
     if target.shape != image.size[::-1]:
-        raise ValueError(f"the target has shape {target.shape}, the image {image.size[::-1]}")
+        raise ValueError(f"The target has shape {target.shape}, the image {image.size[::-1]}.")
     size = _fit(image.size, OVERSAMPLING * CELL)
     resized, several = image.resize(size, Image.Resampling.LANCZOS), len(predictions) > 1
 

@@ -126,7 +126,7 @@ def test_after_a_kill_the_old_dataset_is_complete_and_the_next_call_works(source
 
 def test_two_processes_do_not_write_the_same_dataset(source):
     with atomic_folder(source / "data/mine") as new:
-        with pytest.raises(UserError, match="another process is writing"):
+        with pytest.raises(UserError, match="Another process is writing"):
             by_id(source, rows_by_id())
         assert new.is_dir()
         (new / "x").touch()

@@ -53,7 +53,7 @@ def test_the_contact_sheet_can_be_elsewhere_or_left_out(source, monkeypatch, cap
 
 FILES = ["--name", "x", "--sentences", "s.csv", "--images", "photos"]
 MISTAKES = [
-    (["--nane", "x"], "unknown flag --nane. Did you mean --name?"),
+    (["--nane", "x"], "Unknown flag --nane. Did you mean --name?"),
     (["--name", "x"], "--sentences is missing. See --help."),
     (["--val-share", "x"], "argument --val-share: invalid float value: 'x'"),
     ([*FILES, "--samples", "-1"], "--samples -1: must be from 0 to 60."),
@@ -62,8 +62,8 @@ MISTAKES = [
         "--val-share 0.6 and --test-share 0.4: must be from 0 to 1",
     ),
     ([*FILES, "--val-share", "nan"], "--val-share nan and "),
-    ([*FILES, "--masks", "masks", "--contact-sheet", "coco.json"], "cannot write coco.json: the name must end in .png"),
-    ([*FILES, "--masks", "masks", "--contact-sheet", "masks/1/0.png"], "cannot write masks/1/0.png: it is one of the"),
+    ([*FILES, "--masks", "masks", "--contact-sheet", "coco.json"], "Cannot write coco.json: the name must end in .png"),
+    ([*FILES, "--masks", "masks", "--contact-sheet", "masks/1/0.png"], "Cannot write masks/1/0.png: it is one of the"),
     ([*FILES, "--contact-sheet", "refer/data/x/a.png"], "--contact-sheet refer/data/x/a.png: choose a file outside of"),
     ([*FILES, "--contact-sheet", "a.png", "--samples", "0"], "--contact-sheet cannot be combined with --samples 0."),
     (FILES, "give the objects by either --instances FILE or --masks DIR."),

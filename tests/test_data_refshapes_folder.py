@@ -108,7 +108,7 @@ def test_a_full_disk_keeps_the_old_dataset(tmp_path, monkeypatch, run):
     fail_at_the_fourth_image(monkeypatch, OSError(28, "No space left on device"))
     done = run("--root", tmp_path, "--seed", "1", *TINY_FLAGS)
     assert done.status == 2
-    assert done.err == f"error: cannot write {folder}: No space left on device\n"
+    assert done.err == f"error: Cannot write {folder}: No space left on device.\n"
     assert contents(folder) == before
     assert [path.name for path in tmp_path.iterdir()] == ["refshapes"]
 
@@ -170,9 +170,9 @@ def test_other_files_in_the_folder_are_not_deleted(tmp_path):
         (["--val-images", "-3"], "--val-images -3: must be from 0 to 999999."),
         (["--testB-images", "1000000"], "--testB-images 1000000: must be from 0 to 999999."),
         ([f"--{split}-images=0" for split in ("train", "val", "testA", "testB")], "nothing to write"),
-        (["--root", "{file}"], "cannot write"),
-        (["--trian-images", "3"], "unknown flag --trian-images. Did you mean --train-images?"),
-        (["--lev", "basic"], "unknown flag --lev"),
+        (["--root", "{file}"], "Cannot write"),
+        (["--trian-images", "3"], "Unknown flag --trian-images. Did you mean --train-images?"),
+        (["--lev", "basic"], "Unknown flag --lev"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(tmp_path, run, flags, message):

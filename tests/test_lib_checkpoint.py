@@ -251,7 +251,7 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
         monkeypatch.setattr(torch, "save", save)
         with pytest.raises(UserError) as caught:
             save_checkpoint(tmp_path / "last.pth", {"epoch": 2})
-        assert str(caught.value).startswith(f"cannot write {tmp_path}/last.pth")
+        assert str(caught.value).startswith(f"Cannot write {tmp_path}/last.pth")
         assert message in str(caught.value)
         assert (tmp_path / "last.pth").read_bytes() == good
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]

@@ -15,9 +15,9 @@ from lib.errors import MissingFileError, StoppedError, UserError
 def test_typos_get_a_suggestion():
     parser = Parser(prog="tool")
     parser.add_argument("--img_size", type=int)
-    with pytest.raises(UserError, match=r"^unknown flag --img-size=3\. Did you mean --img_size\? See --help\.$"):
+    with pytest.raises(UserError, match=r"^Unknown flag --img-size=3\. Did you mean --img_size\? See --help\.$"):
         parser.parse_args(["--img-size=3"])
-    with pytest.raises(UserError, match=r"^unknown flag --img\. See --help\.$"):  # abbreviations are not accepted
+    with pytest.raises(UserError, match=r"^Unknown flag --img\. See --help\.$"):  # abbreviations are not accepted
         parser.parse_args(["--img", "3"])
     with pytest.raises(UserError, match=r"invalid int value: 'x'\. See --help\.$"):
         parser.parse_args(["--img_size", "x"])

@@ -68,10 +68,10 @@ def test_flags_override_the_yaml_and_the_yaml_overrides_the_base(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--batchsize", "3"], "unknown flag --batchsize. Did you mean --batch-size? See --help."),
+        (["--batchsize", "3"], "Unknown flag --batchsize. Did you mean --batch-size? See --help."),
         (["--datset", "refcoco"], "Did you mean --dataset?"),
         (["--img-size=3"], "Did you mean --img_size?"),
-        (["--data", "refcoco"], "unknown flag --data"),  # an abbreviation
+        (["--data", "refcoco"], "Unknown flag --data"),  # an abbreviation
         (["--lr", "fast"], "invalid float value: 'fast'"),
         (["--swin_type", "huge"], "choose from"),
         (["--batch-size", "0"], "--batch-size 0: must be above 0"),

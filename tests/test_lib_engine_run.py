@@ -155,7 +155,7 @@ def test_a_full_disk_is_reported_before_training(small_model, tmp_path, monkeypa
     with open(tmp_path / "step_00000001.pth", "wb") as existing:
         existing.truncate(GIB)  # sparse: it takes no space
     preflight.check_disk_space(state, tmp_path, keep=3)  # existing checkpoints need no more space
-    with pytest.raises(UserError, match="cannot write"):
+    with pytest.raises(UserError, match="Cannot write"):
         preflight.check_disk_space(state, tmp_path / "step_00000001.pth", keep=1)
 
 

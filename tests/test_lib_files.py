@@ -31,7 +31,7 @@ def test_an_unwritable_path_is_named(tmp_path):
         with atomic_write(tmp_path / "file" / "below.txt") as temporary:
             temporary.write_text("")
 
-    with pytest.raises(UserError, match=r"cannot write .*below\.txt"):
+    with pytest.raises(UserError, match=r"Cannot write .*below\.txt"):
         write()
 
 
@@ -44,7 +44,7 @@ def test_outputs_are_checked_before_the_work(tmp_path):
         (tmp_path, "", "it is a folder"),
         (tmp_path / "b.txt", ".png", r"the name must end in \.png"),
         (image, "", "it is one of the input files"),
-        (image / "b.png", "", "cannot write"),
+        (image / "b.png", "", "Cannot write"),
     ):
         with pytest.raises(UserError, match=message):
             check_writable(path, suffix=suffix, inputs=[tmp_path / "images"])

@@ -299,11 +299,11 @@ def test_messages_of_mistakes(tmp_path, monkeypatch):
     for arguments, message in (
         ((), "required: RUN. See --help."),
         ((first, second), "Several runs were given. Choose the file of their figure with --out FILE."),
-        ((first, "--ouput", "c.png"), r"unknown flag --ouput\. Did you mean --out\?"),
-        ((first, "--ou", "c.png"), r"unknown flag --ou\. Did you mean --out\?"),
-        ((first, "--out", second), r"cannot write .*b: it is a folder"),
-        ((first, "--out", first / "metrics.jsonl" / "c.png"), r"cannot write .*c\.png"),
-        ((first, "--out", first / "metrics.jsonl"), "cannot write .*: it is one of the input files"),
+        ((first, "--ouput", "c.png"), r"Unknown flag --ouput\. Did you mean --out\?"),
+        ((first, "--ou", "c.png"), r"Unknown flag --ou\. Did you mean --out\?"),
+        ((first, "--out", second), r"Cannot write .*b: it is a folder"),
+        ((first, "--out", first / "metrics.jsonl" / "c.png"), r"Cannot write .*c\.png"),
+        ((first, "--out", first / "metrics.jsonl"), "Cannot write .*: it is one of the input files"),
     ):
         with pytest.raises(UserError, match=message):
             run_main(monkeypatch, *arguments)

@@ -173,7 +173,7 @@ def test_messages_about_damaged_files(write, results, tmp_path):
 def test_a_full_disk_is_reported(write, results, tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", [])
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match=r"cannot write .*a\.jsonl\.partial: No space left"):
+    with pytest.raises(UserError, match=r"Cannot write .*a\.jsonl\.partial: No space left"):
         write(tmp_path / "a.jsonl", results[:1])
 
 

@@ -153,7 +153,7 @@ def test_partial_files_are_reported(run_rescore, tmp_path):
         (["--most", "-1"], "--most -1: must be at least 0"),
         (["--seed", "-1"], "--seed -1: must be at least 0"),
         (["--gt_mask", "both"], "--gt_mask: invalid choice"),
-        (["--gtmask", "union"], r"unknown flag --gtmask\. Did you mean --gt_mask\?"),
+        (["--gtmask", "union"], r"Unknown flag --gtmask\. Did you mean --gt_mask\?"),
         (["--gt_mask", "union", "--refer_data_root", "/nowhere"], r"/nowhere/refcoco/refs\(unc\)\.p is missing"),
         (["--ids", "/nowhere.txt"], r"--ids /nowhere.txt: there is no such file\.$"),
         (["--ids", __file__], "--ids .*: line 1 is not a sent_id"),

@@ -59,7 +59,7 @@ def test_overlay_tints_the_mask_only():
     inside = drawn[15, 20].astype(int)
     assert inside[0] > 100 > inside[2]
     assert np.array_equal(np.asarray(overlay(image, np.zeros((30, 40), bool))), np.asarray(image))
-    with pytest.raises(ValueError, match=r"the mask has shape \(40, 30\)"):
+    with pytest.raises(ValueError, match=r"The mask has shape \(40, 30\)"):
         overlay(image, mask.T)
 
 
@@ -135,7 +135,7 @@ def test_masks_of_other_sizes_are_resized_by_nearest_neighbor():
     whole, empty = (~close(cells(half, 1, bottom=8)[0][2], (90, 90, 90), 3) for half in halves)
     assert whole.all() != empty.all()
     assert whole.any() != empty.any()
-    with pytest.raises(ValueError, match="the target has shape"):
+    with pytest.raises(ValueError, match="The target has shape"):
         expression_panel(GRAY, small, [], "x")
 
 

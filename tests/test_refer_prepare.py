@@ -291,7 +291,7 @@ def test_two_commands_do_not_work_in_the_same_folder(server, prepare, tmp_path):
 
 def test_a_root_that_cannot_be_written_is_reported(server, prepare, tmp_path):
     (tmp_path / "file").write_text("")
-    assert f"cannot write {tmp_path}/file/x" in prepare("--root", tmp_path / "file/x", status=2).err
+    assert f"Cannot write {tmp_path}/file/x" in prepare("--root", tmp_path / "file/x", status=2).err
 
 
 # ---- flags ----

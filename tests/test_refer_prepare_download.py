@@ -330,7 +330,7 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(server, get, tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr("refer.prepare.download.open", lambda path, mode, buffering: FullDisk(path, mode), raising=False)
         patch.setattr("refer.prepare.http.CHUNK", 10_000)
-        with pytest.raises(UserError, match=r"cannot write .*file\.part: No space left on device"):
+        with pytest.raises(UserError, match=r"Cannot write .*file\.part: No space left on device"):
             get()
     kept = (tmp_path / "file.part").read_bytes()
     assert 0 < len(kept) <= 70_000
@@ -346,5 +346,5 @@ def test_free_space_is_checked_first(server, get, tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_reported(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError, match=r"cannot write .*/file/x\.part"):
+    with pytest.raises(UserError, match=r"Cannot write .*/file/x\.part"):
         download(f"{server.url}/file", tmp_path / "file" / "x", OPTIONS)

@@ -155,11 +155,11 @@ def test_invalid_masks_are_left_out_and_the_first_is_reported(tmp_path, run, voc
         (["--dataset", ","], "--dataset ',' contains no name"),
         (["--dataset", "refcocog"], r"refcocog/refs\(umd\)\.p .*`python -m refer\.prepare --dataset refcocog"),
         (["--max_tokens", "0"], "--max_tokens 0: must be above 0"),
-        (["--split_by", "unc"], r"unknown flag --split_by\. Did you mean --splitBy\?"),
-        (["--out", "refcoco"], "cannot write refcoco: it is a folder"),
-        (["--out", "refcoco/instances.json"], "cannot write refcoco/instances.json: the name must end in .png"),
-        (["--json", "refcoco/instances.json"], "cannot write refcoco/instances.json: it is one of the input files"),
-        (["--json", "refcoco/instances.json/x"], "cannot write refcoco/instances.json/x: "),
+        (["--split_by", "unc"], r"Unknown flag --split_by\. Did you mean --splitBy\?"),
+        (["--out", "refcoco"], "Cannot write refcoco: it is a folder"),
+        (["--out", "refcoco/instances.json"], "Cannot write refcoco/instances.json: the name must end in .png"),
+        (["--json", "refcoco/instances.json"], "Cannot write refcoco/instances.json: it is one of the input files"),
+        (["--json", "refcoco/instances.json/x"], "Cannot write refcoco/instances.json/x: "),
     ],
 )
 def test_messages_of_mistakes(tmp_path, run, vocabulary, flags, message):

@@ -78,7 +78,7 @@ def test_initialising_from_weights(trained, run_here, train_flags, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
-        (["--epoch", "3"], "unknown flag --epoch. Did you mean --epochs? See --help."),
+        (["--epoch", "3"], "Unknown flag --epoch. Did you mean --epochs? See --help."),
         (["--resume", "{best}"], "has no optimizer state. Use --init_from"),
         (["--resume", "{last}", "--lr", "0.5"], "TRAIN.LR is 0.001 in its recipe, not 0.5"),
         (["--resume", "{last}", "--auto_resume"], "--resume conflicts with --auto_resume. Drop one of them."),

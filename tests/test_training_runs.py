@@ -211,7 +211,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(experiment):
     status, output = finish(process)
     assert status == 2, output
     (line,) = [line for line in output.splitlines() if line.startswith("error: ")]
-    assert "cannot write" in line
+    assert "Cannot write" in line
     assert saved(experiment, "full")["step"] == 0
     assert not list(experiment.checkpoints("full").glob(".*.part"))
 
