@@ -241,4 +241,6 @@ def _check_sizes(embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, 
         )
     for i, heads in enumerate(num_heads):
         if (embed_dim * 2**i) % heads:
-            raise ValueError(f"Stage {i} has {embed_dim * 2**i} channels, which cannot be divided into {heads} equal heads.")
+            raise ValueError(
+                f"The {embed_dim * 2**i} channels of stage {i} cannot be divided into {heads} equal heads."
+            )

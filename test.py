@@ -10,7 +10,7 @@
     python test.py --vis_compare a.pth,b.pth --split val --vis images --vis_maps
     python test.py --image photo.jpg --sentence "the left dog" --resume ./checkpoints/best_refcoco.pth --out dog.png
 
-Swin type, window and all other properties of the model, image size and tokenizer are read from the checkpoint.
+The properties of the model (Swin type, window, …), the image size and the tokenizer are read from the checkpoint.
 """
 
 import functools
@@ -24,43 +24,36 @@ from lib.protocols import add_protocol_flags
 LOG = logging.getLogger("crossvlt")
 
 
-def get_parser() -> Parser:
-    return config.get_parser("test", __doc__, add_flags)
-
-
-# fmt: off
-def add_flags(parser: Parser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Add the flags that are not configuration keys."""
     add = parser.add_argument
-    add("--resume", metavar="FILE", help="checkpoint of any form")
+    add("--resume", metavar="FILE", help="checkpoint: released, or written by train.py")
     add_protocol_flags(parser)
     add("--json", metavar="FILE", help="write the metrics: a list with an object per split and protocol")
-    add("--predictions", metavar="FILE",
-        help="write a line of JSON per expression and protocol, with the mask; an interrupted evaluation continues")
-    add("--shuffle_sentences", action="store_true",
-        help="control: permute the sentences within the split, so that a model that reads them must fail")
-    add("--baselines", action="store_true", help="also show two predictions that ignore the sentence")
+    add(
+        "--predictions",
+        metavar="FILE",
+        help="write results and masks as JSON lines; an interrupted evaluation continues",
+    )
+    add("--shuffle_sentences", action="store_true", help="control experiment: permute the sentences within the split")
+    add("--baselines", action="store_true", help="also evaluate two baselines that ignore the sentence")
     add("--vis", metavar="DIR", help="draw image, target mask and prediction of some expressions")
-    add("--vis-num", "--vis_num", metavar="K", type=int, default=16,
-        help="number of expressions to draw, spread over the split (default: 16)")
+    add("--vis-num", "--vis_num", metavar="K", type=int, default=16, help="number of expressions to draw (%(default)s)")
     add("--vis_maps", action="store_true", help="also draw the four alignment maps")
-    add("--vis_compare", metavar="A,B",
-        help="instead of --resume: draw the predictions of several checkpoints side by side")
+    add("--vis_compare", metavar="A,B", help="instead of --resume: draw several checkpoints side by side")
     add("--table", action="store_true", help="instead of --resume: reproduce the paper's table")
-    add("--checkpoints", metavar="DIR", help="for --table: a folder with best_<set>.pth, or a YAML file of set: file")
-    add("--table_dir", metavar="DIR", default="models/table",
-        help="for --table: folder of the tables and result files (default: models/table)")
+    add("--checkpoints", metavar="DIR", help="for --table: folder with best_<set>.pth, or a YAML file of set: file")
+    add("--table_dir", metavar="DIR", default="models/table", help="for --table: folder of the results (%(default)s)")
     add("--image", metavar="FILE", help="instead of a dataset: segment this image")
     add("--sentence", metavar="TEXT", help="for --image: the object to segment")
     add("--out", metavar="PNG", help="for --image: file of the overlay; the mask is written beside it")
-# fmt: on
 
 
 def main() -> None:
-    parser = get_parser()
+    parser = config.get_parser("test", __doc__, add_arguments)
     args = parser.parse_args()
 
-    # These load torch, which --help and mistyped flags do not need.
+    # Heavy imports come after parsing, so that --help and typos are answered at once.
     from lib.evaluation import evaluate
     from lib.files import check_writable
     from lib.inference import load_for_evaluation, start_evaluation

@@ -58,7 +58,7 @@ def get_parser(script: str, description: str, add_arguments: Callable[[Parser], 
 
 
 def _add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
-    names, text = option.flags, option.help.replace("%", "%%")
+    names, text = option.flag_names, option.help.replace("%", "%%")
     kwargs: dict[str, Any] = {"dest": option.key, "default": argparse.SUPPRESS}
     if isinstance(option.default, bool):
         kwargs["action"] = _Switch
@@ -103,11 +103,11 @@ def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) ->
         given[key] = path
     for option in OPTIONS:
         if option.key in vars(args):
-            _set(cfg, option.key, getattr(args, option.key), option.flags[-1])
-            given[option.key] = option.flags[-1]
+            _set(cfg, option.key, getattr(args, option.key), option.flag_names[-1])
+            given[option.key] = option.flag_names[-1]
     for option in OPTIONS:
         source = given.get(option.key, "saved configuration")
-        option.check(lookup(cfg, option.key), source if source in option.flags else f"{source}: {option.key}")
+        option.check(lookup(cfg, option.key), source if source in option.flag_names else f"{source}: {option.key}")
     _check_conflicts(cfg, given)
     pairs = settle_split_systems(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     cfg.DATA.NAME, cfg.DATA.SPLIT_BY = (",".join(names) for names in zip(*pairs, strict=True))
@@ -115,7 +115,7 @@ def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) ->
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
-    """Set a dotted key. UserError: there is no such key, or its values have another type."""
+    """Set a dotted key. UserError: there is no such key, or the value has another type."""
     known = {option.key: option.default for option in OPTIONS}
     if key not in known:
         raise UserError(f"{source}: unknown key {key}.{did_you_mean(key, list(known))}")
@@ -145,12 +145,15 @@ def _check_conflicts(cfg: CfgNode, given: dict[str, str]) -> None:
     if given.get("TRAIN.EPOCHS") == "--epochs":
         if given.get("TRAIN.STEPS") == "--steps":
             raise UserError("--epochs conflicts with --steps: both set the length of the training. Drop one of them.")
-        cfg.TRAIN.STEPS = 0  # otherwise --epochs would have no effect beside the steps of a YAML or of a resumed run
+        cfg.TRAIN.STEPS = 0  # otherwise the steps of the YAML file or of the resumed run would win
 
 
 def _raise_conflict(first: str, second: str, given: dict[str, str], *, remedy: str) -> None:
     sources = [given.get(key, "the saved configuration") for key in (first, second)]
-    names = [s if s.startswith("--") else f"{s} sets {key}" for s, key in zip(sources, (first, second), strict=True)]
+    names = [
+        source if source.startswith("--") else f"{source} sets {key}"
+        for source, key in zip(sources, (first, second), strict=True)
+    ]
     advice = "Drop one of them." if sources[0].startswith("--") else f"Pass {remedy} or drop one of them."
     joint = " conflicts with " if sources[0].startswith("--") else ", which conflicts with "
     raise UserError(f"{names[0]}{joint}{names[1]}. {advice}")
@@ -164,7 +167,7 @@ def lookup(cfg: CfgNode, key: str) -> Any:
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """{"A": {"B": 1}} → {"A.B": 1}."""
+    """Return nested keys as dotted ones: {"A": {"B": 1}} → {"A.B": 1}."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, dict):
@@ -181,7 +184,7 @@ def read_config_file(path: str, including: tuple[Path, ...] = ()) -> dict[str, t
 
     Args:
         path: of the YAML file.
-        including: files whose ``_BASE_`` led here.
+        including: the files that include this one through ``_BASE_``, directly or indirectly.
 
     Raises:
         MissingFileError, UserError: the file is missing, not YAML, or includes itself.
@@ -212,7 +215,7 @@ def datasets_of(cfg: CfgNode) -> list[tuple[str, str]]:
 
 
 def divide_batch(cfg: CfgNode, given: dict[str, str], world_size: int) -> int:
-    """Return the number of accumulated forward passes per process and step, and set ``TRAIN.GLOBAL_BATCH``.
+    """Return the number of forward passes to accumulate per process and step; set ``TRAIN.GLOBAL_BATCH``.
 
     Raises:
         UserError: the global batch is not divisible by the samples of one forward pass of all processes.
@@ -221,8 +224,10 @@ def divide_batch(cfg: CfgNode, given: dict[str, str], world_size: int) -> int:
     if train.ACCUM_STEPS:
         total = per_pass * train.ACCUM_STEPS
         if train.GLOBAL_BATCH not in (0, total) and "TRAIN.GLOBAL_BATCH" in given:
-            names = {key: given.get(key, key) for key in ("TRAIN.GLOBAL_BATCH", "TRAIN.ACCUM_STEPS")}
-            first, second = (s if s.startswith("--") else f"{key} of {s}" for key, s in names.items())
+            sources = {key: given.get(key, key) for key in ("TRAIN.GLOBAL_BATCH", "TRAIN.ACCUM_STEPS")}
+            first, second = (
+                source if source.startswith("--") else f"{key} of {source}" for key, source in sources.items()
+            )
             raise UserError(
                 f"{first} is {train.GLOBAL_BATCH}, but {second} {train.ACCUM_STEPS} × batch size {cfg.BATCH_SIZE} × "
                 f"{world_size} process(es) = {total}. Set only one of the two."
@@ -258,8 +263,10 @@ def model_keywords(cfg: CfgNode, window_size: int) -> dict[str, Any]:
 
 
 def tokenizer_name(cfg: CfgNode, vocab_size: int) -> str:
-    """Return the configured tokenizer. The default is BERT's; on RefShapes, RefShapes' own vocabulary for models whose
-    word embedding is not BERT's."""
+    """Return the name or path of the configured tokenizer.
+
+    The default is BERT's. On RefShapes, it is RefShapes' vocabulary unless the model has BERT's word embedding.
+    """
     if cfg.PRETRAINED.TOKENIZER:
         return cfg.PRETRAINED.TOKENIZER
     if cfg.DATA.NAME == "refshapes" and (cfg.PRETRAINED.FROM_SCRATCH or vocab_size != DEFAULTS.MODEL.VOCAB_SIZE):
@@ -275,7 +282,7 @@ def options_table() -> str:
     )
     rows = ["| key | flags | default | meaning | scripts | may change on resume |", "|---|---|---|---|---|---|"]
     for option in OPTIONS:
-        flags = " ".join(f"`{flag}`" for flag in option.flags) or "YAML only"
+        flags = " ".join(f"`{flag}`" for flag in option.flag_names) or "YAML only"
         choices = f" ({', '.join(option.choices)})" if option.choices else ""
         scripts, resume = ", ".join(option.scripts), "yes" if option.may_change_on_resume else ""
         cells = (f"`{option.key}`", flags, f"`{option.default!r}`", f"{option.help}{choices}", scripts, resume)

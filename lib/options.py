@@ -1,7 +1,7 @@
 """All options of train.py and test.py, each described once.
 
-From ``OPTIONS`` lib/config.py makes the defaults, the flags, the range checks, the rule what a resumed run may change,
-and docs/options.md. Adding an option is one entry here, and its use.
+lib/config.py generates the defaults, the flags, the range checks and docs/options.md from ``OPTIONS``. A new option is
+one entry here and the code that uses it.
 """
 
 import math
@@ -12,7 +12,7 @@ from lib.errors import UserError
 from lib.variants import BERT, BERT_VOCAB_SIZE, FUSIONS, IMG_SIZE, MAX_TOKENS, SWIN_VARIANTS
 from refer.datasets import ROOT
 
-MIN_IMAGE_SIZE = 33  # smaller images leave a single position in the last stage
+MIN_IMAGE_SIZE = 33  # in the last stage, smaller images have a single position
 MAX_POSITIONS = 512  # position embeddings of BERT
 BOTH = ("train", "test")
 
@@ -25,11 +25,11 @@ class Option:
         key: dotted name in a YAML file, e.g. ``TRAIN.LR``.
         default: also determines the type.
         help: one line for ``--help`` and docs/options.md.
-        flags: command-line flags that set the key; none: it can only be set in a YAML file.
-        scripts: which of ``train`` and ``test`` use it.
+        flags: command-line flags that set the key, separated by spaces. Without flags, only a YAML file can set it.
+        scripts: the scripts that use it, ``train`` and ``test``.
         choices: the allowed values.
         above, at_least, below, at_most: the allowed range of a number.
-        may_change_on_resume: whether a resumed run may change it; all other options are the recipe in the checkpoint.
+        may_change_on_resume: whether a resumed run may change it. The others keep the values saved in the checkpoint.
         constant: the value that a flag without argument sets (booleans have ``--x`` and ``--no-x`` instead).
         metavar: placeholder of the flag's argument.
     """
@@ -37,7 +37,7 @@ class Option:
     key: str
     default: Any
     help: str
-    flags: tuple[str, ...] = ()
+    flags: str = ""
     scripts: tuple[str, ...] = ("train",)
     choices: tuple[str, ...] | None = None
     above: float | None = None
@@ -47,6 +47,10 @@ class Option:
     may_change_on_resume: bool = False
     constant: Any = None
     metavar: str | None = None
+
+    @property
+    def flag_names(self) -> tuple[str, ...]:
+        return tuple(self.flags.split())
 
     def check(self, value: Any, name: str) -> None:
         """Raise a UserError that begins with ``name`` if the value is not allowed."""
@@ -63,37 +67,33 @@ class Option:
                 raise UserError(f"{name} {value}: must be {limit}.")
 
 
-# In DATA, MODEL and PRETRAINED an empty value (0, "", []) stands for the published value or the checkpoint's.
+# In DATA, MODEL and PRETRAINED, an empty value (0, "", []) means: the published value, or that of the checkpoint.
 OPTIONS = (
     # Data
     Option(
         "DATA.NAME",
         "refcoco",
-        "dataset: refcoco, refcoco+, refcocog, refshapes or your own. train.py accepts several "
-        "(a,b,c): it trains on their union without the images of any evaluation split and validates on the first",
-        ("--dataset",),
+        "name of the dataset; for train.py also several (a,b,c): training uses their union without the images of any "
+        "evaluation split, validation the first dataset",
+        "--dataset",
         BOTH,
     ),
     Option(
         "DATA.SPLIT_BY",
         "",
-        "split system: umd or google for refcocog (required), otherwise unc or the only one there "
-        "is; for several datasets one each (a,b,c)",
-        ("--splitBy",),
+        "split system, required for refcocog: umd or google (default: unc, or the only one that the dataset has); "
+        "several datasets: one each (a,b,c)",
+        "--splitBy",
         BOTH,
     ),
     Option(
-        "DATA.SPLIT",
-        "val",
-        "split to validate on (train.py) or to evaluate (test.py: one, several as val,testA, or all)",
-        ("--split",),
-        BOTH,
+        "DATA.SPLIT", "val", "split to validate on; for test.py: splits to evaluate (val,testA or all)", "--split", BOTH
     ),
     Option(
         "DATA.ROOT",
         f"./{ROOT}",
         "folder of the datasets",
-        ("--refer_data_root",),
+        "--refer_data_root",
         BOTH,
         may_change_on_resume=True,
         metavar="DIR",
@@ -101,8 +101,8 @@ OPTIONS = (
     Option(
         "DATA.IMG_SIZE",
         IMG_SIZE,
-        "images are resized to a square with this side (test.py: as in training)",
-        ("--img_size",),
+        "side of the square to which images are resized (test.py: as in training)",
+        "--img_size",
         BOTH,
         at_least=MIN_IMAGE_SIZE,
     ),
@@ -110,7 +110,7 @@ OPTIONS = (
         "DATA.MAX_TOKENS",
         MAX_TOKENS,
         "token ids per sentence, [CLS] and [SEP] included (test.py: as in training)",
-        ("--max_tokens",),
+        "--max_tokens",
         BOTH,
         above=0,
         at_most=MAX_POSITIONS,
@@ -120,7 +120,7 @@ OPTIONS = (
         "MODEL.SWIN_TYPE",
         "base",
         "size of the Swin encoder (test.py: read from the checkpoint)",
-        ("--swin_type",),
+        "--swin_type",
         BOTH,
         choices=tuple(SWIN_VARIANTS),
     ),
@@ -128,7 +128,7 @@ OPTIONS = (
         "MODEL.WINDOW_SIZE",
         0,
         "Swin window of 12 (default: the window of the pretrained file)",
-        ("--window12",),
+        "--window12",
         BOTH,
         at_least=0,
         constant=12,
@@ -137,7 +137,7 @@ OPTIONS = (
         "MODEL.FUSION",
         "cross",
         "direction of early fusion: cross (published), vision or late (ablations)",
-        ("--fusion",),
+        "--fusion",
         choices=tuple(FUSIONS),
     ),
     Option("MODEL.DROP_PATH_RATE", 0.3, "stochastic depth of the last Swin block", at_least=0, below=1),
@@ -155,69 +155,58 @@ OPTIONS = (
         "PRETRAINED.SWIN",
         "",
         "ImageNet Swin file (default: by Swin type, in ./pretrained)",
-        ("--pretrained_swin_weights",),
+        "--pretrained_swin_weights",
         metavar="FILE",
     ),
-    Option("PRETRAINED.BERT", BERT, "BERT weights: a file, a folder or a Hub name", ("--ck_bert",), metavar="BERT"),
+    Option("PRETRAINED.BERT", BERT, "BERT weights: a file, a folder or a Hub name", "--ck_bert", metavar="BERT"),
     Option(
         "PRETRAINED.TOKENIZER",
         "",
         f"vocabulary: a vocab.txt, a folder or a Hub name (default: {BERT}; refshapes: its own)",
-        ("--bert_tokenizer",),
+        "--bert_tokenizer",
         BOTH,
         may_change_on_resume=True,
         metavar="BERT",
     ),
+    Option("PRETRAINED.FROM_SCRATCH", False, "start from random weights instead of pretrained files", "--from_scratch"),
     Option(
-        "PRETRAINED.FROM_SCRATCH",
-        False,
-        "start from random weights instead of ImageNet and BERT files",
-        ("--from_scratch",),
-    ),
-    Option(
-        "PRETRAINED.INIT_FROM",
-        "",
-        "start from the weights of a checkpoint, with a new optimizer",
-        ("--init_from",),
-        metavar="FILE",
+        "PRETRAINED.INIT_FROM", "", "start a new run from the weights of a checkpoint", "--init_from", metavar="FILE"
     ),
     Option(
         "PRETRAINED.DDP_TRAINED",
         False,
-        "require that the checkpoint's keys begin with module. (they are accepted with and without)",
-        ("--ddp_trained_weights",),
+        "fail unless the checkpoint's keys begin with 'module.' (by default both forms are accepted)",
+        "--ddp_trained_weights",
         BOTH,
         may_change_on_resume=True,
     ),
     # Training
-    Option("TRAIN.EPOCHS", 40, "passes over the training split", ("--epochs",), above=0, may_change_on_resume=True),
+    Option("TRAIN.EPOCHS", 40, "passes over the training split", "--epochs", above=0, may_change_on_resume=True),
     Option(
         "TRAIN.STEPS",
         0,
-        "optimizer steps of the whole training, instead of --epochs",
-        ("--steps",),
+        "length of the training in optimizer steps, instead of --epochs",
+        "--steps",
         at_least=0,
         may_change_on_resume=True,
     ),
-    Option("TRAIN.LR", 3e-5, "initial learning rate", ("--lr",), above=0),
-    Option("TRAIN.WEIGHT_DECAY", 1e-2, "weight decay", ("--wd", "--weight-decay"), at_least=0, metavar="WD"),
-    Option("TRAIN.AMSGRAD", False, "AMSGrad variant of AdamW", ("--amsgrad",)),
-    Option("TRAIN.WARMUP_STEPS", 0, "steps of linear warm-up (published: 0)", ("--warmup_steps",), at_least=0),
-    Option(
-        "TRAIN.CLIP_GRAD", 0.0, "largest gradient norm, 0: no clipping (published: 0)", ("--clip_grad",), at_least=0
-    ),
-    Option("TRAIN.ALIGNMENT", True, "train with the alignment losses", ("--alignment", "--no_alignment")),
+    Option("TRAIN.LR", 3e-5, "initial learning rate", "--lr", above=0),
+    Option("TRAIN.WEIGHT_DECAY", 1e-2, "weight decay", "--wd --weight-decay", at_least=0, metavar="WD"),
+    Option("TRAIN.AMSGRAD", False, "AMSGrad variant of AdamW", "--amsgrad"),
+    Option("TRAIN.WARMUP_STEPS", 0, "steps of linear warm-up (published: 0)", "--warmup_steps", at_least=0),
+    Option("TRAIN.CLIP_GRAD", 0.0, "largest gradient norm; 0: no clipping (published)", "--clip_grad", at_least=0),
+    Option("TRAIN.ALIGNMENT", True, "train with the alignment losses", "--alignment --no_alignment"),
     Option(
         "TRAIN.TRAIN_TEMPERATURE",
         False,
-        "train the temperatures, as the paper says (published code: fixed)",
-        ("--train_temperature",),
+        "train the temperatures (paper: yes, published code: no)",
+        "--train_temperature",
     ),
     Option(
         "TRAIN.EMA",
         0.0,
-        "decay of a moving average of the weights, which is validated and saved as best.pth; 0: none (published: 0)",
-        ("--ema",),
+        "decay of a moving average of the weights, which is validated and saved as best.pth; 0: off (published)",
+        "--ema",
         at_least=0,
         below=1,
     ),
@@ -225,75 +214,65 @@ OPTIONS = (
         "TRAIN.ACCUM_STEPS",
         0,
         "forward passes per process and optimizer step",
-        ("--accum-steps",),
+        "--accum-steps",
         at_least=0,
         may_change_on_resume=True,
     ),
     Option(
         "TRAIN.GLOBAL_BATCH",
         0,
-        "samples per optimizer step of all processes, reached by accumulation (published: 12)",
-        ("--global_batch",),
+        "samples per optimizer step, over all processes and accumulated passes (published: 12)",
+        "--global_batch",
         at_least=0,
         may_change_on_resume=True,
     ),
     Option(
         "TRAIN.GLOBAL_NORM",
         False,
-        "normalize the cross-entropy over the whole global batch (published: per forward pass)",
-        ("--global_norm",),
+        "normalize the cross-entropy over the global batch (published: per forward pass)",
+        "--global_norm",
     ),
-    Option("TRAIN.AMP", "off", "mixed precision (published: off)", ("--amp",), choices=("off", "bf16", "fp16")),
-    Option(
-        "TRAIN.TF32",
-        False,
-        "TF32 matrix products and convolutions on GPUs that support it (published: off)",
-        ("--tf32",),
-    ),
+    Option("TRAIN.AMP", "off", "mixed precision (published: off)", "--amp", choices=("off", "bf16", "fp16")),
+    Option("TRAIN.TF32", False, "TF32 matrix products and convolutions on a GPU (published: off)", "--tf32"),
     Option(
         "TRAIN.COMPILE",
         False,
         "compile the encoders' blocks (the first steps take minutes)",
-        ("--compile",),
+        "--compile",
         may_change_on_resume=True,
     ),
     Option(
         "TRAIN.GRAD_CHECKPOINT",
         False,
-        "recompute the encoders' activations in the backward pass: less memory, slower",
-        ("--grad_checkpoint",),
+        "recompute the encoders' activations in the backward pass: saves memory, costs time",
+        "--grad_checkpoint",
         may_change_on_resume=True,
     ),
     Option(
         "TRAIN.SAVE_STEPS",
         0,
-        "also save a checkpoint every N steps, 0: never",
-        ("--save_steps",),
+        "also save a checkpoint every N steps; 0: never",
+        "--save_steps",
         at_least=0,
         may_change_on_resume=True,
     ),
     Option(
         "TRAIN.SAVE_MINUTES",
         30.0,
-        "also save a checkpoint every N minutes, 0: never",
-        ("--save_minutes",),
+        "also save a checkpoint every N minutes; 0: never",
+        "--save_minutes",
         at_least=0,
         may_change_on_resume=True,
     ),
     Option(
-        "TRAIN.KEEP",
-        2,
-        "number of newest resumable checkpoints to keep",
-        ("--keep",),
-        above=0,
-        may_change_on_resume=True,
+        "TRAIN.KEEP", 2, "number of newest resumable checkpoints to keep", "--keep", above=0, may_change_on_resume=True
     ),
     # Run
     Option(
         "OUTPUT_DIR",
         "./checkpoints",
         "checkpoints are written to <output-dir>/<model_id>/",
-        ("--output-dir",),
+        "--output-dir",
         may_change_on_resume=True,
         metavar="DIR",
     ),
@@ -301,7 +280,7 @@ OPTIONS = (
         "LOG_DIR",
         "./models",
         "logs are written to <log_dir>/<model_id>/",
-        ("--log_dir",),
+        "--log_dir",
         may_change_on_resume=True,
         metavar="DIR",
     ),
@@ -309,36 +288,25 @@ OPTIONS = (
         "MODEL_ID",
         "",
         "name of the run (default: <dataset>_<splitBy>_<swin_type>_<time>)",
-        ("--model_id",),
+        "--model_id",
         may_change_on_resume=True,
     ),
-    Option("PRINT_FREQ", 10, "steps between log lines", ("--print-freq",), above=0, may_change_on_resume=True),
+    Option("PRINT_FREQ", 10, "steps between log lines", "--print-freq", above=0, may_change_on_resume=True),
     Option(
         "BATCH_SIZE",
         6,
         "samples per process and forward pass",
-        ("-b", "--batch-size"),
+        "-b --batch-size",
         BOTH,
         above=0,
         may_change_on_resume=True,
     ),
     Option(
-        "WORKERS",
-        2,
-        "data-loading workers per process",
-        ("-j", "--workers"),
-        BOTH,
-        at_least=0,
-        may_change_on_resume=True,
+        "WORKERS", 2, "data-loading workers per process", "-j --workers", BOTH, at_least=0, may_change_on_resume=True
     ),
     Option(
-        "PIN_MEM",
-        False,
-        "page-locked memory for faster transfers to a GPU",
-        ("--pin_mem",),
-        BOTH,
-        may_change_on_resume=True,
+        "PIN_MEM", False, "page-locked memory: faster transfers to a GPU", "--pin_mem", BOTH, may_change_on_resume=True
     ),
-    Option("SEED", 0, "random seed", ("--seed",), BOTH, at_least=0),
-    Option("DEVICE", "auto", "auto, cpu, cuda or cuda:N", ("--device",), BOTH, may_change_on_resume=True),
+    Option("SEED", 0, "random seed", "--seed", BOTH, at_least=0),
+    Option("DEVICE", "auto", "auto, cpu, cuda or cuda:N", "--device", BOTH, may_change_on_resume=True),
 )

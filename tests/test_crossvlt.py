@@ -261,7 +261,7 @@ def test_defaults_are_the_published_ones():
     [
         ({"swin_type": "huge"}, "tiny, small, base, large"),
         ({"fusion": "early"}, "cross, vision, late"),
-        ({"num_heads": (5, 6, 12, 24)}, "Stage 0"),
+        ({"num_heads": (5, 6, 12, 24)}, "stage 0 cannot be divided"),
         ({"depths": (2, 2)}, "4 entries"),
         ({"text_heads": 7}, "7 equal heads"),
         ({"window_size": 1}, "window_size"),

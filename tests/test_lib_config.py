@@ -267,7 +267,7 @@ def test_a_conflict_names_the_flag_and_the_file(tmp_path):
 def test_every_boolean_can_be_unset_by_a_flag():
     for option in OPTIONS:
         if isinstance(option.default, bool):
-            flag = "--no_alignment" if option.key == "TRAIN.ALIGNMENT" else f"--no-{option.flags[-1][2:]}"
+            flag = "--no_alignment" if option.key == "TRAIN.ALIGNMENT" else f"--no-{option.flag_names[-1][2:]}"
             cfg, _ = resolved(flag, base={option.key: True})
             assert config.lookup(cfg, option.key) is False
     assert resolved("--alignment", base={"TRAIN.ALIGNMENT": False})[0].TRAIN.ALIGNMENT

@@ -154,7 +154,11 @@ def test_an_image_is_encoded_once_for_all_its_sentences():
 
 @pytest.mark.parametrize(
     ("evaluated", "message"),
-    [([[0, 1], [1, 2]], "1 was evaluated twice"), ([[0, 2]], "1 of 3 expressions were not"), ([[0, 3]], "was not requested")],
+    [
+        ([[0, 1], [1, 2]], "1 was evaluated twice"),
+        ([[0, 2]], "1 of 3 expressions were not"),
+        ([[0, 3]], "not requested"),
+    ],
 )
 def test_every_expression_is_evaluated_exactly_once(monkeypatch, evaluated, message):
     """A loader that repeats, forgets or invents expressions is a bug and is reported."""
