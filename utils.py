@@ -134,7 +134,7 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
-    """Call ``function`` on every process; return its result and the first UserError message of any process, or ""."""
+    """Call ``function`` on every process. Return its result and the first error message (UserError) or ""."""
     result, reason = None, ""
     try:
         result = function()
@@ -146,7 +146,7 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
 def sum_over_processes(values: list[float]) -> list[float]:
     """Return the element-wise sums over all processes, in float64, identical on every process.
 
-    The numbers are exchanged between the CPUs, so that nobody waits for a GPU. All processes pass equally many values.
+    The values are exchanged between CPUs, without synchronizing with a GPU. All processes must pass equally many.
     """
     if not dist.is_initialized():
         return values
@@ -170,7 +170,7 @@ class _TerminalHandler(logging.StreamHandler):
 
 
 class _History(logging.Handler):
-    """Keep the lines logged before the log file exists, so that the file contains them as well."""
+    """Keep the records logged before the log file is opened. They are written to the file later."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class _History(logging.Handler):
 
 class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
-        """Ignore a full disk: the log stops, and whatever needs the disk reports the error itself."""
+        """Ignore OSErrors, such as a full disk. Code that depends on the disk raises its own error."""
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
 
@@ -215,7 +215,7 @@ def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
 
 
 def warn_once(message: str, *args: Any) -> None:
-    """Log a warning that all processes have in common, on the first one only."""
+    """Log a warning on the main process only."""
     if launched_rank() == 0:
         LOGGER.warning(message, *args)
 
@@ -228,7 +228,7 @@ def derive_seed(*parts: int | str) -> int:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause the garbage collector while millions of records are created, which halves the time this takes."""
+    """Pause the garbage collector while millions of records are created. This halves the time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Baselines that ignore the sentence: what a dataset's images and objects alone give away."""
+"""Baselines that ignore the sentence. They show which metrics are possible without reading it."""
 
 from collections import defaultdict
 
@@ -13,9 +13,9 @@ from refer.masks import resize_mask
 def baseline_metrics(dataset: ReferDataset, protocol: Protocol) -> dict[str, dict[str, float]]:
     """Return the metrics of two predictions that ignore the sentence.
 
-    ``all foreground``: every pixel. ``best object``: for each image the one of its objects with the highest mean IoU
-    over the image's expressions. This uses the target masks, so no method that ignores the sentence and predicts one of
-    these objects has a higher mean IoU.
+    ``all foreground`` predicts every pixel. ``best object`` predicts, for each image, the object with the highest mean
+    IoU over the image's expressions. It uses the target masks, so it is the best possible method that ignores the
+    sentence and predicts one of these objects.
     """
     all_foreground: list[tuple[int, int]] = []  # intersections and unions
     best_object: list[tuple[int, int]] = []
@@ -24,7 +24,7 @@ def baseline_metrics(dataset: ReferDataset, protocol: Protocol) -> dict[str, dic
         by_image[expression.image_id].append((index, expression.ref_id))
     for expressions in by_image.values():
         masks: dict[int, torch.Tensor] = {}  # by ref_id
-        for index, ref_id in reversed(expressions):  # of equally good objects the one mentioned last is the best
+        for index, ref_id in reversed(expressions):  # of equally good objects, the one mentioned last is used
             if ref_id not in masks:
                 masks[ref_id] = _target_mask(dataset, index, protocol)
         targets = torch.stack([masks[ref_id] for _, ref_id in expressions])

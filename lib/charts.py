@@ -7,9 +7,9 @@ from pathlib import Path
 from lib.errors import UserError
 from lib.files import atomic_write
 
-# Distinguishable for colour-blind readers (Okabe and Ito).
+# Distinguishable for color-blind readers (Okabe and Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b")
-GREY = "#555555"
+GRAY = "#555555"
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 9,
@@ -22,8 +22,8 @@ STYLE = {
     "axes.spines.right": False,
     "grid.color": "#e4e4e4",
     "grid.linewidth": 0.6,
-    "xtick.color": GREY,
-    "ytick.color": GREY,
+    "xtick.color": GRAY,
+    "ytick.color": GRAY,
     "figure.titlesize": 9,
     "lines.markersize": 2.8,
     "legend.frameon": False,

@@ -1,4 +1,4 @@
-"""What all commands share: the argument parser, suggestions for typos, exit statuses. Imports no torch."""
+"""Shared by all commands: argument parser, suggestions for typos, exit statuses. Imports no torch."""
 
 import argparse
 import difflib
@@ -25,7 +25,7 @@ class Parser(argparse.ArgumentParser):
     def option_names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:  # type: ignore[override]
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"Unknown flag {unknown[0]}." + did_you_mean(unknown[0].split("=")[0], self.option_names()))
@@ -43,11 +43,11 @@ def did_you_mean(name: str, candidates: Sequence[str]) -> str:
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run an entry point and translate how it ends into an exit status.
+    """Call a command's main function and exit with a status that says how it ended.
 
     Exit statuses: 0 success; 1 a bug (with traceback) or another process that died; 2 a user's mistake (one line);
     75 stopped by a signal with everything saved; 130 Ctrl-C with nothing to save; 141 stdout was closed by its reader.
-    A mistake that all processes find before they have joined is printed by one process per node.
+    A mistake found before the processes have joined a group is printed by one process per node.
     """
     status = 0
     rank = os.environ.get("RANK", "0")
@@ -82,7 +82,7 @@ def run_command(main: Callable[[], None]) -> None:
     distributed = _distributed()
     if distributed is not None:
         if status not in (0, EXIT_STOPPED):
-            # An orderly shutdown would wait for processes that are stuck without this one.
+            # destroy_process_group() would wait for the other processes, which are waiting for this one.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
@@ -92,23 +92,23 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _distributed() -> Any:
-    """torch.distributed if the command has loaded it and joined a process group, else None."""
+    """Return torch.distributed if the command has loaded it and joined a process group, else None."""
     distributed = sys.modules.get("torch.distributed")
     return distributed if distributed is not None and distributed.is_initialized() else None
 
 
 def _stdout_is_closed() -> bool:
-    """Return whether the reader of stdout is gone, as in ``… | head``; stdout is then redirected to /dev/null."""
+    """Return whether stdout is a closed pipe, as after ``… | head``. If so, redirect stdout to /dev/null."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)  # POLLERR is always reported
     if not any(event & select.POLLERR for _, event in poll.poll(0)):
         return False
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python complains at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python prints an error at exit
     return True
 
 
 def report(text: str) -> None:
-    """Print why a command ends to stderr, and write it to the run's log file."""
+    """Print the reason why a command ends to stderr, and append it to the run's log file if there is one."""
     print(text, file=sys.stderr)
     for handler in LOGGER.handlers:
         if isinstance(handler, logging.FileHandler):
@@ -116,7 +116,7 @@ def report(text: str) -> None:
 
 
 def is_lost_process(error: Exception) -> bool:
-    """Return whether a collective operation failed because another process is gone."""
+    """Return whether a collective operation failed because another process has ended."""
     distributed = sys.modules.get("torch.distributed")
     return (distributed is not None and isinstance(error, distributed.DistError)) or (
         isinstance(error, RuntimeError) and re.search(r"gloo|[Cc]onnection (closed|reset)", str(error)) is not None
@@ -124,7 +124,7 @@ def is_lost_process(error: Exception) -> bool:
 
 
 def _message(error: UserError) -> str:
-    """Return the message. A data-loading worker passes its whole traceback as the message; its last line counts."""
+    """Return the error's message. For an error in a data-loading worker, this is the last line of its traceback."""
     text = str(error).strip()
     if "Traceback (most recent call last)" in text:
         text = re.sub(r"^lib\.errors\.\w+: ", "", text.splitlines()[-1])

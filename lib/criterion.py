@@ -14,9 +14,9 @@ class CrossVLTCriterion(nn.Module):
     """Published loss: 2 · cross-entropy + sum of the alignment terms of the four stages.
 
     Args:
-        alignment: False removes the alignment terms (the paper's ablation).
+        alignment: whether the loss has the alignment terms. False is an ablation of the paper.
         segmentation_weight: factor of the cross-entropy.
-        class_weights: of background and object in the cross-entropy.
+        class_weights: weights of background and object in the cross-entropy.
     """
 
     def __init__(
@@ -30,12 +30,12 @@ class CrossVLTCriterion(nn.Module):
     def forward(
         self, output: CrossVLTOutput, masks: torch.Tensor, normalizer: float | None = None
     ) -> dict[str, torch.Tensor]:
-        """Compute the loss and its terms, in float32 at least.
+        """Compute the loss and its terms, in float32 or float64.
 
         Args:
-            output: of the network, with similarity maps if alignment is on.
+            output: output of the network, with similarity maps if ``alignment`` is on.
             masks: target masks, int64 [B, H, W] of 0 and 1.
-            normalizer: divisor of the cross-entropy's weighted sum. None: :meth:`weight_sum` of ``masks`` (published).
+            normalizer: divisor of the summed cross-entropy. None: :meth:`weight_sum` of ``masks`` (published).
 
         Returns:
             ``loss``: scalar. ``segmentation``: scalar, the cross-entropy without its factor. ``alignment``: one term

@@ -4,11 +4,11 @@ EXIT_BUG = 1
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: stopped by a signal after saving everything; run the command again
 EXIT_INTERRUPTED = 130
-EXIT_PIPE = 141  # what a shell reports for a program that wrote to a closed pipe
+EXIT_PIPE = 141  # as in a shell, for a program that wrote to a closed pipe
 
 
 class UserError(ValueError):
-    """A user's mistake (a flag, a file, an annotation). The message is one line that says what to do."""
+    """A user's mistake in a flag, a file or an annotation. The message is one line: what is wrong, and what to do."""
 
 
 class MissingFileError(UserError, FileNotFoundError):
@@ -16,4 +16,4 @@ class MissingFileError(UserError, FileNotFoundError):
 
 
 class StoppedError(Exception):
-    """A signal asked the program to stop, and its work is saved."""
+    """The program was stopped by a signal after saving its work."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lib.errors import UserError
 
-METRICS_FILE = "metrics.jsonl"  # of a training run, in the folder of its logs
+METRICS_FILE = "metrics.jsonl"  # in the log folder of a training run
 
 
 def file_sha256(path: str | Path) -> str:
@@ -28,8 +28,8 @@ def duplicate_files(paths: Iterable[Path], *, suspects: Collection[Path] | None 
     """Return the groups of files with identical content. Only files of equal size are read.
 
     Args:
-        paths: of the files. Files that are missing or unreadable are in no group.
-        suspects: only files that have the size of one of these are read; None: all of ``paths``.
+        paths: files to compare. Missing and unreadable files are in no group.
+        suspects: return only groups in which a file of equal size is one of these; None: return all groups.
     """
     same_size = _group(paths, lambda path: path.stat().st_size)
     if suspects is not None:
@@ -155,8 +155,8 @@ def check_writable(path: str | Path, *, suffix: str = "", inputs: Iterable[str |
     """Check before a long computation that its result can be written.
 
     Args:
-        path: of the output file.
-        suffix: required ending of its name.
+        path: the output file.
+        suffix: required ending of the file name.
         inputs: files and folders that the command reads; none of them may be overwritten.
 
     Raises:

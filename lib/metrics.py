@@ -59,14 +59,14 @@ def compute_metrics(
 def expression_terms(
     counts: Sequence[tuple[int, int]] | np.ndarray, thresholds: Sequence[float], *, strict: bool
 ) -> np.ndarray:
-    """Return what each expression adds to the sums that the metrics are computed from, float64 [n, T + 4].
+    """Return the terms that each expression adds to the sums from which metrics are computed, float64 [n, T + 4].
 
     The columns are 1 or 0 for each threshold (reached or not), the IoU, the intersection, the union, and 1.
     Arguments and errors are those of :func:`compute_metrics`.
     """
     counts = np.asarray(counts, dtype=np.int64)
     if counts.size == 0:
-        raise ValueError("There are no expressions to compute metrics of.")
+        raise ValueError("There are no expressions to compute metrics from.")
     intersections, unions = counts.T
     impossible = (intersections < 0) | (intersections > unions)
     if impossible.any():
@@ -79,7 +79,7 @@ def expression_terms(
 
 
 def metrics_from_sums(sums: np.ndarray) -> np.ndarray:
-    """Return the metrics in percent [..., T + 2] of sums of :func:`expression_terms` [..., T + 4]."""
+    """Return the metrics in percent, [..., T + 2], from sums of :func:`expression_terms`, [..., T + 4]."""
     means = sums[..., :-3] / sums[..., -1:]
     intersection, union = sums[..., -3:-2], sums[..., -2:-1]
     overall = np.divide(intersection, union, out=np.zeros_like(union), where=union > 0)

@@ -16,7 +16,7 @@ PARAMETER_GROUPS = {
     "no_decay": r"backbone\..*(norm|relative_position_bias_table).*",
     "decay": r".*",
 }
-UNUSED = r"backbone\.3\.layers\.linear1\..*"  # the last stage's gate acts on nothing
+UNUSED = r"backbone\.3\.layers\.linear1\..*"  # the gate of the last stage, which has no next stage
 ALIGNMENT_ONLY = r"(backbone\.\d\.layers|lang_stage1\.encoder|lang_stage[234])\.proj\..*"
 
 
@@ -75,13 +75,13 @@ def build_optimizer(
     Args:
         model: a CrossVLT, not wrapped. On a GPU the fused implementation is used, which computes the same update.
         lr: initial learning rate.
-        weight_decay: of the group ``decay``.
+        weight_decay: weight decay of the group ``decay``.
         amsgrad: use the AMSGrad variant.
         train_temperature: as in :func:`group_parameter_names`.
     """
     parameters = dict(model.named_parameters())
     groups = group_parameter_names(list(parameters), train_temperature=train_temperature)
-    assert len(parameters) == sum(map(len, groups)), "a parameter is in no group or in two"
+    assert len(parameters) == sum(map(len, groups)), "A parameter is in no group or in two groups."
     return torch.optim.AdamW(
         [
             {"params": [parameters[name] for name in groups.no_decay], "weight_decay": 0.0},
@@ -100,12 +100,12 @@ def build_lr_scheduler(
     """Build the schedule lr · (1 − step/total_steps)^0.9, stepped after every optimizer step.
 
     Args:
-        optimizer: whose learning rates are scaled.
+        optimizer: its learning rates are scaled.
         total_steps: optimizer steps of the whole training; after them the rate is 0.
         warmup_steps: number of first steps in which the rate increases linearly to the curve (published: 0).
 
     Raises:
-        ValueError: less than one step, or more warm-up than steps.
+        ValueError: ``total_steps`` is less than 1, or ``warmup_steps`` is negative or larger than ``total_steps``.
     """
     if total_steps < 1 or not 0 <= warmup_steps <= total_steps:
         raise ValueError(

@@ -12,7 +12,7 @@ from lib.cli import Parser, did_you_mean
 from lib.errors import UserError
 from lib.variants import EVAL_SIZES, MASK_MODES, MAX_TOKENS
 
-# Properties that all protocols share. They are written into result files, so that a number states how it was computed.
+# Properties that all protocols share. They are written into result files, to document how a number was computed.
 FIXED = {"text": "raw", "sentences": "all", "precision": ">="}
 
 
@@ -21,13 +21,13 @@ class Switch:
     """A setting of a protocol that a flag of the same name can change.
 
     Args:
-        help: of the flag.
-        type: of the value.
+        help: help text of the flag.
+        type: type of the value.
         choices: the allowed values, if there are few.
         limits: exclusive bounds of a number.
-        config_key: key of the configuration that holds the value; test.py's flag is then one of lib.config.
-        needs_model: why the value cannot be changed in a result file without running the model again; empty if it can.
-        without_target: whether it also applies where there is no target mask (``--image``).
+        config_key: key of the option (lib/options.py) that has the value and the flag.
+        needs_model: why lib.rescore cannot change the value without running the model again; empty if it can.
+        without_target: whether the switch applies without a target mask, as for ``--image``.
     """
 
     help: str
@@ -39,7 +39,7 @@ class Switch:
     without_target: bool = False
 
     def flag_options(self) -> dict[str, Any]:
-        """Return keywords for ``add_argument``, without the help text."""
+        """Return keyword arguments for ``add_argument``, without the help text."""
         return {"choices": self.choices} if self.choices else {"type": self.type, "metavar": "X"}
 
     def check(self, flag: str, value: Any) -> None:
@@ -57,7 +57,7 @@ def _switch(default: Any, help: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How logits become a mask, and which target mask it is compared with. Each help text describes its field."""
+    """How logits become a mask, and which target mask it is compared with. The fields' help texts describe them."""
 
     name: str
     gt_mask: str = _switch(
@@ -91,7 +91,7 @@ class Protocol:
 
     @property
     def target_key(self) -> tuple[str, str]:
-        """Which target masks are needed: (gt_mask, eval_size)."""
+        """The target masks that the protocol needs: (gt_mask, eval_size)."""
         return self.gt_mask, self.eval_size
 
     def settings(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ PROTOCOLS = {"paper": PAPER, "original": Protocol("original", gt_mask="union", e
 
 
 def add_protocol_flags(parser: Parser) -> None:
-    """Add ``--protocol`` and a flag for each switch that is not a flag of lib.config."""
+    """Add ``--protocol`` and a flag for each switch that is not an option of lib/options.py."""
     parser.add_argument(
         "--protocol",
         metavar="NAMES",
@@ -121,8 +121,8 @@ def protocol_name(base: str, settings: Mapping[str, Any]) -> str:
     """Return the name of protocol ``base`` with these settings: ``paper``, or ``paper+gt_mask=union``.
 
     Args:
-        base: a key of ``PROTOCOLS``. Of an unknown protocol every setting becomes part of the name.
-        settings: values by the names of switches; missing ones are those of ``base``.
+        base: a key of ``PROTOCOLS``. If it is unknown, every setting becomes part of the name.
+        settings: values by switch name. A missing switch has the value of ``base``.
     """
     unchanged = asdict(PROTOCOLS[base]) if base in PROTOCOLS else {}
     changed = [name for name in SWITCHES if name in settings and settings[name] != unchanged.get(name)]
@@ -134,10 +134,10 @@ def choose_protocols(names: str, **switches: Any) -> list[Protocol]:
 
     Args:
         names: comma-separated keys of ``PROTOCOLS``.
-        switches: values by the names in ``SWITCHES``; None: as the protocol has it.
+        switches: values by switch name. None keeps the value of the protocol.
 
     Raises:
-        UserError: an unknown name or value, or two protocols that the switches make equal.
+        UserError: an unknown name or value, or the switches make two protocols equal.
     """
     changes = {name: value for name, value in switches.items() if value is not None}
     for name, value in changes.items():

@@ -1,11 +1,11 @@
-"""Names and sizes of the published models: the one place where each is written down."""
+"""Names and sizes of the published models. Other modules import them from here."""
 
 IMG_SIZE = 480  # pixels per side of the resized square image
 MAX_TOKENS = 21  # token ids per sentence, [CLS] and [SEP] included
 BERT = "bert-base-uncased"
 BERT_VOCAB_SIZE = 30522
 NUM_STAGES = 4  # of either encoder
-MASK_MODES = ("paper", "union")  # how target masks are rasterised; see refer.masks
+MASK_MODES = ("paper", "union")  # how target masks are rasterized; see refer.masks
 EVAL_SIZES = ("resized", "original")  # at which size masks are compared; see lib.protocols
 
 # The Swin encoders. ``pretrained`` is the ImageNet file, whose window is used by default.

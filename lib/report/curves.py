@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lib.charts import COLORS, GREY, styled_figure
+from lib.charts import COLORS, GRAY, styled_figure
 from lib.errors import MissingFileError, UserError
 from lib.files import METRICS_FILE
 
@@ -170,7 +170,7 @@ def _draw_panel(axes: Any, title: str, runs: list[list[Line]]) -> None:
     entries = 0
     for i, curve in enumerate(PANELS[title]):
         # A colour stands for a run, or for a curve if there is only one run.
-        colors, legend_color = (COLORS, GREY) if len(runs) > 1 else (COLORS[i:], COLORS[i])
+        colors, legend_color = (COLORS, GRAY) if len(runs) > 1 else (COLORS[i:], COLORS[i])
         points = [_points(run, curve) for run in runs]
         for color, (steps, values) in zip(colors, points, strict=False):
             marker = {"marker": "o"} if len(steps) == 1 and curve.kind == "train" else {}  # a line needs two points

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from lib.charts import COLORS, GREY, styled_figure
+from lib.charts import COLORS, GRAY, styled_figure
 from refer.stats.statistics import SplitStatistics
 
 SPLITS = ("train", "val", "testA", "testB", "test")  # have the same colour in every figure
@@ -51,9 +51,9 @@ def _draw_lengths(axes: Any, splits: list[SplitStatistics], colors: Colors) -> N
     cut = splits[0].max_tokens + 0.5
     if has_tokens and cut < end:
         axes.axvspan(cut, end + 0.5, color="#000000", alpha=0.06, linewidth=0)
-        axes.axvline(cut, color=GREY, linestyle="--", linewidth=1)
+        axes.axvline(cut, color=GRAY, linestyle="--", linewidth=1)
         text = f"cut at {splits[0].max_tokens}"
-        axes.text(cut + 0.3, 0.97, text, color=GREY, va="top", rotation=90, transform=axes.get_xaxis_transform())
+        axes.text(cut + 0.3, 0.97, text, color=GRAY, va="top", rotation=90, transform=axes.get_xaxis_transform())
     axes.set_xlim(-0.5, end + 0.5)
     _finish(axes, "Sentence lengths", "tokens with [CLS] and [SEP]" if has_tokens else "words", "% of expressions")
 
