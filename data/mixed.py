@@ -15,15 +15,8 @@ from data.dataset_refer_bert import ReferDataset
 from lib.errors import UserError
 from lib.files import duplicate_files
 from lib.tables import to_text
+from refer.datasets import Counts
 from refer.refer import REFER
-
-
-class Counts(NamedTuple):
-    """Size of a training split or of a part of it."""
-
-    refs: int
-    expressions: int
-    images: int
 
 
 class Part(NamedTuple):
@@ -114,7 +107,7 @@ def mix(
         trained |= {key_of[image] for image in images}
         kept = Counts(len(dataset), len(dataset.expressions), len(images))
         before = Counts(len(refs), sum(len(ref["sentences"]) for ref in refs), len({ref["image_id"] for ref in refs}))
-        removed = Counts._make(b - k for b, k in zip(before, kept, strict=True))
+        removed = Counts._make(total - count for total, count in zip(before, kept, strict=True))
         parts.append(Part(f"{refer.dataset} ({refer.splitBy})", kept, removed))
         datasets.append(dataset)
     if not trained:

@@ -94,7 +94,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     new, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
     with translate_write_errors(path):
         new.mkdir(parents=True, exist_ok=True)
-        with _locked(new):
+        with locked(new):
             try:
                 _restore(path, old)
                 shutil.rmtree(old, ignore_errors=True)
@@ -117,8 +117,8 @@ def _restore(path: Path, old: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder. UserError: another process holds it."""
+def locked(folder: Path) -> Iterator[None]:
+    """Lock an existing folder during the block. UserError: another process has locked it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:

@@ -20,13 +20,13 @@ import numpy as np
 
 from lib.errors import UserError
 from refer.annotations import Record, read_instances, read_refs
-from refer.datasets import COCO_DATASETS, check_dataset, image_folder
+from refer.datasets import COCO_DATASETS, PUBLISHED_COUNTS, Counts, check_dataset, image_folder
 from refer.masks import Segmentation, is_number
 from utils import gc_paused
 
 Ids = int | Iterable[int]
 
-SPLIT_ORDER = ("val", "testA", "testB", "testC", "test")
+SPLIT_ORDER = ("train", "val", "testA", "testB", "testC", "test")  # other splits follow in alphabetical order
 # COCO_train2014_000000000009.jpg in the sets of 2014, 000000000009.jpg in those of 2017.
 COCO_NAME = re.compile(r"(COCO_(?:train|val|test)\d{4}_)?(\d{12})\.jpg", re.ASCII)
 
@@ -75,7 +75,7 @@ class REFER:
             self.refToAnn[ref_id], self.annToRef[annotation["id"]] = annotation, ref
             for sentence in ref["sentences"]:
                 self.Sents[sentence["sent_id"]], self.sentToRef[sentence["sent_id"]] = sentence, ref
-        self._splits = list(dict.fromkeys(ref["split"] for ref in self.data["refs"]))
+        self._splits = sorted({ref["split"] for ref in self.data["refs"]}, key=_split_position)
         # Position in the file by id, for sorting.
         self._ref_rows, self._ann_rows, self._img_rows = (
             {record_id: row for row, record_id in enumerate(index)} for index in (self.Refs, self.Anns, self.Imgs)
@@ -99,7 +99,7 @@ class REFER:
         return annotation
 
     def splits(self) -> list[str]:
-        """Return the split values in the refs file, in the order of their first ref."""
+        """Return the splits in the refs file: train, val, testA, testB, testC, test, then others by name."""
         return list(self._splits)
 
     def choose_splits(self, names: str) -> list[str]:
@@ -109,17 +109,32 @@ class REFER:
             UserError: the file has no such split, or only train.
         """
         if names == "all":
-            known = [split for split in SPLIT_ORDER if split in self._splits]
-            known += sorted(set(self._splits) - {"train", *known})
-            if not known:
+            chosen = [split for split in self._splits if split != "train"]
+            if not chosen:
                 raise UserError(f"--split all: {self.refs_path} has only a train split.")
-            return known
+            return chosen
         chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
         if not chosen:
             raise UserError(f"--split {names!r} is empty. {self.refs_path} has the splits {_listed(self._splits)}.")
         for name in chosen:
             self.getRefIds(split=name)
         return chosen
+
+    def counts(self) -> dict[str, Counts]:
+        """Return the size of each split, of those in the refs file and of the published ones.
+
+        Splits are selected as by :meth:`getRefIds`, so a ref marked ``testAB`` counts for testA and for testB.
+        """
+        counts = {}
+        published = PUBLISHED_COUNTS.get((self.dataset, self.splitBy), {})
+        for split in sorted({*self._splits, *published}, key=_split_position):
+            try:
+                refs = self.loadRefs(self.getRefIds(split=split))
+            except UserError:  # published, but not in this refs file
+                continue
+            expressions = sum(len(ref["sentences"]) for ref in refs)
+            counts[split] = Counts(len(refs), expressions, len({ref["image_id"] for ref in refs}))
+        return counts
 
     def getRefIds(self, image_ids: Ids = (), cat_ids: Ids = (), ref_ids: Ids = (), split: str = "") -> list[int]:
         """Return the ids of the refs that match all filters, in file order.
@@ -234,7 +249,11 @@ class REFER:
         return keys
 
     def is_coco(self, image_id: int) -> bool:
-        """Return whether an image certainly is COCO's: by its dataset, or by a name that is not just a number."""
+        """Return whether an image is certainly one of COCO's.
+
+        Its file name has the prefix COCO_, or in the COCO datasets may also be only a number. Other datasets may number
+        their images in the same way.
+        """
         coco = _match_coco_name(self.Imgs[image_id])
         return coco is not None and (self.dataset in COCO_DATASETS or coco[1] is not None)
 
@@ -242,6 +261,11 @@ class REFER:
 def _match_coco_name(image: Record) -> re.Match[str] | None:
     """Match an image's file name with COCO_NAME. Group 1 is the prefix, None without one; group 2 is the number."""
     return COCO_NAME.fullmatch(image["file_name"].rpartition("/")[2])
+
+
+def _split_position(name: str) -> tuple[int, str]:
+    """Return a sort key for splits."""
+    return SPLIT_ORDER.index(name) if name in SPLIT_ORDER else len(SPLIT_ORDER), name
 
 
 def _listed(names: list[str]) -> str:
@@ -259,7 +283,7 @@ def _as_ids(ids: Ids) -> list[int]:
 def _candidates(
     ids: set[int], by_id: dict[int, Record], images: set[int], by_image: dict[int, list[Record]]
 ) -> Iterable[Record]:
-    """Return the records that can match the filters, through an index if possible instead of a search in all."""
+    """Return the records that can match the filters, if possible through an index instead of all records."""
     if ids:
         return [by_id[record_id] for record_id in ids & by_id.keys()]
     return [record for image in images for record in by_image.get(image, ())] if images else by_id.values()

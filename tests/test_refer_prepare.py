@@ -11,9 +11,8 @@ from PIL import Image
 from published_set import COUNTS, FOLDER, IMAGES, H, W, image_name, requested
 
 from lib.errors import UserError
+from lib.files import locked
 from refer.prepare.archives import Archive
-from refer.prepare.counts import count_splits
-from refer.prepare.files import locked
 from refer.refer import REFER
 
 ZIPS = ["/archive/refcoco.zip", "/zips/train2014.zip"]
@@ -35,7 +34,7 @@ def test_one_command_installs_everything(server, prepare, tmp_path, annotations,
     assert [row[2:] for row in rows[1:]] == [
         [split, *map(str, counts), str(counts.images), "as", "published"] for split, counts in COUNTS.items()
     ]
-    assert count_splits(REFER(tmp_path / "data")) == COUNTS
+    assert REFER(tmp_path / "data").counts() == COUNTS
 
     server.requests.clear()
     assert prepare().out == done.out
@@ -203,7 +202,7 @@ def test_a_download_that_differs_from_the_recorded_hash_is_kept_for_the_user(ser
     for _ in range(2):
         error = prepare("--images", "none", status=2).err
         assert f"{kept} has {hashes['refcoco.zip']['size'] - 1} bytes instead of the recorded" in error
-        assert f"delete the entry 'refcoco.zip' in {tmp_path}/data/hashes.json, otherwise delete refcoco.zip" in error
+        assert f"delete the entry 'refcoco.zip' in {tmp_path}/data/hashes.json. Otherwise, delete refcoco.zip" in error
         assert kept.read_bytes() == server.files["/archive/refcoco.zip"]
     assert requested(server) == ["/archive/refcoco.zip"] * 2
     del hashes["refcoco.zip"]
@@ -260,7 +259,7 @@ def test_an_optional_split_system_can_be_installed_later(server, prepare, tmp_pa
     members = [(f"refcoco/{name}", data) for name, data in annotations.items()]
     members.append(("refcoco/refs(google).p", annotations["refs(unc).p"]))
     server.files["/archive/refcoco.zip"] = pack(tmp_path / "more.zip", members).read_bytes()
-    assert "refs(google).p is not installed; --again downloads it." in prepare("--images", "none").err
+    assert "refs(google).p is not installed. To download it, use --again." in prepare("--images", "none").err
     (root / "hashes.json").unlink()
     prepare("--images", "none", "--again")
     assert REFER(root, "refcoco", "google").getRefIds()
@@ -285,8 +284,9 @@ def test_intact_images_of_the_user_are_never_lost(server, prepare, tmp_path, ima
 
 
 def test_two_commands_do_not_work_in_the_same_folder(server, prepare, tmp_path):
+    (tmp_path / "data").mkdir()
     with locked(tmp_path / "data"):
-        assert f"Another `python -m refer.prepare` uses {tmp_path}/data" in prepare(status=2).err
+        assert f"another process is writing {tmp_path}/data" in prepare(status=2).err
 
 
 def test_a_root_that_cannot_be_written_is_reported(server, prepare, tmp_path):
@@ -310,7 +310,7 @@ def test_a_root_that_cannot_be_written_is_reported(server, prepare, tmp_path):
         (["--dataset", "refcoco", "--mirror", "file:///tmp"], "--mirror file:///tmp must start with http"),
         (["--dataset", "refcoco", "--from", "/absent"], "--from /absent: no such file or folder"),
         (["--dataset", "refcoco", "--stall", "0"], "--stall must be above 0"),
-        (["--dataset", "refcoco", "--tries", "0"], "--tries at least 1"),
+        (["--dataset", "refcoco", "--tries", "0"], "--tries must be at least 1"),
         (["--dataset", "refcoco", "--stall", "1e10"], "at most 86400"),
         (["--weights", "bert", "--again"], "--again has no effect without --dataset"),
         (["--weights", "bert", "--images", "needed"], "--images has no effect without --dataset"),

@@ -99,7 +99,7 @@ def test_flags_without_effect_are_rejected(prepare, flags):
 
 def test_a_missing_optional_split_system_is_mentioned(server, prepare):
     prepare()
-    assert "data/refcoco: refs(google).p is not installed; --again downloads it." in prepare("--check").err
+    assert "data/refcoco: refs(google).p is not installed. To download it, use --again." in prepare("--check").err
 
 
 def test_a_jpeg_with_bytes_after_its_end_is_valid(server, prepare, tmp_path, image_files):

@@ -128,8 +128,8 @@ def test_wrong_weights_are_rejected(server, weights, prepare, tmp_path):
     torch.save({"model": swin}, tmp_path / "code.pth")
     for data, reason in [
         ((tmp_path / "tiny.pth").read_bytes(), "has no patch_embed.proj.weight of Swin base"),
-        ((tmp_path / "code.pth").read_bytes(), "corrupt or not a file of weights"),
-        (weights[SWIN][:-100], "corrupt or not a file of weights"),
+        ((tmp_path / "code.pth").read_bytes(), "corrupt or not a weights file"),
+        (weights[SWIN][:-100], "corrupt or not a weights file"),
         (b"<html>", "a web page"),
     ]:
         server.files[f"/{SWIN}"] = data

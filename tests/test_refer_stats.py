@@ -62,13 +62,13 @@ def test_the_table_and_the_json_report_have_the_same_numbers(tmp_path, run, voca
         assert rows[label] == [str(row[key]) for row in splits]
     for label, key in (
         ("expressions with more than 21 tokens", "cut"),
-        ("expressions of several objects", "ambiguous"),
+        ("expressions used for several objects", "ambiguous"),
         ("objects with several parts", "several_parts"),
         ("objects with overlapping parts", "overlap"),
     ):
         assert rows[label] == [f"{row[key]['count']} ({row[key]['percent']:.2f} %)" for row in splits]
-    assert rows["stored areas wrong by over 1 %"] == ["0 (0.00 %)", "1 (50.00 %)", "–"]
-    assert rows["pixels they lose in the paper's masks"] == ["–", "8.70 %", "–"]
+    assert rows["stored areas that differ by over 1 %"] == ["0 (0.00 %)", "1 (50.00 %)", "–"]
+    assert rows["pixels lost by overlaps in paper mode"] == ["–", "8.70 %", "–"]
     for label, key in (
         ("expressions per ref", "expressions_per_ref"),
         ("words", "words"),
@@ -91,7 +91,7 @@ def test_refshapes_has_its_own_vocabulary(refshapes_root, run):
         # All words are in its vocabulary, so that there are two tokens more than words.
         words, tokens = (float(rows[f"{label}: mean"][column]) for label in ("words", "tokens with [CLS] and [SEP]"))
         assert tokens == pytest.approx(words + 2, abs=0.011)
-        assert rows["stored areas wrong by over 1 %"][column] == "0 (0.00 %)"
+        assert rows["stored areas that differ by over 1 %"][column] == "0 (0.00 %)"
     assert "\nNo image is in two splits (same file or same COCO number).\n" in out
     assert out.splitlines()[-1] == "models/stats/refshapes_unc.png"
 
@@ -150,7 +150,7 @@ def test_invalid_masks_are_left_out_and_the_first_is_reported(tmp_path, run, voc
         (["--dataset", "refcoco,refcocog", "--splitBy", "umd"], "refcoco has no splitBy 'umd'"),
         (
             ["--dataset", "refcoco,refcocog", "--splitBy", "unc,umd,google"],
-            "--splitBy unc,umd,google: 3 names for 2 datasets. Give one for each",
+            "--splitBy unc,umd,google: 3 names for 2 datasets. Pass one for each",
         ),
         (["--dataset", ","], "--dataset ',' contains no name"),
         (["--dataset", "refcocog"], r"refcocog/refs\(umd\)\.p .*`python -m refer\.prepare --dataset refcocog"),

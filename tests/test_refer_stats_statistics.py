@@ -14,7 +14,7 @@ from refer.stats.tables import sharing_table, split_table
 
 def test_numbers_by_hand(tmp_path):
     train, val, test_a = statistics_of(write_dataset(tmp_path), count_tokens)
-    assert [one.split for one in (train, val, test_a)] == ["train", "val", "testA"]
+    assert [one.name for one in (train, val, test_a)] == ["train", "val", "testA"]
     row = val.summary
     assert {name: row[name] for name in ("refs", "expressions", "images", "categories", "objects")} == {
         "refs": 3,
@@ -69,26 +69,26 @@ def test_the_number_of_kept_tokens_is_an_argument(tmp_path):
     assert statistics_of(refer)[1].summary["cut"] is None
 
 
-def test_splits_are_those_of_the_file_in_the_usual_order(tmp_path):
+def test_the_splits_of_the_file_in_the_usual_order(tmp_path):
     names = ["odd", "test", "testB", "testAB", "val", "train", "testA"]
     splits = statistics_of(write_dataset(tmp_path, [(101, 1, name, ["dog"]) for name in names]))
-    assert [one.split for one in splits] == ["train", "val", "testA", "testB", "test", "odd", "testAB"]
+    assert [one.name for one in splits] == ["train", "val", "testA", "testB", "test", "odd", "testAB"]
     assert [one.summary["refs"] for one in splits] == [1] * 7
 
 
-def test_no_mask_is_rasterised_twice(tmp_path, monkeypatch):
+def test_no_mask_is_rasterized_twice(tmp_path, monkeypatch):
     refer, other = write_dataset(tmp_path), write_dataset(tmp_path, split_by="google")
-    rasterised, real = [], REFER.getMask
+    rasterized, get_mask = [], REFER.getMask
 
-    def counted(self, ref, mode="paper"):
-        rasterised.append((ref["ann_id"], mode))
-        return real(self, ref, mode)
+    def counting_get_mask(self, ref, mode="paper"):
+        rasterized.append((ref["ann_id"], mode))
+        return get_mask(self, ref, mode)
 
-    monkeypatch.setattr(REFER, "getMask", counted)
+    monkeypatch.setattr(REFER, "getMask", counting_get_mask)
     known_objects = {}
     first = statistics_of(refer, known_objects=known_objects)
     second = statistics_of(other, known_objects=known_objects)
-    assert sorted(rasterised) == [
+    assert sorted(rasterized) == [
         (101, "union"),
         (102, "paper"),
         (102, "union"),
@@ -102,7 +102,7 @@ def test_no_mask_is_rasterised_twice(tmp_path, monkeypatch):
 def test_a_leak_is_reported_with_its_size(tmp_path):
     splits = statistics_of(write_dataset(tmp_path))
     shared = shared_images(splits)
-    assert [(pair.first.split, pair.second.split, pair.images, pair.expressions) for pair in shared] == [
+    assert [(pair.first.name, pair.second.name, pair.images, pair.expressions) for pair in shared] == [
         ("train", "val", 1, (3, 2))
     ]
     assert sharing_table(splits, shared).splitlines() == [
@@ -126,7 +126,7 @@ def test_without_a_leak(tmp_path):
 def test_records_with_one_file_name_are_the_same_image(tmp_path):
     refer = write_dataset(tmp_path)
     refer.Imgs[3]["file_name"] = refer.Imgs[1]["file_name"]
-    assert {(pair.first.split, pair.second.split) for pair in shared_images(statistics_of(refer))} == {
+    assert {(pair.first.name, pair.second.name) for pair in shared_images(statistics_of(refer))} == {
         ("train", "val"),
         ("train", "testA"),
         ("val", "testA"),

@@ -54,7 +54,6 @@ def main() -> None:
     from lib.tables import to_text
     from lib.visualize import MAX_PANELS, contact_sheet, expression_panel, save_image, spread_indices
     from refer.datasets import Counts
-    from refer.prepare.counts import count_splits
 
     source = Source(args.sentences, args.images, args.instances, args.masks)
     shares = SplitShares(args.val_share, args.test_share, args.seed)
@@ -72,7 +71,7 @@ def main() -> None:
         args.name, source, shares, args.refer_data_root,
         split_by=args.splitBy, link=args.link, force=args.force,
     )  # fmt: skip
-    counts = count_splits(converted.refer)
+    counts = converted.refer.counts()
     print(to_text([("split", *Counts._fields), *((split, *map(str, numbers)) for split, numbers in counts.items())]))
     for warning in converted.warnings:
         print(f"warning: {warning}", file=sys.stderr)

@@ -18,17 +18,17 @@ from lib.cli import LOGGER, Parser, did_you_mean, run_command
 from lib.errors import MissingFileError, UserError
 from refer.datasets import COCO_DATASETS, ROOT, WEIGHTS, installed_datasets, split_systems
 
-MAX_STALL = 86400.0  # seconds, a day
+MAX_STALL = 86400.0  # seconds
 
 
 def get_parser() -> Parser:
     parser = Parser(prog="python -m refer.prepare", description=__doc__)
     add = parser.add_argument
-    names = f"{', '.join(COCO_DATASETS)}; with --check also your own datasets (default with --check: all installed)"
+    names = f"{', '.join(COCO_DATASETS)}; with --check also your own datasets (default: all installed)"
     add("--dataset", nargs="+", metavar="NAME", default=[], help=names)
     add("--root", "--refer_data_root", type=Path, default=ROOT, metavar="DIR", help="default: %(default)s")
     images = (
-        "zip: if a needed image is missing, download train2014.zip (13 GB, and as much again to unpack it); "
+        "zip: if any needed image is missing, download train2014.zip (13 GB, plus 13 GB to unpack it); "
         "needed: download only the missing images, one by one; none: no images (default: %(default)s)"
     )
     add("--images", choices=("zip", "needed", "none"), default="zip", help=images)
@@ -48,14 +48,15 @@ def get_parser() -> Parser:
     add("--keep_zips", action="store_true", help="keep downloaded archives in <root>/downloads/")
     stall = "reconnect after this time without data (default: %(default)g)"
     add("--stall", type=float, default=30.0, metavar="SECONDS", help=stall)
-    tries = "give up a server after this number of failures in a row (default: %(default)s)"
+    tries = "stop using a server after this number of failures in a row (default: %(default)s)"
     add("--tries", type=int, default=5, metavar="N", help=tries)
     return parser
 
 
 def main() -> None:
-    args = get_parser().parse_args()
-    given = [name for name, value in vars(args).items() if value != get_parser().get_default(name)]
+    parser = get_parser()
+    args = parser.parse_args()
+    given = [name for name, value in vars(args).items() if value != parser.get_default(name)]
     if args.check:
         check(args, given)
     else:
@@ -63,11 +64,11 @@ def main() -> None:
 
 
 def check(args: argparse.Namespace, given: Sequence[str]) -> None:
-    """Verify the requested datasets and weights, or all installed datasets."""
+    """Verify the requested datasets and weights, or all installed datasets. ``given``: the flags that are set."""
     unused = [name for name in given if name in ("local", "mirror", "download", "again", "keep_zips", "stall", "tries")]
     if unused or args.images == "needed":
         flag = "images needed" if not unused else {"local": "from"}.get(unused[0], unused[0])
-        raise UserError(f"--{flag} has no effect with --check, which downloads nothing. Remove one of them.")
+        raise UserError(f"--{flag} cannot be combined with --check, which installs nothing.")
     weights = parse_names("--weights", args.weights, WEIGHTS)
     datasets = parse_names("--dataset", args.dataset)
     for name in datasets:
@@ -92,13 +93,13 @@ def check(args: argparse.Namespace, given: Sequence[str]) -> None:
 
 
 def prepare(args: argparse.Namespace, given: Sequence[str]) -> None:
-    """Install the requested weights and datasets."""
+    """Install the requested weights and datasets. ``given``: the flags that are set."""
     weights = parse_names("--weights", args.weights, WEIGHTS)
     datasets = parse_names("--dataset", args.dataset, COCO_DATASETS)
     if not datasets and not weights:
         raise UserError("Pass --dataset refcoco refcoco+ refcocog or --weights swin_base bert. See --help.")
     if not 0 < args.stall <= MAX_STALL or args.tries < 1:
-        raise UserError(f"--stall must be above 0 and at most {MAX_STALL:g}, and --tries at least 1.")
+        raise UserError(f"--stall must be above 0 and at most {MAX_STALL:g}, and --tries must be at least 1.")
     unused = [name for name in given if name in ("again", "keep_zips", "images")]
     if unused and not datasets:
         raise UserError(f"--{unused[0]} has no effect without --dataset.")
@@ -126,7 +127,7 @@ def prepare(args: argparse.Namespace, given: Sequence[str]) -> None:
 
 
 def parse_names(flag: str, values: Sequence[str], known: Sequence[str] = ()) -> list[str]:
-    """Split names at spaces and commas and remove repetitions. UserError: a name is not among the ``known`` ones."""
+    """Split names at commas and remove duplicates. UserError: a name is not one of ``known``."""
     names = list(dict.fromkeys(name for value in values for name in value.split(",") if name))
     for name in names:
         if known and name not in known:

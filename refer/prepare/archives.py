@@ -1,7 +1,7 @@
 """Unpack zip archives from the internet safely.
 
-An archive is rejected as a whole, before anything is written, if a single member could be written outside the target
-folder, is a link, or has an impossible size. The target path of each unpacked member is chosen by the caller.
+If any member could be written outside the target folder, is a link, or has an impossible size, the whole archive is
+rejected before anything is written. The caller chooses the path of each unpacked member.
 """
 
 import lzma
@@ -18,7 +18,7 @@ from lib.files import translate_write_errors
 from refer.prepare.files import RejectedError
 
 CHUNK = 1 << 20  # bytes
-MAX_BYTES = 64 * 10**9  # of all unpacked members
+MAX_BYTES = 64 * 10**9  # total size of the unpacked members
 MAX_RATIO = 1100  # deflate compresses at most by a factor of about 1032
 ZIP_ERRORS = (
     zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
@@ -34,7 +34,7 @@ class Archive:
         self._file = file
 
     def files(self, folder: str) -> dict[str, zipfile.ZipInfo]:
-        """Return {file name: member} of the files directly inside a folder of this name, wherever it is.
+        """Return {file name: member} of the files directly inside folders of this name, at any depth.
 
         Raises:
             RejectedError: two files have the same name.
@@ -63,7 +63,7 @@ class Archive:
             _reject_corrupt(),
             self._file.open(member) as source,
         ):
-            while chunk := source.read(min(CHUNK, remaining + 1)):  # up to the end, where the CRC is compared
+            while chunk := source.read(min(CHUNK, remaining + 1)):  # reads to the end, where zipfile compares the CRC
                 remaining -= len(chunk)
                 if remaining < 0:
                     break
@@ -87,7 +87,7 @@ def open_archive(path: Path) -> Iterator[Archive]:
 def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
     names: set[str] = set()
     for member in members:
-        name = member.orig_filename  # as stored; zipfile has cut ``filename`` at a zero byte
+        name = member.orig_filename  # as stored; zipfile truncates ``filename`` at a zero byte
         reason = ""
         if name.startswith("/") or re.match("[A-Za-z]:", name) or "\\" in name or "\0" in name:
             reason = "is not a plain relative name"
@@ -104,7 +104,7 @@ def _check_members(path: Path, members: list[zipfile.ZipInfo]) -> None:
         if reason:
             raise RejectedError(f"unsafe archive: member {name!r} {reason}")
         names.add(name)
-    packed, unpacked = sum(one.compress_size for one in members), sum(one.file_size for one in members)
+    packed, unpacked = sum(member.compress_size for member in members), sum(member.file_size for member in members)
     if packed > path.stat().st_size or unpacked > MAX_BYTES:
         raise RejectedError(f"unsafe archive: its members claim to unpack {packed} bytes to {unpacked}")
 

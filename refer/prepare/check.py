@@ -17,28 +17,28 @@ from refer.prepare.weights import find_weight_faults
 def check_datasets(root: Path, datasets: Sequence[str], *, check_images: bool = True) -> list[str]:
     """Print the counts of installed datasets. Return a message for each problem, with the command that repairs it."""
     hashes, problems, summaries = Hashes(root), [], []
-    at = f" --root {shlex.quote(str(root))}" if root != ROOT else ""
+    root_flag = f" --root {shlex.quote(str(root))}" if root != ROOT else ""
     for dataset in datasets:
         try:
             found, messages = find_annotation_problems(root, dataset, hashes)
         except UserError as error:  # a folder that is not a dataset
             found, messages = [], [str(error)]
-        command = f"python -m refer.prepare --dataset {dataset}{at}{'' if check_images else ' --images none'}"
-        hint = f" To install it: `{command}`." if dataset in COCO_DATASETS else ""
+        command = f"python -m refer.prepare --dataset {dataset}{root_flag}{'' if check_images else ' --images none'}"
+        hint = f" To install the published files: `{command}`." if dataset in COCO_DATASETS else ""
         problems += [f"{message.rstrip('.')}.{hint}" for message in messages]
         summaries += found
         if found and (missing := missing_split_systems(root, dataset)):
-            LOGGER.info(f"{Path(root, dataset)}:{missing}")
+            LOGGER.info(f"{Path(root, dataset)}: {missing}")
     faults: dict[Path, dict[str, str]] = {}
     for folder in dict.fromkeys(summary.image_dir for summary in summaries) if check_images else ():
         users = [summary for summary in summaries if summary.image_dir == folder]  # the COCO datasets share a folder
-        faults[folder] = find_image_faults(folder, {name: size for one in users for name, size in one.sizes.items()})
+        faults[folder] = find_image_faults(folder, {name: size for user in users for name, size in user.sizes.items()})
         if faults[folder]:
-            problems.append(describe_faults(folder, faults[folder]) + _repair_hint(users, faults[folder], at))
+            problems.append(describe_faults(folder, faults[folder]) + _repair_hint(users, faults[folder], root_flag))
     for name in (*(f"{dataset}.zip" for dataset in datasets), COCO_ZIP):
         archive = Path(root, DOWNLOADS, name)
         if archive.is_file() and (difference := hashes.difference(name, archive)):
-            problems.append(f"{archive} {difference}, otherwise delete the file.")
+            problems.append(f"{archive} {difference}. Otherwise, delete the file.")
     if summaries:
         print(format_counts(summaries, faults))
     return problems
@@ -48,15 +48,18 @@ def check_weights(names: Sequence[str], folder: Path) -> list[str]:
     """Return a message for each file of these ``refer.datasets.WEIGHTS`` that is missing or invalid."""
     command = f"python -m refer.prepare --weights {' '.join(names)} --pretrained {shlex.quote(str(folder))}"
     faults = find_weight_faults(names, folder, Hashes(folder))
-    return [f"{folder / file} {fault}. To install it: `{command}`." for file, fault in faults.items() if fault]
+    hint = f"To install the published file: `{command}`."
+    return [f"{folder / file} {fault}. {hint}" for file, fault in faults.items() if fault]
 
 
-def _repair_hint(summaries: Sequence[Summary], faults: Mapping[str, str], at: str) -> str:
+def _repair_hint(summaries: Sequence[Summary], faults: Mapping[str, str], root_flag: str) -> str:
     """Return the command that downloads images of the COCO datasets; a user's images cannot be downloaded."""
-    coco = [one for one in summaries if one.dataset in COCO_DATASETS and faults.keys() & one.sizes.keys()]
+    coco = [
+        summary for summary in summaries if summary.dataset in COCO_DATASETS and faults.keys() & summary.sizes.keys()
+    ]
     if not coco:
         return ""
     names = " ".join(dict.fromkeys(summary.dataset for summary in coco))
     covers_all = faults.keys() <= set().union(*(summary.sizes for summary in coco))
     images = "them" if covers_all else f"those of {names}"
-    return f" To download {images}: `python -m refer.prepare --dataset {names}{at} --images needed`."
+    return f" To download {images}: `python -m refer.prepare --dataset {names}{root_flag} --images needed`."

@@ -1,9 +1,9 @@
-"""Download files so that an interrupted download can be resumed at any time.
+"""Download files and resume interrupted downloads.
 
-Received bytes are in ``<file>.part``. Beside it, ``<file>.part.json`` identifies the file on the server by address,
-size and version (ETag or date); only bytes of the same version are appended. The part is renamed when it is complete.
-``<file>.part.json`` is deleted when the file has been installed. Until then it shows that refer.prepare downloaded the
-file, and therefore may delete it.
+Received bytes are written to ``<file>.part``, which is renamed to ``<file>`` when it is complete. ``<file>.part.json``
+identifies the file on the server by its address, size and version (ETag or date); only bytes of the same version are
+appended. It is deleted when the file has been installed. Until then it shows that refer.prepare downloaded the file and
+may delete it.
 """
 
 import itertools
@@ -20,9 +20,9 @@ from lib.files import translate_write_errors
 from refer.prepare.files import Hashes, Progress, RejectedError, check_free_space, replace_keeping
 from refer.prepare.http import ConnectionLostError, VersionChangedError, open_url, parse_number, read_chunks
 
-FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds before the next attempt; doubled after each failure
-RESET_BYTES = 1 << 20  # an attempt that gets this much further than all before it resets the count of failures
-FIRST_BYTES = {  # of files with this suffix; torch.save writes zip files, years ago pickles
+FIRST_PAUSE, MAX_PAUSE = 1.0, 60.0  # seconds before the next attempt; the pause doubles after each failure
+RESET_BYTES = 1 << 20  # an attempt that advances the download by this much resets the count of failures
+FIRST_BYTES = {  # by suffix; torch.save writes zip files, and wrote pickles before PyTorch 1.6
     ".zip": (b"PK\x03\x04",),
     ".jpg": (b"\xff\xd8",),
     ".pth": (b"PK\x03\x04", b"\x80\x02"),
@@ -33,7 +33,7 @@ FIRST_BYTES = {  # of files with this suffix; torch.save writes zip files, years
 
 @dataclass(frozen=True)
 class Options:
-    """Where files may come from."""
+    """Sources of files, and how to download."""
 
     local: tuple[Path, ...] = ()  # the user's files and folders (--from)
     download: bool = True
@@ -44,7 +44,7 @@ class Options:
 
 
 class Partial:
-    """The part of a file that was downloaded so far, and the identity of that file."""
+    """A partial download: the bytes received so far and the identity of the file on the server."""
 
     def __init__(self, target: Path) -> None:
         self.path = target.with_name(f"{target.name}.part")
@@ -62,7 +62,8 @@ class Partial:
         return state if isinstance(state, dict) and isinstance(state.get("size"), int) else {}
 
     def start(self, url: str, size: int | None, validator: str | None) -> None:
-        # In this order: if the process is killed in between, no part remains that seems to belong to this file.
+        """Begin a new download."""
+        # The state is deleted first and written last, so that a killed process never leaves a state and other bytes.
         self.state_path.unlink(missing_ok=True)
         self.path.write_bytes(b"")
         self.state_path.write_text(json.dumps({"address": url, "size": size, "validator": validator}, indent=1))
@@ -82,20 +83,20 @@ def install_from_sources(
     options: Options,
     unpack_factor: float = 0.0,
 ) -> None:
-    """Install the first valid file among the user's files, an earlier download, and the files at some addresses.
+    """Install a file from the first valid source: one of the user's files, an earlier download, or an address.
 
     Args:
         install: verifies a file and installs it; raises RejectedError if the file is not valid.
         local: the user's files, tried first.
-        urls: published addresses; ``options.mirrors`` are tried before them.
-        target: path of the downloaded file. A file that is already there is only deleted if an interrupted run of this
-            function downloaded it.
+        urls: published addresses, tried after ``options.mirrors``.
+        target: path of the downloaded file. An existing file is tried before the addresses, and is deleted only if an
+            interrupted run of this function downloaded it.
         hashes: a downloaded file is compared with the entry of its name, or recorded if there is none.
-        options: where files may come from.
-        unpack_factor: disk space for unpacking, relative to the size of the file.
+        options: sources of files.
+        unpack_factor: disk space needed for unpacking, relative to the size of the file.
 
     Raises:
-        UserError: no source has a valid file (the message gives the reason for each), or the disk is full.
+        UserError: no source has a valid file (the message names the reason for each), or the disk is full.
     """
     reasons = []
     for source in local:
@@ -114,9 +115,9 @@ def install_from_sources(
             return _install_download(target, install, hashes, options)
         except RejectedError as error:
             LOGGER.warning(f"{target}: {error}")
-    begun = Partial(target).state().get("address")
+    partial_address = Partial(target).state().get("address")  # tried first, because only it can be resumed
     urls = [*(f"{mirror}/{target.name}" for mirror in options.mirrors), *urls]
-    for url in sorted(urls, key=lambda url: url != begun):
+    for url in sorted(urls, key=lambda url: url != partial_address):
         LOGGER.info(f"Downloading {target.name} from {url}")
         try:
             download(url, target, options, unpack_factor)
@@ -128,22 +129,22 @@ def install_from_sources(
             LOGGER.info("Run the same command again to resume the download.")
             raise
     raise UserError(
-        f"cannot download {target.name} ({'; '.join(reasons)}). Download it by hand and pass it with --from, or name "
+        f"Cannot download {target.name} ({'; '.join(reasons)}). Download it by hand and pass it with --from, or pass "
         "another server with --mirror."
     )
 
 
 def _install_download(target: Path, install: Callable[[Path], None], hashes: Hashes, options: Options) -> None:
-    """Install and record ``target``, then delete it if it was downloaded for that.
+    """Install and record ``target``. Then delete it if refer.prepare downloaded it.
 
     Raises:
-        RejectedError: the file is not valid; it was deleted if it had been downloaded.
-        UserError: it differs from the recorded file. It is kept, because either of the two may be the right one.
+        RejectedError: the file is not valid. If refer.prepare downloaded it, it is deleted.
+        UserError: it differs from the recorded file. It is kept, because the record may be wrong.
     """
     part = Partial(target)
     is_downloaded = part.state_path.exists() and not part.path.exists()
     if difference := hashes.difference(target.name, target):
-        raise UserError(f"{target} {difference}, otherwise delete {target.name}. Then run the same command again.")
+        raise UserError(f"{target} {difference}. Otherwise, delete {target.name}. Then run the same command again.")
     try:
         install(target)
     except RejectedError:
@@ -161,11 +162,11 @@ def download(url: str, target: Path, options: Options, unpack_factor: float = 0.
     """Download a file completely, resuming an earlier download from the same address.
 
     Raises:
-        RejectedError: the address has no such file, or too many attempts failed.
+        RejectedError: there is no such file at this address, or too many attempts failed in a row.
         UserError: the disk is full or not writable.
     """
     part = Partial(target)
-    failures, most = 0, part.size()
+    failures, most_received = 0, part.size()
     with translate_write_errors(part.path):
         part.path.parent.mkdir(parents=True, exist_ok=True)
         while True:
@@ -175,8 +176,8 @@ def download(url: str, target: Path, options: Options, unpack_factor: float = 0.
             except ConnectionLostError as error:
                 if isinstance(error, VersionChangedError):
                     part.delete()
-                failures = 1 if part.size() >= most + RESET_BYTES else failures + 1
-                most = max(most, part.size())
+                failures = 1 if part.size() >= most_received + RESET_BYTES else failures + 1
+                most_received = max(most_received, part.size())
                 if failures >= options.tries:
                     raise RejectedError(str(error)) from error
                 pause = min(max(FIRST_PAUSE * 2 ** min(failures - 1, 6), error.wait), MAX_PAUSE)
@@ -190,38 +191,42 @@ def _receive(url: str, part: Partial, stall: float, unpack_factor: float) -> Non
     state = part.state()
     if state.get("address") != url:
         state = {}
-    have, size = part.size(), state.get("size")
-    if have and have == size:
+    received, size = part.size(), state.get("size")
+    if received and received == size:
         return
     headers = {}
-    if size and 0 < have < size and state.get("validator"):
-        headers = {"Range": f"bytes={have}-", "If-Range": state["validator"]}
+    if size and 0 < received < size and state.get("validator"):
+        headers = {"Range": f"bytes={received}-", "If-Range": state["validator"]}
     with open_url(url, headers, stall) as response:
         etag = response.headers.get("ETag", "")
         validator = etag if etag.startswith('"') else response.headers.get("Last-Modified")  # a weak ETag is not enough
         chunks = read_chunks(response, stall)
-        if response.status == 206:  # the rest of the file; checked because not all servers respect If-Range
-            is_rest = bool(headers) and response.headers.get("Content-Range") == f"bytes {have}-{size - 1}/{size}"
-            if not is_rest or validator not in (None, state["validator"]):
+        if response.status == 206:  # partial content; not all servers respect If-Range
+            content_range = response.headers.get("Content-Range")
+            if (
+                not headers
+                or content_range != f"bytes {received}-{size - 1}/{size}"
+                or validator not in (None, state["validator"])
+            ):
                 raise VersionChangedError("the file on the server has changed")
         else:
-            have, size = 0, parse_number(response.headers.get("Content-Length"))
+            received, size = 0, parse_number(response.headers.get("Content-Length"))
             chunks = _check_first_bytes(chunks, part.path.stem, size)
         if size:
-            check_free_space(part.path.parent, round(size - have + size * unpack_factor), part.path.stem)
-        if not have:
+            check_free_space(part.path.parent, round(size - received + size * unpack_factor), part.path.stem)
+        if not received:
             part.start(url, size, validator)
         # Unbuffered, so that a killed process loses no byte.
-        with open(part.path, "ab", buffering=0) as file, Progress(part.path.stem, size, initial=have) as progress:
+        with open(part.path, "ab", buffering=0) as file, Progress(part.path.stem, size, initial=received) as progress:
             for chunk in chunks:
-                rest = chunk[: None if size is None else size - have]
-                while rest:  # a write may be partial
-                    written = file.write(rest)
-                    have, rest = have + written, rest[written:]
+                remaining = chunk[: None if size is None else size - received]
+                while remaining:  # an unbuffered write may write only a part
+                    written = file.write(remaining)
+                    received, remaining = received + written, remaining[written:]
                     progress.update(written)
-                if have == size:
+                if received == size:
                     break
-    _check_length(have, size)
+    _check_length(received, size)
 
 
 def _check_length(received: int, size: int | None) -> None:
@@ -230,14 +235,14 @@ def _check_length(received: int, size: int | None) -> None:
 
 
 def _check_first_bytes(chunks: Iterator[bytes], name: str, size: int | None) -> Iterator[bytes]:
-    """Return the unchanged chunks. RejectedError: they are not those of a file with this suffix."""
+    """Return the chunks unchanged. RejectedError: the first bytes do not fit the suffix of the file name."""
     head = b""
     while len(head) < 8 and (chunk := next(chunks, b"")):
         head += chunk
     expected = FIRST_BYTES.get(Path(name).suffix, ())
     if expected and not head.startswith(expected):
         _check_length(len(head), min(8, size or 0))
-        is_page = head.lstrip().lower().startswith((b"<!doc", b"<html", b"<head", b"<?xml"))
-        content = "a web page" if is_page else f"data that starts with {head[:8]!r}" if head else "an empty file"
+        is_web_page = head.lstrip().lower().startswith((b"<!doc", b"<html", b"<head", b"<?xml"))
+        content = "a web page" if is_web_page else f"data that starts with {head[:8]!r}" if head else "an empty file"
         raise RejectedError(f"the server sent {content} instead of {name}")
     return itertools.chain([head], chunks)

@@ -1,6 +1,5 @@
-"""Recorded hashes, replaced files, free space, progress and the lock: what all parts of refer.prepare use."""
+"""What all parts of refer.prepare use: recorded hashes, replacement of files, free space, progress."""
 
-import fcntl
 import filecmp
 import io
 import itertools
@@ -17,23 +16,23 @@ from tqdm import tqdm
 
 from lib.cli import LOGGER
 from lib.errors import UserError
-from lib.files import check_writable, file_sha256, fsync, translate_write_errors, write_text
+from lib.files import check_writable, file_sha256, fsync, locked, translate_write_errors, write_text
 
-DOWNLOADS = "downloads"  # folder below the data root and below pretrained/, removed when it is empty
+DOWNLOADS = "downloads"  # folder in the data root and in pretrained/, removed when it is empty
 HASHES_FILE = "hashes.json"
 MIN_PROGRESS_BYTES = 10_000_000
 LOG_INTERVAL = 15.0  # seconds between progress lines if stderr is not a terminal
 
 
 class RejectedError(Exception):
-    """A source has no usable file, and trying it again would not help. The next source is tried."""
+    """A source has no valid file. It is not tried again; the next source is."""
 
 
 class Hashes:
     """Sizes and SHA-256 sums of verified files, stored in ``hashes.json`` of a folder.
 
-    Nobody publishes checksums of these files. Therefore the first file that passes all checks is recorded, and later
-    downloads and the files on disk are compared with it.
+    No checksums of these files are published. Therefore the first file that passes all checks is recorded, and later
+    downloads and the installed files are compared with it.
 
     Raises:
         UserError: ``hashes.json`` is corrupt.
@@ -44,18 +43,18 @@ class Hashes:
         self.known: dict[str, dict[str, Any]] = {}
         try:
             entries = json.loads(self.path.read_text(encoding="utf-8")).items()
-            self.known = {name: {"size": int(one["size"]), "sha256": str(one["sha256"])} for name, one in entries}
+            self.known = {name: {"size": int(entry["size"]), "sha256": str(entry["sha256"])} for name, entry in entries}
         except FileNotFoundError:
             pass
         except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
             raise UserError(f"{self.path} is corrupt. Delete it to record all hashes again.") from error
 
     def difference(self, name: str, path: Path) -> str:
-        """Describe how a file differs from the one recorded as ``name``; empty if it does not, or if none is."""
+        """Describe how a file differs from the entry ``name``; empty if it does not or if there is no entry."""
         recorded = self.known.get(name)
         if recorded is None:
             return ""
-        size, hint = path.stat().st_size, f"If the new file is right, delete the entry {name!r} in {self.path}"
+        size, hint = path.stat().st_size, f"If the file is right, delete the entry {name!r} in {self.path}"
         if size != recorded["size"]:
             return f"has {size} bytes instead of the recorded {recorded['size']}. {hint}"
         sha256 = file_sha256(path)
@@ -73,7 +72,7 @@ class Hashes:
 
 
 class Progress(tqdm):
-    """A progress bar on a terminal; otherwise a log line every 15 seconds. Files below 10 MB have neither."""
+    """A progress bar, or a log line every 15 seconds if stderr is not a terminal. Files below 10 MB have neither."""
 
     def __init__(self, description: str, total: int | None, *, initial: int = 0, unit: str = "B") -> None:
         settings: dict[str, Any] = {"desc": description, "total": total, "initial": initial, "unit": unit}
@@ -87,7 +86,7 @@ class Progress(tqdm):
         super().__init__(dynamic_ncols=True, **settings)
 
     def display(self, *args: Any, **kwargs: Any) -> None:
-        """Show the current state. tqdm calls this at most once per interval."""
+        """Draw the bar or log the line. tqdm calls this at most once per interval."""
         if self.is_logged:
             LOGGER.debug(str(self))
         else:
@@ -95,7 +94,7 @@ class Progress(tqdm):
 
 
 def replace_keeping(source: Path, target: Path) -> None:
-    """Flush ``source`` to the disk and rename it. Another file of that name is kept as ``<target>.replaced<n>``."""
+    """Flush ``source`` to the disk and rename it. Another file named ``target`` is kept as ``<target>.replaced``."""
     with translate_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         fsync(source)
@@ -108,7 +107,7 @@ def replace_keeping(source: Path, target: Path) -> None:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Create a hard link, or a copy if the two paths are on different disks."""
+    """Create a hard link, or a copy if the paths are on different disks."""
     target.unlink(missing_ok=True)  # copying into an existing hard link would change the file it links to
     try:
         os.link(source.resolve(), target)
@@ -117,7 +116,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def check_free_space(folder: Path, needed: int, purpose: str) -> None:
-    """Raise UserError unless the disk of ``folder`` has ``needed`` free bytes."""
+    """Raise a UserError if the disk of ``folder`` has less than ``needed`` free bytes."""
     free = shutil.disk_usage(folder).free
     if free < needed:
         needed_text, free_text = tqdm.format_sizeof(needed, "B"), tqdm.format_sizeof(free, "B")
@@ -125,27 +124,18 @@ def check_free_space(folder: Path, needed: int, purpose: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Create and lock ``folder`` during the block, because two processes would overwrite each other's files.
+def locked_hashes(folder: Path) -> Iterator[Hashes]:
+    """Create a folder, lock it during the block, and yield its hashes.
 
-    The folder of downloads is removed afterwards if it is empty.
+    Two processes would overwrite each other's files. The folder of downloads is removed afterwards if it is empty.
 
     Raises:
-        UserError: another process holds the lock, or the folder is not writable.
+        UserError: another process holds the lock, the folder is not writable, or ``hashes.json`` is corrupt.
     """
     check_writable(folder / HASHES_FILE)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with locked(folder):
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"Another `python -m refer.prepare` uses {folder}. Wait until it has finished.") from error
-        except OSError:  # a file system without locks
-            pass
-        try:
-            yield
+            yield Hashes(folder)
         finally:
             with suppress(OSError):
                 Path(folder, DOWNLOADS).rmdir()
-    finally:
-        os.close(handle)

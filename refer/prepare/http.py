@@ -1,4 +1,4 @@
-"""GET requests over http and https with timeouts."""
+"""GET requests over HTTP and HTTPS with timeouts."""
 
 import functools
 import http.client
@@ -25,15 +25,15 @@ class ConnectionLostError(Exception):
 
 
 class VersionChangedError(ConnectionLostError):
-    """The part on disk does not belong to the file on the server. The download has to start again."""
+    """The file on the server is not the one that was partially downloaded. The download has to start again."""
 
 
 @contextmanager
 def open_url(url: str, headers: Mapping[str, str], stall: float) -> Iterator[http.client.HTTPResponse]:
-    """Yield the response to a GET request, redirects followed.
+    """Yield the response to a GET request after following redirects.
 
     Raises:
-        ConnectionLostError: no data for ``stall`` seconds, a broken connection, or a temporary error of the server.
+        ConnectionLostError: no data for ``stall`` seconds, a lost connection, or a temporary error of the server.
         RejectedError: any other error.
     """
     if not url.startswith(("http://", "https://")):
@@ -61,7 +61,7 @@ def open_url(url: str, headers: Mapping[str, str], stall: float) -> Iterator[htt
 
 
 def read_chunks(response: http.client.HTTPResponse, stall: float) -> Iterator[bytes]:
-    """Yield the body in the pieces in which it arrives. ConnectionLostError: the connection breaks or stalls."""
+    """Yield the response body as it arrives. ConnectionLostError: the connection is lost or stalls."""
     start, received = time.monotonic(), 0
     while True:
         try:
@@ -79,19 +79,19 @@ def read_chunks(response: http.client.HTTPResponse, stall: float) -> Iterator[by
 
 
 def parse_number(text: str | None) -> int | None:
-    """Return the value of a header if it is a whole number."""
+    """Return the value of a header, or None if it is not a non-negative integer."""
     return int(text) if text and len(text) < 20 and text.isascii() and text.isdigit() else None
 
 
 class RedirectHandler(urllib.request.HTTPRedirectHandler):
-    """Follow redirects to https, and from http to http."""
+    """Follow redirects from HTTP to HTTP and to HTTPS, and no others."""
 
-    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # Python 3.10 does not know 308
+    http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # missing in Python 3.10
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):  # noqa: ANN001, ANN201  (urllib's signature)
-        schemes = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
-        if schemes[1] != "https" and schemes != ("http", "http"):
-            raise RejectedError(f"redirects to {newurl}, which is not followed")
+        old_scheme, new_scheme = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme
+        if new_scheme != "https" and not old_scheme == new_scheme == "http":
+            raise RejectedError(f"redirects to {newurl}, which is not allowed")
         return super().redirect_request(req, fp, 307 if code == 308 else code, msg, headers, newurl)
 
 

@@ -33,12 +33,14 @@ from refer.prepare.files import (
 
 FOLDER = COCO_IMAGES.name  # train2014
 UNPACK_FACTOR = 1.02  # size of the unpacked images relative to their archive
-MEAN_BYTES = 170_000  # of an image, to estimate the disk space of downloads
+MEAN_BYTES = 170_000  # mean size of an image, to estimate the disk space needed
 THREADS = 8
-MAX_FAILURES = 20  # consecutive images that a server fails to deliver before it is given up
+MAX_FAILURES = 20  # a server is no longer used after failing to deliver this number of images in a row
 
 Sizes = Mapping[str, tuple[int, int]]  # file name: width, height
-Files = dict[str, tuple[int, Callable[[Path], object]]]  # file name: size in bytes, function that writes it to a path
+Files = dict[
+    str, tuple[int, Callable[[Path], object]]
+]  # file name: size in bytes, function that writes the file to a path
 
 
 def prepare_images(root: Path, needed: Sizes, hashes: Hashes, options: Options, images: str) -> dict[str, str]:
@@ -48,11 +50,11 @@ def prepare_images(root: Path, needed: Sizes, hashes: Hashes, options: Options, 
         root: folder of the datasets.
         needed: sizes of the images that the annotations need.
         hashes: recorded hashes of ``root``.
-        options: where the images may come from.
+        options: sources of the images.
         images: ``zip``: all of train2014; ``needed``: only the needed images; ``none``.
 
     Returns:
-        {file name: what is wrong} of the needed images that are not installed.
+        {file name: what is wrong} for the needed images that are not installed.
 
     Raises:
         UserError: a download fails, or the disk is full.
@@ -79,7 +81,7 @@ def prepare_images(root: Path, needed: Sizes, hashes: Hashes, options: Options, 
         except RejectedError as error:
             LOGGER.warning(f"{source}: {error}")
         faults = find_image_faults(folder, needed)
-    # An archive that is still here without a recorded hash was not unpacked completely.
+    # An existing archive without a recorded hash was not unpacked completely.
     is_interrupted = images == "zip" and target.is_file() and COCO_ZIP not in hashes.known
     if not faults and not is_interrupted:
         LOGGER.info(f"{folder}: all {len(needed)} needed images are installed.")
@@ -97,13 +99,13 @@ def prepare_images(root: Path, needed: Sizes, hashes: Hashes, options: Options, 
 
 
 def find_image_faults(folder: Path, sizes: Sizes) -> dict[str, str]:
-    """Return {file name: what is wrong} of the images that are missing, corrupt or of another size."""
+    """Return {file name: what is wrong} for the images that are missing, corrupt or of another size."""
     return _map_in_threads(lambda name: image_fault(folder / name, sizes[name]), sizes, "Checking images")
 
 
 def _map_in_threads(function: Callable[[str], str], names: Iterable[str], description: str) -> dict[str, str]:
-    """Return {name: function(name)} without empty results, in order."""
-    # The threads of a ThreadPool are daemons, so Ctrl-C does not wait for them.
+    """Return {name: function(name)} in order, without the names whose result is empty."""
+    # Ctrl-C does not wait for the threads of a ThreadPool, which are daemons.
     names = list(names)
     with ThreadPool(THREADS) as pool, Progress(description, len(names), unit="images") as progress:
         results = {}
@@ -115,9 +117,9 @@ def _map_in_threads(function: Callable[[str], str], names: Iterable[str], descri
 
 
 def image_fault(path: Path, size: tuple[int, int] | None = None) -> str:
-    """Describe what is wrong with an image file; empty if nothing is.
+    """Return what is wrong with an image file; empty if it is valid.
 
-    A JPEG with a proper end marker is considered complete; any other image is decoded.
+    A JPEG that ends with the end marker is taken to be complete; any other image is decoded.
 
     Args:
         path: of the image.
@@ -142,7 +144,7 @@ def image_fault(path: Path, size: tuple[int, int] | None = None) -> str:
 
 
 def describe_faults(folder: Path, faults: Mapping[str, str]) -> str:
-    """Return one line about the faults (at least one) of :func:`find_image_faults`."""
+    """Summarize the faults that :func:`find_image_faults` found, at least one, on one line."""
     invalid = [name for name, fault in faults.items() if fault != "is missing"]
     missing = len(faults) - len(invalid)
     counts = [f"{missing} missing"] * bool(missing) + [f"{len(invalid)} invalid"] * bool(invalid)
@@ -163,7 +165,7 @@ def _local_sources(paths: Sequence[Path]) -> Iterator[Path]:
 
 @contextmanager
 def open_source(source: Path) -> Iterator[Files]:
-    """Yield the COCO images of a folder, or those in the folder ``train2014`` of an archive.
+    """Yield the COCO images in a folder, or those in the folder ``train2014`` of an archive.
 
     Raises:
         RejectedError: the archive is corrupt or unsafe.
@@ -178,21 +180,21 @@ def open_source(source: Path) -> Iterator[Files]:
 
 
 def install_images(files: Files, folder: Path, needed: Sizes, faults: Collection[str], *, source: Path) -> None:
-    """Install those of ``files`` that are missing or invalid in ``folder``.
+    """Install the images of a source that are missing or invalid in ``folder``.
 
     Args:
-        files: images that can be written.
+        files: images of the source, from :func:`open_source`.
         folder: of the installed images.
         needed: sizes of the needed images; an image of another size is not installed.
         faults: names of the needed images that are missing or invalid.
         source: where the files come from, for messages.
 
     Raises:
-        RejectedError: the archive is corrupt. Images installed before remain.
+        RejectedError: the archive is corrupt. The images installed until then remain.
         UserError: the disk is full or not writable.
     """
     existing = {entry.name: entry.stat().st_size for entry in os.scandir(folder) if entry.is_file()}
-    # Of the images that are not needed, an existing file of the same size is taken to be complete.
+    # An image that is not needed is taken to be valid if the existing file has the same size.
     selected = [
         name
         for name, (size, _) in files.items()
@@ -211,11 +213,11 @@ def install_images(files: Files, folder: Path, needed: Sizes, faults: Collection
 def install_image(path: Path, write: Callable[[Path], object], size: tuple[int, int] | None = None) -> str:
     """Write an image under a temporary name, check it and rename it to ``path``.
 
-    Another intact image that has this name is kept as ``<name>.replaced``.
+    If ``path`` is another intact image, that one is kept as ``<name>.replaced``.
 
     Args:
         path: of the installed image.
-        write: writes the image to the path it is called with.
+        write: function that writes the image to a path.
         size: expected width and height; None: do not check the image.
 
     Returns:
@@ -242,21 +244,21 @@ def download_images(missing: Sizes, folder: Path, downloads: Path, options: Opti
     Args:
         missing: sizes of the images.
         folder: of the installed images.
-        downloads: folder for incomplete downloads, removed at the end.
+        downloads: folder for partial downloads, removed at the end.
         options: mirrors and retries.
 
     Raises:
-        UserError: some cannot be downloaded (the others are installed by then), or the disk is full.
+        UserError: some cannot be downloaded (the others have been installed), or the disk is full.
     """
     for name in missing:
         if not is_coco_name(name):
             raise UserError(f"{name!r} is not the name of a COCO image and cannot be downloaded.")
     check_free_space(folder, len(missing) * MEAN_BYTES, f"Downloading {len(missing)} images")
     servers = [f"{mirror}/" for mirror in options.mirrors] + [COCO_URL]
-    failures = dict.fromkeys(servers, 0)  # consecutive ones
+    failures = dict.fromkeys(servers, 0)  # in a row
 
     def install(name: str) -> str:
-        """Return why the image could not be installed from any server."""
+        """Install an image from the first server that has it. Return the reasons if none has; empty if installed."""
         reasons, target = [], downloads / name
         for server in servers:
             if failures[server] >= MAX_FAILURES:
@@ -285,5 +287,5 @@ def download_images(missing: Sizes, folder: Path, downloads: Path, options: Opti
 
 
 def is_coco_name(name: str) -> bool:
-    """Return whether COCO train2014 may have an image of this name."""
+    """Return whether this is a file name of COCO train2014."""
     return re.fullmatch(r"COCO_train2014_\d{12}\.jpg", name, re.ASCII) is not None

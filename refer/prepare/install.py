@@ -1,4 +1,4 @@
-"""Find problems of installed annotation files, and install those of the COCO datasets."""
+"""Verify annotation files, and install those of the COCO datasets."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,10 +12,10 @@ from refer.datasets import COCO_DATASETS, COCO_IMAGES, DATASETS, annotation_urls
 from refer.prepare.archives import open_archive
 from refer.prepare.counts import Summary, format_counts, summarize
 from refer.prepare.download import Options, install_from_sources
-from refer.prepare.files import DOWNLOADS, Hashes, RejectedError, check_free_space, locked, replace_keeping
+from refer.prepare.files import DOWNLOADS, Hashes, RejectedError, check_free_space, locked_hashes, replace_keeping
 from refer.prepare.images import describe_faults, prepare_images
 
-UNPACK_FACTOR = 8.0  # size of unpacked annotations relative to their archive, approximately
+UNPACK_FACTOR = 8.0  # approximate size of unpacked annotations relative to their archive
 
 
 def prepare_datasets(root: Path, datasets: Sequence[str], options: Options, *, images: str, again: bool) -> None:
@@ -24,15 +24,15 @@ def prepare_datasets(root: Path, datasets: Sequence[str], options: Options, *, i
     Args:
         root: folder of the datasets.
         datasets: some of COCO_DATASETS.
-        options: where files may come from.
+        options: sources of files.
         images: as for :func:`refer.prepare.images.prepare_images`.
         again: install annotations even if valid ones exist.
 
     Raises:
         UserError: something cannot be installed.
     """
-    with locked(root):
-        hashes, summaries = Hashes(root), []
+    with locked_hashes(root) as hashes:
+        summaries = []
         for dataset in datasets:
             summaries += prepare_annotations(root, dataset, hashes, options, again=again)
         needed = {name: size for summary in summaries for name, size in summary.sizes.items()}
@@ -40,14 +40,14 @@ def prepare_datasets(root: Path, datasets: Sequence[str], options: Options, *, i
     folder = Path(root, COCO_IMAGES)
     print(format_counts(summaries, {folder: faults}))
     if faults and images != "none":
-        hint = "" if options.download else " Add --download to download what --from lacks."
+        hint = "" if options.download else " Add --download to download what is not in --from."
         raise UserError(f"{describe_faults(folder, faults)}{hint}")
 
 
 def prepare_annotations(
     root: Path, dataset: str, hashes: Hashes, options: Options, *, again: bool = False
 ) -> list[Summary]:
-    """Install a dataset's annotation files, unless valid ones exist, and return their content.
+    """Install a dataset's annotation files, unless valid ones exist, and return a summary per split system.
 
     Args and Raises: see :func:`prepare_datasets`.
     """
@@ -56,7 +56,7 @@ def prepare_annotations(
     if not problems and not again:
         files = {f"{dataset}/{name}": folder / name for name in annotation_files(root, dataset)}
         hashes.record({name: path for name, path in files.items() if path.is_file()})
-        LOGGER.info(f"{folder}: annotations are already installed.{missing_split_systems(root, dataset)}")
+        LOGGER.info(f"{folder}: annotations are already installed. {missing_split_systems(root, dataset)}".rstrip())
         return summaries
     for problem in problems:
         LOGGER.info(f"{problem.rstrip('.')}. Installing the annotations.")
@@ -73,48 +73,49 @@ def prepare_annotations(
 
 
 def annotation_files(root: Path, dataset: str) -> list[str]:
-    """Return the names of the files a dataset can have. Only the first two are required."""
+    """Return the names of all annotation files of a dataset. Only the first two are required."""
     return ["instances.json", *(f"refs({split_by}).p" for split_by in split_systems(root, dataset))]
 
 
 def missing_split_systems(root: Path, dataset: str) -> str:
-    """Return a hint about optional refs files that a COCO dataset lacks, as some archives do; empty if none."""
+    """Return a hint about the optional refs files that a COCO dataset lacks; empty if none. Some archives lack them."""
     names = annotation_files(root, dataset) if dataset in COCO_DATASETS else ()
     missing = [name for name in names if not Path(root, dataset, name).is_file()]
-    return f" {', '.join(missing)} is not installed; --again downloads it." if missing else ""
+    return f"{', '.join(missing)} is not installed. To download it, use --again." if missing else ""
 
 
 def find_annotation_problems(root: Path, dataset: str, hashes: Hashes) -> tuple[list[Summary], list[str]]:
     """Read the annotation files of a dataset, and compare them with the published counts and the recorded hashes.
 
     Returns:
-        The content of the dataset as far as it can be read, and a message for each problem.
+        A summary per split system, none if a file cannot be read, and a message for each problem.
     """
-    folder, names = Path(root, dataset), annotation_files(root, dataset)
-    missing = [folder / name for name in names[:2] if not (folder / name).is_file()]
+    folder, changed = Path(root, dataset), {}
+    paths = {f"{dataset}/{name}": folder / name for name in annotation_files(root, dataset)}
+    missing = [path for path in list(paths.values())[:2] if not path.is_file()]
     if missing:
-        return [], [f"{path} is missing{'' if dataset in COCO_DATASETS else f'. {remedy(path)}'}" for path in missing]
-    changed = {}
-    for name in names:
-        path = folder / name
-        if path.is_file() and (difference := hashes.difference(f"{dataset}/{name}", path)):
-            changed[path] = f"{path} {difference}"
+        return [], [f"{path} is missing.{'' if dataset in COCO_DATASETS else f' {remedy(path)}'}" for path in missing]
+    for name, path in paths.items():
+        if path.is_file() and (difference := hashes.difference(name, path)):
+            changed[path] = f"{path} {difference}."
     try:
         summaries = summarize(root, dataset)
     except UserError as error:  # a changed file that cannot be read needs only one message
         return [], [str(error), *(message for path, message in changed.items() if str(path) not in str(error))]
-    differences = [(summary.name, summary.difference()) for summary in summaries]
-    problems = [f"{folder} is not the published {name}: {difference}" for name, difference in differences if difference]
+    problems = []
+    for summary in summaries:
+        if difference := summary.difference():
+            problems.append(f"{folder} does not have the published counts of {summary.name}: {difference}.")
     return summaries, problems + list(changed.values())
 
 
 def _local_sources(paths: Sequence[Path], dataset: str) -> Iterator[Path]:
-    """Yield the user's archives and folders that may contain a dataset's annotation files."""
+    """Yield those of the user's archives and folders that may contain a dataset's annotation files."""
     for path in paths:
         if path.suffix.lower() == ".zip" and path.is_file():
             yield path
         for folder in (path / dataset, path):
-            # A folder named after another dataset belongs to that one.
+            # A folder with the name of another dataset contains that one.
             if (folder / "instances.json").is_file() and (folder.name == dataset or folder.name not in DATASETS):
                 yield folder
         if (path / f"{dataset}.zip").is_file():
@@ -122,7 +123,7 @@ def _local_sources(paths: Sequence[Path], dataset: str) -> Iterator[Path]:
 
 
 def install_annotations(source: Path, root: Path, dataset: str, hashes: Hashes) -> None:
-    """Copy annotation files from a folder or unpack them from an archive, verify them, and move them into place.
+    """Copy annotation files from a folder or unpack them from an archive, verify them, and move them to ``root``.
 
     Replaced files are kept as ``<name>.replaced``.
 

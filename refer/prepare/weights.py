@@ -9,7 +9,7 @@ from lib.files import translate_write_errors
 from lib.variants import BERT_VOCAB_SIZE, SWIN_VARIANTS
 from refer.datasets import BERT_VOCABULARY, BERT_WEIGHTS, weights_url
 from refer.prepare.download import Options, install_from_sources
-from refer.prepare.files import DOWNLOADS, Hashes, RejectedError, link_or_copy, locked, replace_keeping
+from refer.prepare.files import DOWNLOADS, Hashes, RejectedError, link_or_copy, locked_hashes, replace_keeping
 
 WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 
@@ -17,9 +17,10 @@ WORD_EMBEDDINGS = "embeddings.word_embeddings.weight"
 def find_weight_faults(
     names: Sequence[str], folder: Path, hashes: Hashes, local: Sequence[Path] = ()
 ) -> dict[str, str]:
-    """Return {file name: what is wrong, empty if nothing} for all files of these ``refer.datasets.WEIGHTS``.
+    """Return {file name: what is wrong; empty if valid} for all files of these ``refer.datasets.WEIGHTS``.
 
-    BERT's weights exist under two names. One that is in ``folder`` or among the user's files (``local``) is preferred.
+    BERT's weights are published as two files, of which one is enough. A file in ``folder`` or among the user's files
+    (``local``) is preferred.
     """
     files = []
     for name in names:
@@ -39,8 +40,7 @@ def prepare_weights(names: Sequence[str], folder: Path, options: Options) -> lis
     Raises:
         UserError: no source has a valid file.
     """
-    with locked(folder):
-        hashes = Hashes(folder)
+    with locked_hashes(folder) as hashes:
         faults = find_weight_faults(names, folder, hashes, options.local)
         for file, fault in faults.items():
             path = folder / file
@@ -61,7 +61,7 @@ def prepare_weights(names: Sequence[str], folder: Path, options: Options) -> lis
 
 
 def install_weights(source: Path, path: Path, hashes: Hashes) -> None:
-    """Verify a file and link or copy it to ``path``. RejectedError: it is not the file published by that name."""
+    """Verify a file and link or copy it to ``path``. RejectedError: it is not the published file of that name."""
     if fault := weights_fault(source, path.name) or hashes.difference(path.name, source):
         raise RejectedError(fault)
     temporary = path.with_name(f".{path.name}.part")
@@ -72,12 +72,12 @@ def install_weights(source: Path, path: Path, hashes: Hashes) -> None:
 
 
 def _find(path: Path, name: str) -> Path:
-    """Return where a file of this name would be in ``path``, which is a folder or the file itself."""
+    """Return the path of the file ``name`` if ``path`` is a folder that may contain it, or the file itself."""
     return path if path.name == name and path.is_file() else path / name
 
 
 def weights_fault(path: Path, name: str) -> str:
-    """Describe what is wrong with a file of weights or a vocabulary that is published as ``name``; empty if nothing."""
+    """Return what is wrong with a weights or vocabulary file that is published as ``name``; empty if it is valid."""
     if not path.is_file():
         return "is missing"
     try:
@@ -88,7 +88,7 @@ def weights_fault(path: Path, name: str) -> str:
         shapes = _read_shapes(path, name)
     except Exception as error:  # torch.load and safetensors raise many types for a corrupt file
         details = " ".join(str(error).split("\n")[0].split())[:100]
-        return f"is truncated, corrupt or not a file of weights ({type(error).__name__}: {details})"
+        return f"is truncated, corrupt or not a weights file ({type(error).__name__}: {details})"
     for size, variant in SWIN_VARIANTS.items():
         if name == variant["pretrained"]:
             is_valid = shapes.get("patch_embed.proj.weight") == (variant["embed_dim"], 3, 4, 4)
@@ -98,7 +98,7 @@ def weights_fault(path: Path, name: str) -> str:
 
 
 def _read_shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
-    """Return {key: shape} of the tensors in a file. Of a safetensors file only the header is read."""
+    """Return {key: shape} of the tensors in a file. For a safetensors file, only the header is read."""
     if name.endswith(".safetensors"):
         from safetensors import safe_open
 
@@ -106,7 +106,7 @@ def _read_shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
             return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (not a dict)
     import torch
 
-    # Only zip files, not the older pickles, can be mapped into memory.
+    # Only zip files can be mapped into memory, not the pickles of older PyTorch versions.
     loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     weights = loaded.get("model", loaded)
     return {key: tuple(tensor.shape) for key, tensor in weights.items() if isinstance(tensor, torch.Tensor)}

@@ -4,7 +4,8 @@
     python -m refer.stats --dataset refcocog --splitBy umd --out stats.png --json stats.json
     python -m refer.stats --dataset refcoco,refcoco+,refcocog        # also finds images that datasets share
 
-Counts, sentence lengths, object sizes, holes in masks, leaks between splits. Image files are not needed.
+The output contains counts, sentence lengths, object sizes, holes in masks and leaks between splits. Image files are not
+needed.
 """
 
 import functools
@@ -29,14 +30,14 @@ def get_parser() -> Parser:
     add("--dataset", default="refcoco", metavar="NAMES", help="datasets, separated by commas (%(default)s)")
     add("--splitBy", default="", metavar="NAMES", help="split systems, separated by commas (default: all installed)")
     add("--refer_data_root", default=str(ROOT), metavar="DIR", help="folder of the datasets (%(default)s)")
-    add("--max_tokens", type=int, default=MAX_TOKENS, help="token ids kept of a sentence (%(default)s)")
+    add("--max_tokens", type=int, default=MAX_TOKENS, help="length at which sentences are cut (%(default)s)")
     add(
         "--bert_tokenizer",
         default="",
         metavar="BERT",
-        help="vocab.txt, a folder with one, or a name on the hub (default: bert-base-uncased; for refshapes its own)",
+        help="a vocab.txt, a folder or a Hub name (default: bert-base-uncased; refshapes: its own)",
     )
-    add("--out", metavar="PNG", help=f"the figure (default: named after the datasets, in {FIGURE_FOLDER}/)")
+    add("--out", metavar="PNG", help=f"output file of the figure (default: {FIGURE_FOLDER}/<datasets>.png)")
     add("--json", metavar="FILE", help="also write all numbers as JSON")
     return parser
 
@@ -71,11 +72,13 @@ def main() -> None:
         splits = statistics_of(refer, count_tokens, max_tokens=args.max_tokens, known_objects=known_objects[name])
         datasets.append(splits)
         print(f"{splits[0].title}, {refer.refs_path}\n{split_table(splits)}\n")
-    splits = [one for dataset in datasets for one in dataset]
+    splits = [split for dataset in datasets for split in dataset]
     shared = shared_images(splits)
     print(sharing_table(splits, shared))
     if args.json:
-        report = json_report(splits, shared, {name: one and fingerprint(one) for name, one in tokenizers.items()})
+        report = json_report(
+            splits, shared, {name: tokenizer and fingerprint(tokenizer) for name, tokenizer in tokenizers.items()}
+        )
         write_text(args.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         print(args.json)
     try:
@@ -85,22 +88,21 @@ def main() -> None:
     else:
         save_png(figure, out, dpi=DPI)
         print(out)
-    errors = list(dict.fromkeys(error for one in splits for error in one.errors.values()))
+    errors = list(dict.fromkeys(error for split in splits for error in split.errors.values()))
     if errors:
         raise UserError(f"{len(errors)} objects have invalid masks and were left out. The first: {errors[0]}")
 
 
 def load_tokenizers(names: list[str], data_root: str, bert_tokenizer: str) -> dict[str, Any]:
-    """Return each dataset's tokenizer: that of the flag --bert_tokenizer, refshapes' own, or BERT's.
+    """Return the tokenizer of each dataset: that of --bert_tokenizer, by default refshapes' own or BERT's.
 
-    If BERT's vocabulary is not installed, warn and return None. MissingFileError: the flag's does not exist.
+    A default whose vocabulary is not installed is None, with a warning. MissingFileError: --bert_tokenizer is missing.
     """
     from bert.tokenization import load_tokenizer
     from utils import LOGGER
 
-    refshapes = Path(data_root, "refshapes", "vocab.txt")
-    own = {"refshapes": str(refshapes)} if refshapes.is_file() else {}
-    vocabularies = {name: bert_tokenizer or own.get(name, BERT) for name in names}
+    refshapes = str(Path(data_root, "refshapes", "vocab.txt"))
+    vocabularies = {name: bert_tokenizer or (refshapes if name == "refshapes" else BERT) for name in names}
     loaded = {}
     for vocabulary in dict.fromkeys(vocabularies.values()):
         try:

@@ -1,7 +1,7 @@
 """Statistics of a dataset's splits: sentences, objects, masks, and images that splits share.
 
-Annotations are read through REFER. A ref belongs to the split whose name it carries: `testA` and `testB` of RefCOCO are
-two splits here, and there is no split `test` that contains both.
+Splits are those of :meth:`refer.refer.REFER.splits`: ``testA`` and ``testB`` of RefCOCO are two splits, and there is no
+split ``test`` that contains both.
 """
 
 from collections import Counter, defaultdict
@@ -20,16 +20,16 @@ from lib.variants import MAX_TOKENS
 from refer.annotations import Record
 from refer.datasets import check_dataset, split_systems
 from refer.masks import is_number
-from refer.refer import REFER, SPLIT_ORDER
+from refer.refer import REFER
 
 AREA_TOLERANCE = 0.01  # accepted difference between a stored area and the mask's, relative to the mask's
 
 
 class MeasuredObject(NamedTuple):
-    """The mask of one annotation in numbers; areas in pixels."""
+    """Measurements of one annotation's mask; areas in pixels."""
 
     area: int  # of the union of all parts
-    overlap: int  # covered by several parts: holes in the paper's masks
+    overlap: int  # covered by several parts, which are holes in masks of the mode "paper"
     parts: int  # polygons or RLEs
     image_area: int
     stored_area: float | None  # `area` of the annotation, if it is a number
@@ -37,11 +37,11 @@ class MeasuredObject(NamedTuple):
 
 @dataclass(eq=False)  # compared by identity, so that it can be a dictionary key
 class SplitStatistics:
-    """One split of one dataset. An object of several refs counts once."""
+    """Statistics of one split of one dataset. An object of several refs is counted once."""
 
     dataset: str
     split_by: str
-    split: str
+    name: str  # of the split
     max_tokens: int  # token ids that a model keeps of a sentence
     expressions_per_ref: Counter[int] = field(default_factory=Counter)
     expressions_per_image: Counter[str] = field(default_factory=Counter)  # by REFER.image_keys
@@ -50,7 +50,7 @@ class SplitStatistics:
     tokens: list[int] = field(default_factory=list)  # of each expression, with [CLS] and [SEP]; empty: no tokenizer
     ambiguous: int = 0  # expressions that also refer to another object of the image, in any split
     objects: dict[int, MeasuredObject] = field(default_factory=dict)  # by annotation id
-    errors: dict[int, str] = field(default_factory=dict)  # of the objects whose mask cannot be rasterised
+    errors: dict[int, str] = field(default_factory=dict)  # error messages of the objects whose masks are invalid
 
     @property
     def title(self) -> str:
@@ -59,21 +59,21 @@ class SplitStatistics:
     @property
     def size_percent(self) -> list[float]:
         """Area of each object in percent of its image."""
-        return [100 * one.area / one.image_area for one in self.objects.values()]
+        return [100 * item.area / item.image_area for item in self.objects.values()]
 
     @cached_property
     def summary(self) -> dict[str, Any]:
-        """All numbers as ``--json`` writes them; None if there is nothing to compute them of."""
+        """All numbers as ``--json`` writes them. A number that cannot be computed is None."""
         objects, num_expressions = self.objects.values(), len(self.words)
-        overlapping = [one for one in objects if one.overlap]
-        stored = [one for one in objects if one.stored_area is not None]
-        is_wrong = [abs(one.stored_area - one.area) > AREA_TOLERANCE * one.area for one in stored]
-        lost, covered = sum(one.overlap for one in overlapping), sum(one.area for one in overlapping)
+        overlapping = [item for item in objects if item.overlap]
+        stored = [item for item in objects if item.stored_area is not None]
+        is_wrong = [abs(item.stored_area - item.area) > AREA_TOLERANCE * item.area for item in stored]
+        lost, covered = sum(item.overlap for item in overlapping), sum(item.area for item in overlapping)
         cut = sum(number > self.max_tokens for number in self.tokens)
         return {
             "dataset": self.dataset,
             "splitBy": self.split_by,
-            "split": self.split,
+            "split": self.name,
             "refs": len(self.expressions_per_ref),
             "expressions": num_expressions,
             "images": len(self.expressions_per_image),
@@ -85,10 +85,10 @@ class SplitStatistics:
             "ambiguous": _share(self.ambiguous, num_expressions),
             "objects": len(objects) + len(self.errors),
             "size_percent": _distribution(self.size_percent),
-            "several_parts": _share(sum(one.parts > 1 for one in objects), len(objects)),
+            "several_parts": _share(sum(item.parts > 1 for item in objects), len(objects)),
             "overlap": _share(len(overlapping), len(objects)) | {"pixels_lost_percent": percent(lost, covered)},
             "stored_area_off": _share(sum(is_wrong), len(stored)),
-            "empty_masks": sum(one.area == 0 for one in objects),
+            "empty_masks": sum(item.area == 0 for item in objects),
             "undrawable": {"count": len(self.errors), "first": next(iter(self.errors.values()), None)},
         }
 
@@ -100,45 +100,43 @@ def statistics_of(
     max_tokens: int = MAX_TOKENS,
     known_objects: dict[int, MeasuredObject | str] | None = None,
 ) -> list[SplitStatistics]:
-    """Return the statistics of every split of a dataset: train first, then in the usual order.
+    """Return the statistics of every split of a dataset, in the order of REFER.splits().
 
     Args:
         refer: the annotations. Image files are not needed.
         count_tokens: returns the number of tokens of each sentence, with [CLS] and [SEP]; None: no tokenizer.
         max_tokens: number of token ids that a model keeps.
-        known_objects: filled with the objects, or their error messages, by annotation id. If the same dictionary is
-            passed for another split system of the dataset, no mask is rasterised twice.
+        known_objects: measured objects, or their error messages, by annotation id. The function adds to it. Pass the
+            same dictionary for another split system of the dataset, and no mask is rasterized twice.
     """
     known_objects = {} if known_objects is None else known_objects
-    order = ("train", *SPLIT_ORDER)
-    names = sorted(refer.splits(), key=lambda name: (order.index(name) if name in order else len(order), name))
-    splits = {name: SplitStatistics(refer.dataset, refer.splitBy, name, max_tokens) for name in names}
+    splits = {name: SplitStatistics(refer.dataset, refer.splitBy, name, max_tokens) for name in refer.splits()}
     image_keys = refer.image_keys()
-    same_sentence = defaultdict(set)  # the objects that a sentence refers to on an image
+    same_sentence = defaultdict(set)  # (image, sentence): annotation ids of the objects it refers to
     for ref in tqdm(refer.data["refs"], desc=f"{refer.dataset} ({refer.splitBy})", unit="ref", disable=None):
-        ann_id, one = ref["ann_id"], splits[ref["split"]]
+        ann_id, split = ref["ann_id"], splits[ref["split"]]
         if ann_id not in known_objects:
             known_objects[ann_id] = _measure_object(refer, ref)
         if isinstance(known_objects[ann_id], str):
-            one.errors[ann_id] = known_objects[ann_id]
+            split.errors[ann_id] = known_objects[ann_id]
         else:
-            one.objects[ann_id] = known_objects[ann_id]
-        one.categories.add(refer.refToAnn[ref["ref_id"]]["category_id"])
-        one.expressions_per_ref[ref["ref_id"]] = len(ref["sentences"])
-        one.expressions_per_image[image_keys[ref["image_id"]]] += len(ref["sentences"])
+            split.objects[ann_id] = known_objects[ann_id]
+        split.categories.add(refer.refToAnn[ref["ref_id"]]["category_id"])
+        split.expressions_per_ref[ref["ref_id"]] = len(ref["sentences"])
+        split.expressions_per_image[image_keys[ref["image_id"]]] += len(ref["sentences"])
         for sentence in _sentences_of(ref):
             same_sentence[image_keys[ref["image_id"]], _normalized(sentence)].add(ann_id)
-    for one in splits.values():
-        refs = [ref for ref in refer.data["refs"] if ref["split"] == one.split]
+    for split in splits.values():
+        refs = [ref for ref in refer.data["refs"] if ref["split"] == split.name]
         pairs = [(image_keys[ref["image_id"]], sentence) for ref in refs for sentence in _sentences_of(ref)]
-        one.words = [len(sentence.split()) for _, sentence in pairs]
-        one.tokens = list(count_tokens([sentence for _, sentence in pairs])) if count_tokens else []
-        one.ambiguous = sum(len(same_sentence[image, _normalized(sentence)]) > 1 for image, sentence in pairs)
+        split.words = [len(sentence.split()) for _, sentence in pairs]
+        split.tokens = list(count_tokens([sentence for _, sentence in pairs])) if count_tokens else []
+        split.ambiguous = sum(len(same_sentence[image, _normalized(sentence)]) > 1 for image, sentence in pairs)
     return list(splits.values())
 
 
 def _sentences_of(ref: Record) -> list[str]:
-    """Return the raw sentences, which models read, or the cleaned ones if a file has no others."""
+    """Return the raw sentences, which are the models' input, or the cleaned ones if the file has no raw ones."""
     return [sentence.get("raw", sentence.get("sent")) for sentence in ref["sentences"]]
 
 
@@ -147,7 +145,7 @@ def _normalized(sentence: str) -> str:
 
 
 def _measure_object(refer: REFER, ref: Record) -> MeasuredObject | str:
-    """Return a ref's object in numbers, or why its mask cannot be rasterised."""
+    """Return the measurements of a ref's object, or why its mask is invalid."""
     annotation, image = refer.refToAnn[ref["ref_id"]], refer.Imgs[ref["image_id"]]
     try:
         area = refer.getMask(ref, mode="union")["area"]
@@ -165,9 +163,10 @@ def _distribution(numbers: Sequence[float]) -> dict[str, float] | None:
     if not numbers:
         return None
     values = np.array(numbers)
-    p5, median, p95 = np.percentile(values, (5, 50, 95), method="inverted_cdf")  # values that occur
-    found = {"mean": values.mean(), "minimum": values.min(), "p5": p5, "median": median, "p95": p95}
-    return {name: float(value) for name, value in (found | {"maximum": values.max()}).items()}
+    p5, median, p95 = np.percentile(values, (5, 50, 95), method="inverted_cdf")  # values that occur in the data
+    maximum = values.max()
+    found = {"mean": values.mean(), "minimum": values.min(), "p5": p5, "median": median, "p95": p95, "maximum": maximum}
+    return {name: float(value) for name, value in found.items()}
 
 
 def _share(count: int, total: int) -> dict[str, float | None]:
@@ -185,21 +184,23 @@ class SharedImages(NamedTuple):
     first: SplitStatistics
     second: SplitStatistics
     images: int
-    expressions: tuple[int, int]  # of the first and of the second split, on these images
+    expressions: tuple[int, int]  # about these images, in the first and in the second split
 
     @property
     def is_leak(self) -> bool:
         """Whether one of the two splits is used for training and the other for evaluation."""
-        return (self.first.split == "train") != (self.second.split == "train")
+        return (self.first.name == "train") != (self.second.name == "train")
 
 
 def shared_images(splits: Sequence[SplitStatistics]) -> list[SharedImages]:
-    """Return each pair of splits, of one dataset or of several, that have images in common (see REFER.image_keys)."""
+    """Return the pairs of splits, of one or several datasets, that have images in common (see REFER.image_keys)."""
     found = []
     for first, second in combinations(splits, 2):
         common = first.expressions_per_image.keys() & second.expressions_per_image.keys()
         if common:
-            expressions = tuple(sum(one.expressions_per_image[image] for image in common) for one in (first, second))
+            expressions = tuple(
+                sum(split.expressions_per_image[image] for image in common) for split in (first, second)
+            )
             found.append(SharedImages(first, second, len(common), expressions))
     return found
 
@@ -210,17 +211,17 @@ def select_datasets(data_root: str | Path, datasets: str, split_by: str = "") ->
     Args:
         data_root: folder of the datasets.
         datasets: names, separated by commas.
-        split_by: one for all datasets, or one for each, or several for one dataset; empty: all that are installed.
+        split_by: one name for all datasets, one for each, or several for one dataset; empty: all that are installed.
 
     Raises:
-        UserError: there is no such dataset or split system, or the numbers of names do not fit.
+        UserError: there is no such dataset or split system, or the numbers of names differ.
     """
     names, systems = ([name.strip() for name in text.split(",") if name.strip()] for text in (datasets, split_by))
     if not names:
         raise UserError(f"--dataset {datasets!r} contains no name.")
     if len(names) > 1 and len(systems) > 1:
         if len(names) != len(systems):
-            raise UserError(f"--splitBy {split_by}: {len(systems)} names for {len(names)} datasets. Give one for each.")
+            raise UserError(f"--splitBy {split_by}: {len(systems)} names for {len(names)} datasets. Pass one for each.")
         pairs = list(zip(names, systems, strict=True))
     else:
         pairs = [(name, system) for name in names for system in systems or _installed_systems(data_root, name)]
@@ -230,6 +231,6 @@ def select_datasets(data_root: str | Path, datasets: str, split_by: str = "") ->
 
 
 def _installed_systems(data_root: str | Path, dataset: str) -> Sequence[str]:
-    """Return the installed split systems; if there is none, the usual one, so that reading it says how to get it."""
+    """Return the installed split systems. If there is none, return the default, so that REFER raises how to get it."""
     known = split_systems(data_root, dataset)
     return [name for name in known if Path(data_root, dataset, f"refs({name}).p").is_file()] or known[:1]

@@ -1,4 +1,4 @@
-"""The statistics of splits as text for a terminal and as the JSON report."""
+"""Format the statistics of splits: tables for a terminal and the JSON report."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,10 +18,10 @@ COUNTS = {
 }
 SHARES = {
     "cut": "expressions with more than {} tokens",
-    "ambiguous": "expressions of several objects",
+    "ambiguous": "expressions used for several objects",
     "several_parts": "objects with several parts",
     "overlap": "objects with overlapping parts",
-    "stored_area_off": "stored areas wrong by over 1 %",
+    "stored_area_off": "stored areas that differ by over 1 %",
 }
 DISTRIBUTIONS = {
     "expressions_per_ref": "expressions per ref",
@@ -34,15 +34,15 @@ STATISTICS = {"mean": "mean", "p5": "5 %", "median": "median", "p95": "95 %", "m
 
 def split_table(splits: Sequence[SplitStatistics]) -> str:
     """Return the summaries of one dataset's splits as a table with one column per split."""
-    summaries = [one.summary for one in splits]
-    rows = [["", *(one.split for one in splits)]]
+    summaries = [split.summary for split in splits]
+    rows = [["", *(split.name for split in splits)]]
     for key, label in COUNTS.items():
         rows.append([label, *(str(summary[key]) for summary in summaries)])
     for key, label in SHARES.items():
         label = label.format(splits[0].max_tokens)
         rows.append([label, *(_cell(summary[key], "percent", "{count} ({percent:.2f} %)") for summary in summaries)])
     lost = [_cell(summary["overlap"], "pixels_lost_percent", "{pixels_lost_percent:.2f} %") for summary in summaries]
-    rows.append(["pixels they lose in the paper's masks", *lost])
+    rows.append(["pixels lost by overlaps in paper mode", *lost])
     for key, label in DISTRIBUTIONS.items():
         for statistic, name in STATISTICS.items():
             cells = [_cell(summary[key], statistic, f"{{{statistic}:.2f}}") for summary in summaries]
@@ -56,16 +56,16 @@ def _cell(numbers: dict[str, float | None] | None, required: str, form: str) -> 
 
 
 def sharing_table(splits: Sequence[SplitStatistics], shared: Sequence[SharedImages]) -> str:
-    """Return how many images each pair of splits shares, if the table is narrow enough, and a line for each leak."""
+    """Return a table of the images that each pair of splits shares, unless it is too wide, and a line for each leak."""
     if not shared:
         return "No image is in two splits (same file or same COCO number)."
     names = split_names(splits)
-    counts = {(one, one): len(one.expressions_per_image) for one in splits}
+    counts = {(split, split): len(split.expressions_per_image) for split in splits}
     for pair in shared:
         counts[pair.first, pair.second] = counts[pair.second, pair.first] = pair.images
     rows = [["images in both", *(f"({i})" for i in range(1, len(splits) + 1))]]
-    for i, one in enumerate(splits, 1):
-        rows.append([f"({i}) {names[one]}", *(str(counts.get((one, other), 0)) for other in splits)])
+    for i, split in enumerate(splits, 1):
+        rows.append([f"({i}) {names[split]}", *(str(counts.get((split, other), 0)) for other in splits)])
     table = to_text(rows)
     if max(map(len, table.splitlines())) > MAX_WIDTH:
         table = f"{len(shared)} pairs of the {len(splits)} splits have images in common (--json lists them)."
@@ -76,7 +76,7 @@ def sharing_table(splits: Sequence[SplitStatistics], shared: Sequence[SharedImag
 
 def _leak(pair: SharedImages, names: dict[SplitStatistics, str]) -> str:
     train, evaluated, count = pair.first, pair.second, pair.expressions[1]
-    if evaluated.split == "train":
+    if evaluated.name == "train":
         train, evaluated, count = pair.second, pair.first, pair.expressions[0]
     total = len(evaluated.words)
     return (
@@ -86,25 +86,25 @@ def _leak(pair: SharedImages, names: dict[SplitStatistics, str]) -> str:
 
 
 def split_names(splits: Sequence[SplitStatistics]) -> dict[SplitStatistics, str]:
-    """Return the splits' names, which include the dataset's if there are several datasets."""
-    several = len({one.title for one in splits}) > 1
-    return {one: f"{one.title} {one.split}" if several else one.split for one in splits}
+    """Return the name of each split, with the dataset if there are several datasets."""
+    is_several = len({split.title for split in splits}) > 1
+    return {split: f"{split.title} {split.name}" if is_several else split.name for split in splits}
 
 
 def json_report(
     splits: Sequence[SplitStatistics], shared: Sequence[SharedImages], tokenizers: dict[str, str | None]
 ) -> dict[str, Any]:
-    """Return everything as ``--json`` writes it.
+    """Return the report that ``--json`` writes.
 
     Args:
         splits, shared: of all datasets.
-        tokenizers: fingerprint of the vocabulary that tokens were counted with, by dataset.
+        tokenizers: {dataset: fingerprint of the vocabulary, None if tokens were not counted}.
     """
     names = split_names(splits)
     return {
         "max_tokens": splits[0].max_tokens,
         "tokenizers": tokenizers,
-        "splits": [one.summary for one in splits],
+        "splits": [split.summary for split in splits],
         "shared_images": [
             {
                 "splits": [names[pair.first], names[pair.second]],
