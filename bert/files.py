@@ -1,4 +1,4 @@
-"""BERT's files: a path, ./pretrained, the local Hugging Face cache, or a download from the Hugging Face Hub."""
+"""Find BERT's files by path, in ./pretrained, in the local Hugging Face cache or on the Hugging Face Hub."""
 
 import re
 import threading
@@ -12,7 +12,7 @@ from lib.variants import BERT
 PRETRAINED = Path("pretrained")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 FILE_SUFFIXES = {".txt", ".bin", ".pth", ".safetensors"}
-HUB_TIMEOUT = 8.0  # seconds until the hub must have answered; a download that has started may take longer
+HUB_TIMEOUT = 8.0  # seconds to wait for the hub's answer; the download itself may take longer
 
 
 def resolve_bert_file(name: str, filenames: tuple[str, ...], *, flag: str) -> Path:
@@ -23,7 +23,7 @@ def resolve_bert_file(name: str, filenames: tuple[str, ...], *, flag: str) -> Pa
             name is looked up in ./pretrained/<name>/, in ./pretrained/ (bert-base-uncased only), in the local cache
             and on the hub.
         filenames: names that the file may have, in order of preference.
-        flag: that ``name`` was given with, for error messages.
+        flag: the flag that ``name`` was passed to, for error messages.
 
     Raises:
         MissingFileError: the file does not exist in any of these places.
@@ -34,11 +34,11 @@ def resolve_bert_file(name: str, filenames: tuple[str, ...], *, flag: str) -> Pa
     if path.is_dir():
         found = _first_file([path], filenames)
         if found is None:
-            raise MissingFileError(f"{flag} {name}: the folder contains no {' or '.join(filenames)}")
+            raise MissingFileError(f"{flag} {name}: the folder contains no {' or '.join(filenames)}.")
         return found
     is_path = name.startswith((".", "/", "~")) or path.suffix in FILE_SUFFIXES
     if is_path or not HUB_NAME.fullmatch(name):
-        raise MissingFileError(f"{flag} {name}: no such file or folder")
+        raise MissingFileError(f"{flag} {name}: no such file or folder.")
     folders = [PRETRAINED / name, PRETRAINED] if name == BERT else [PRETRAINED / name]
     found = _first_file(folders, filenames) or _cached_file(name, filenames) or _download(name, filenames)
     if found is None:
@@ -62,9 +62,9 @@ def _cached_file(name: str, filenames: tuple[str, ...]) -> Path | None:
 
 
 def _download(name: str, filenames: tuple[str, ...]) -> Path | None:
-    """Download the first of the files that the hub has; None if the hub does not answer in time or has none.
+    """Download the first of these files that exists on the hub. Return None if none does or the hub does not answer.
 
-    The hub is queried in a thread, because its client retries for minutes.
+    The hub is queried in a thread, because its client would retry for minutes.
     """
     available: list[str] = []
 
@@ -85,4 +85,4 @@ def _download(name: str, filenames: tuple[str, ...]) -> Path | None:
     try:
         return Path(hf_hub_download(name, available[0]))
     except Exception as error:
-        raise MissingFileError(f"The download of {available[0]} of {name} failed: {error}") from error
+        raise MissingFileError(f"Cannot download {available[0]} of {name}: {error}") from error

@@ -1,6 +1,6 @@
-"""Language encoder, stage by stage: BERT layers, from stage 2 on with cross-attention to vision (paper, section III).
+"""Stages of the language encoder: BERT layers, with cross-attention to vision from stage 2 on (paper, section III).
 
-Shapes: B batch size, N tokens, T text width, h×w size of the vision map, V its channels.
+Shapes: B batch size, N tokens, T text width, h×w size of the vision map, V number of its channels.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from transformers.models.bert.modeling_bert import (
 
 
 def bert_config(text_dim: int, text_heads: int, dropout: float, vocab_size: int) -> BertConfig:
-    """Return BERT-base's configuration with other sizes; the hidden layer of its MLPs is 4·text_dim wide.
+    """Return the configuration of BERT-base with these sizes. The hidden layers of its MLPs are 4·text_dim wide.
 
     Raises:
         ValueError: ``text_heads`` does not divide ``text_dim``.
@@ -48,7 +48,7 @@ class _CheckpointedModule(nn.Module):
 
 
 class LanguageEncoder(_CheckpointedModule):
-    """BERT layers of stage 1 and the projection of [CLS] for the alignment, ``lang_stage1.encoder``."""
+    """BERT layers of stage 1, and the projection of [CLS] for the alignment loss; ``lang_stage1.encoder``."""
 
     def __init__(self, config: BertConfig, num_layers: int, align_dim: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class LanguageEncoder(_CheckpointedModule):
         self.proj = nn.Linear(config.hidden_size, align_dim)
 
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Return hidden states [B, N, T] of hidden states [B, N, T] and the padding bias [B, 1, 1, N]."""
+        """Apply the layers to hidden states [B, N, T] with a padding bias [B, 1, 1, N]. Return hidden states [B, N, T]."""
         for layer in self.layer:
             hidden = self._run(layer, hidden, bias)
         return hidden
@@ -81,7 +81,7 @@ class LanguageStage1(nn.Module):
             [B, N, T].
 
         Raises:
-            ValueError: more tokens than position embeddings.
+            ValueError: there are more tokens than position embeddings.
         """
         max_tokens = self.embeddings.position_embeddings.num_embeddings
         if input_ids.shape[1] > max_tokens:
@@ -95,9 +95,9 @@ class VisionToLanguageStage(_CheckpointedModule):
     """Stage 2, 3 or 4, ``lang_stage{2,3,4}``: a BERT layer with cross-attention to vision, then an ordinary BERT layer.
 
     Args:
-        config: of the BERT layers.
-        vision_dim: V. With None the first layer is an ordinary BERT layer, too (ablations ``vision`` and ``late``).
-        align_dim: width of the space in which pixels and sentence are aligned.
+        config: configuration of the BERT layers.
+        vision_dim: V. If None, the first layer is an ordinary BERT layer too (ablations ``vision`` and ``late``).
+        align_dim: width of the space in which pixels and sentences are aligned.
     """
 
     def __init__(self, config: BertConfig, vision_dim: int | None, align_dim: int) -> None:
@@ -107,7 +107,7 @@ class VisionToLanguageStage(_CheckpointedModule):
             self.attention = BertAttention(config)
         else:
             self.crossattention = BertAttention(config, is_cross_attention=True)
-            # Vision maps are not as wide as BERT.
+            # BERT's own key and value projections have as many inputs as the text width; vision maps have V channels.
             self.crossattention.self.key = nn.Linear(vision_dim, config.hidden_size)
             self.crossattention.self.value = nn.Linear(vision_dim, config.hidden_size)
         self.intermediate = BertIntermediate(config)
@@ -119,9 +119,9 @@ class VisionToLanguageStage(_CheckpointedModule):
         """Return the words' hidden states.
 
         Args:
-            hidden: of the previous stage, [B, N, T].
+            hidden: hidden states of the previous stage, [B, N, T].
             bias: [B, 1, 1, N], added to the scores of self-attention. Cross-attention has no mask.
-            vision: map of the previous vision stage, [B, h, w, V].
+            vision: feature map of the previous vision stage, [B, h, w, V].
 
         Returns:
             [B, N, T].
@@ -142,7 +142,10 @@ class VisionToLanguageStage(_CheckpointedModule):
 
 @torch.no_grad()
 def initialize_language(module: nn.Module) -> None:
-    """Initialize as BERT: Linear and Embedding normal (0.02) with zero bias and a zero vector for [PAD]."""
+    """Initialize Linear and Embedding layers as BERT does.
+
+    Weights are normal with standard deviation 0.02. Biases and the embedding of [PAD] are zero.
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear):
             part.weight.normal_(std=0.02)

@@ -1,4 +1,4 @@
-"""Sentences to token ids with BERT's uncased WordPiece tokenizer, as published."""
+"""Tokenize sentences with BERT's uncased WordPiece tokenizer, as published."""
 
 import hashlib
 from collections.abc import Iterator
@@ -61,9 +61,9 @@ def check_vocabulary(tokenizer: BertTokenizer, vocab_size: int, trained_with: st
     """Check that a tokenizer has the vocabulary of a model.
 
     Args:
-        tokenizer: to check.
+        tokenizer: the tokenizer to check.
         vocab_size: number of the model's word embeddings.
-        trained_with: :func:`fingerprint` of the vocabulary that the model was trained with, None if unknown.
+        trained_with: :func:`fingerprint` of the vocabulary that the model was trained with; None: unknown.
 
     Raises:
         UserError: the tokenizer has another vocabulary, or more entries than the model.
@@ -86,9 +86,9 @@ def check_vocabulary(tokenizer: BertTokenizer, vocab_size: int, trained_with: st
 
 
 def encode(tokenizer: BertTokenizer, sentences: list[str]) -> Iterator[list[int]]:
-    """Yield the ids of each sentence, all of them, with [CLS] and [SEP]."""
+    """Yield all token ids of each sentence, [CLS] and [SEP] included."""
     for start in range(0, len(sentences), SENTENCES_PER_CALL):
-        # Calling the tokenizer itself takes four times as long as tokenizing, because it builds lists of lists.
+        # Calling the tokenizer itself takes four times as long, because it also builds lists of its other outputs.
         for encoding in tokenizer.backend_tokenizer.encode_batch_fast(sentences[start : start + SENTENCES_PER_CALL]):
             yield encoding.ids
 

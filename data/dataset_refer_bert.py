@@ -17,15 +17,13 @@ from torch.utils.data import Dataset
 from transformers import BertTokenizer
 
 from bert.tokenization import tokenize
-from data.transforms import resize_image
+from data.transforms import read_image, resize_image
 from lib.errors import UserError
 from lib.variants import MAX_TOKENS
 from refer.annotations import Record
 from refer.masks import resize_mask
 from refer.refer import REFER
 from utils import derive_seed, gc_paused
-
-DECODING_ERRORS = (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError)  # of Pillow
 
 Item = TypeVar("Item")
 
@@ -43,18 +41,20 @@ class Expression(NamedTuple):
 class ReferDataset(Dataset):
     """A split of a REFER dataset. All sentences are tokenized at once; images and masks are decoded on demand.
 
-    The dataset keeps a packed copy of the annotations that it needs. ``refer`` can be deleted afterwards.
+    The dataset copies the annotations that it needs from ``refer``, which can be deleted afterwards.
 
     Args:
         refer: the annotations.
         split: train, val, testA, testB, test.
-        tokenizer: of BERT.
+        tokenizer: BERT's tokenizer.
         img_size: S; images and masks are resized to S×S.
         max_tokens: N; see :func:`bert.tokenization.tokenize`.
-        draw_seed: for training: a sample per object (ref), with one of its sentences drawn at random as a function of
-            (draw_seed, epoch, index). None: a sample per sentence, as :class:`data.image_batches.ImageBatches` needs.
-        shuffle_seed: permute the sentences within the split, to test whether a model uses the language at all. None:
-            keep them.
+        draw_seed: seed for drawing sentences, used for training. The dataset then has one sample per object (ref), and
+            one of the object's sentences is drawn at random in each epoch. The draw depends only on this seed, the
+            epoch and the index. If None, the dataset has one sample per sentence, which
+            :class:`data.image_batches.ImageBatches` requires.
+        shuffle_seed: seed for permuting the sentences within the split, which tests whether a model uses the language
+            at all. If None, the sentences are not permuted.
         excluded_images: ids of images whose refs are left out.
 
     A sample is a dict:
@@ -81,7 +81,7 @@ class ReferDataset(Dataset):
         self.annotation_files = (refer.refs_path, refer.instances_path)
         self.image_dir, self.img_size = refer.image_dir, img_size
         self.draw_seed = draw_seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # running workers see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # running workers see changes
         with gc_paused():
             excluded = set(excluded_images)
             refs = [ref for ref in refer.loadRefs(refer.getRefIds(split=split)) if ref["image_id"] not in excluded]
@@ -103,7 +103,7 @@ class ReferDataset(Dataset):
                 ) from error
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, of which the drawn sentences are a function."""
+        """Set the epoch, which determines the sentences that are drawn."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -122,14 +122,14 @@ class ReferDataset(Dataset):
         }
 
     def expression_of(self, index: int) -> int:
-        """Return the position in ``expressions`` of a sample's sentence; in training it depends on the epoch."""
+        """Return the index in ``expressions`` of a sample's sentence, which depends on the epoch if it is drawn."""
         if self.draw_seed is None:
             return index
         first, end = self._bounds[index : index + 2].tolist()
         return first + derive_seed(self.draw_seed, int(self._epoch), index) % (end - first)
 
     def _ref_of(self, index: int) -> int:
-        """Return the position of a sample's ref in the split."""
+        """Return the index of a sample's ref in the split."""
         if self.draw_seed is not None:
             return index
         return int(torch.searchsorted(self._bounds, index, right=True)) - 1
@@ -140,14 +140,18 @@ class ReferDataset(Dataset):
 
     def load_image(self, index: int) -> Image.Image:
         """Return the image of a sample, RGB, at its own size."""
-        return open_image(self.image_path(index))
+        return read_image(self.image_path(index))
 
     def full_size_mask(self, index: int, mode: str = "paper") -> np.ndarray:
-        """Return the target mask of a sample at the image's own size: uint8 [H, W] of 0 and 1; mode: see MASK_MODES."""
+        """Return the target mask of a sample at the image's own size, uint8 [H, W] of 0 and 1.
+
+        Args:
+            mode: see :meth:`refer.masks.Segmentation.draw`.
+        """
         return self._segmentations[self._ref_of(index)].draw(mode)
 
     def check_size(self, index: int, image: Image.Image, mask: np.ndarray) -> None:
-        """Raise a UserError if the image of a sample does not have the size that its annotation says."""
+        """Raise a UserError if the image of a sample and its annotation differ in size."""
         if image.size != mask.shape[::-1]:
             raise UserError(
                 f"Image {self.image_path(index)} is {image.width}×{image.height}, but its annotation says "
@@ -155,7 +159,7 @@ class ReferDataset(Dataset):
             )
 
     def check_images(self) -> None:
-        """Raise a UserError if image files of the split are missing. Fails before the first epoch instead of in it."""
+        """Raise a UserError if image files of the split are missing. Called before the first epoch."""
         paths = [self.image_dir / name for name in sorted(set(self._file_names))]
         existing = {
             folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in {p.parent for p in paths}
@@ -195,31 +199,6 @@ class SharedList(Sequence[Item]):
         content = self._bytes.numpy()
         for start, end in itertools.pairwise(self._bounds.tolist()):
             yield pickle.loads(content[start:end])
-
-
-def open_image(path: Path) -> Image.Image:
-    """Decode an image file to RGB.
-
-    Raises:
-        UserError: the file is missing, cannot be decoded or has more than 8 bits per channel.
-    """
-    try:
-        with Image.open(path) as image:
-            check_depth(image, path)
-            return image.convert("RGB")
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"No such image: {path}. See refer/README.md for where images belong.") from error
-    except DECODING_ERRORS as error:
-        raise UserError(f"Cannot decode image {path}: {error}") from error
-
-
-def check_depth(image: Image.Image, path: Path) -> None:
-    """Raise a UserError for an image of 16 or 32 bits per channel, which Pillow would clip at 255, not scale."""
-    if image.mode.startswith(("I", "F")):
-        bits = 16 if "16" in image.mode else 32
-        raise UserError(f"{path} is a {bits}-bit image (mode {image.mode}). Convert it to 8 bits per channel.")
 
 
 def _expressions_of(ref: Record) -> Iterator[Expression]:

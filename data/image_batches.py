@@ -1,4 +1,4 @@
-"""An evaluation split as batches of whole images, so that each image is loaded and encoded once for all its sentences.
+"""Batches of an evaluation split. All sentences of an image are in one batch, so that it is loaded and encoded once.
 
 Shapes: I images, R objects and B expressions of a batch; S img_size, N max_tokens; H×W an image's own size.
 """
@@ -16,24 +16,25 @@ from refer.masks import resize_mask
 
 
 class ImageBatches(Dataset):
-    """Every expression of a split exactly once, grouped by image, in the order of the images' first expressions.
+    """Batches that contain each expression of a split exactly once, and all expressions of an image together.
 
-    Images share a batch as long as their expressions number at most ``batch_size``. An image with more expressions has
-    a batch of its own. The batches depend only on ``dataset``, ``batch_size`` and ``indices``, not on the number of
-    processes or on an interrupted evaluation, so that results are reproducible to the bit.
+    Images are in the order of their first expressions. Consecutive images share a batch while it has at most
+    ``batch_size`` expressions in total; an image with more expressions has a batch of its own. The batches depend only
+    on ``dataset``, ``batch_size`` and ``indices``. They are the same for any number of processes and after an
+    interrupted evaluation, so that results are bitwise reproducible.
 
     Args:
-        dataset: the split, with a sample per sentence.
+        dataset: the split, with one sample per sentence.
         batch_size: maximum number of expressions of a forward pass.
         targets: kinds of target masks to provide: pairs of gt_mask (``paper``, ``union``) and eval_size (``resized``,
             ``original``).
-        indices: of the expressions to evaluate; None: all.
-        evaluated: indices whose results exist already. A batch that has no other expressions is left out.
+        indices: indices of the expressions to evaluate; None: all.
+        evaluated: indices of expressions whose results exist already. Batches of only such expressions are left out.
 
     A batch is a dict:
         ``image``: uint8 [I, 3, S, S].
         ``input_ids``, ``attention_mask``: int64 [B, N].
-        ``index``: int64 [B], position of each expression in the dataset.
+        ``index``: int64 [B], each expression's position in the dataset.
         ``image_index``: int64 [B], each expression's row in ``image``.
         ``object_index``: int64 [B], each expression's row in the masks of ``targets``.
         ``targets``: for each pair of ``targets``, uint8 [R, S, S] if resized, else a list of R masks uint8 [H, W].

@@ -20,18 +20,18 @@ Batch = dict[str, Any]
 
 
 class TrainBatchSampler(Sampler[list[int]]):
-    """This process's micro-batches of a training epoch, starting at any of its optimizer steps.
+    """Sampler of one process's micro-batches of a training epoch, which can start at any optimizer step.
 
     An optimizer step uses ``world_size * accum_steps * batch_size`` consecutive entries of a permutation of the
-    dataset. The permutation depends only on (seed, epoch), so a step has the same samples for every division among
-    processes and micro-batches. Samples left over after the last full step are dropped.
+    dataset. The permutation depends only on the seed and the epoch. A step therefore has the same samples, however they
+    are divided among processes and micro-batches. Samples left over after the last full step are dropped.
 
     Args:
         length: number of samples of the dataset.
         batch_size: samples per forward pass.
         accum_steps: forward passes per process and optimizer step.
         rank, world_size: this process and the number of processes.
-        seed: of the permutations.
+        seed: seed of the permutations.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class TrainLoader:
     """The optimizer steps of a training split, as lists of micro-batches on the model's device.
 
     Args:
-        loader: micro-batches of a dataset with ``set_epoch``; its ``batch_sampler`` is a :class:`TrainBatchSampler`.
-        device: of the model.
+        loader: loader of a dataset with ``set_epoch``; its ``batch_sampler`` is a :class:`TrainBatchSampler`.
+        device: the model's device.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
@@ -100,7 +100,7 @@ class TrainLoader:
         self.steps_per_epoch = self.sampler.steps_per_epoch
 
     def steps(self, epoch: int, start: int = 0) -> Iterator[list[Batch]]:
-        """Yield the steps of an epoch from number ``start`` on; each is a list of ``accum_steps`` micro-batches."""
+        """Yield the steps of an epoch from step ``start`` on. Each is a list of ``accum_steps`` micro-batches."""
         self.loader.dataset.set_epoch(epoch)
         self.sampler.set_position(epoch, start)
         micro_batches = iter(DeviceBatches(self.loader, self.device))
@@ -124,7 +124,7 @@ def build_train_loader(
 
     Args:
         dataset: the training split.
-        device: of the model.
+        device: the model's device.
         batch_size, accum_steps, rank, world_size, seed: see :class:`TrainBatchSampler`.
         workers: number of data-loading processes.
         pin_memory: speeds up the transfer to a CUDA device.
@@ -159,12 +159,12 @@ def build_eval_batches(
 ) -> DeviceBatches:
     """Build this process's share of an evaluation split's batches.
 
-    Process ``rank`` gets every ``world_size``-th batch. No expression is repeated or padded, so each is in exactly one
-    process's share.
+    Process ``rank`` gets every ``world_size``-th batch. Each expression is in the share of exactly one process; none is
+    repeated to equalize the shares.
 
     Args:
         dataset, batch_size, targets, indices, evaluated: see :class:`data.image_batches.ImageBatches`.
-        device: of the model.
+        device: the model's device.
         workers: number of data-loading processes.
         rank, world_size: this process and the number of processes.
         pin_memory: speeds up the transfer to a CUDA device.
@@ -178,7 +178,7 @@ def build_eval_batches(
 def _build_loader(
     dataset: Dataset, workers: int, pin_memory: bool, *, seed: tuple[int, int], **kwargs: Any
 ) -> DataLoader:
-    # Without a generator of its own, each iter() of a loader would draw a seed from the global one.
+    # Without this generator, each iter() of the loader would draw a seed from PyTorch's global generator.
     generator = torch.Generator().manual_seed(derive_seed("workers", *seed))
     return DataLoader(
         dataset,
@@ -193,7 +193,7 @@ def _build_loader(
 def _init_worker(worker: int) -> None:
     # Garbage collection writes to every object that it visits, which would copy the memory shared with the parent.
     gc.freeze()
-    # Cluster schedulers signal all processes of a job. If a worker died of the signal, the training process would fail
-    # before it could save its checkpoint.
+    # Cluster schedulers send signals to all processes of a job. If a signal ended a worker, the training process would
+    # fail before it could save its checkpoint.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)

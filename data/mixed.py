@@ -1,4 +1,4 @@
-"""Training on the union of several datasets without any image of their evaluation splits.
+"""Training on several datasets, without the images of their evaluation splits.
 
 The COCO datasets divide the same images differently: most images of RefCOCO's testA are in the train split of RefCOCO+
 or G-Ref. A model trained on the plain union would be tested on images that it was trained on.
@@ -28,13 +28,13 @@ class Part(NamedTuple):
 
 
 class MixReport(NamedTuple):
-    """What a mixture contains, and that no image of an evaluation split is in it."""
+    """Size of a mixed training set, and evidence that it contains no image of an evaluation split."""
 
     parts: list[Part]
-    trained: int  # different images in training
-    evaluated: int  # different images in the evaluation splits of all datasets
-    in_both: int
-    by_name_only: int  # evaluated images whose files are missing, so that copies of them cannot be recognized
+    trained: int  # distinct images in training
+    evaluated: int  # distinct images in the evaluation splits of all datasets
+    in_both: int  # images in training and in an evaluation split; always 0
+    by_name_only: int  # evaluation images whose files are missing, so that copies of them cannot be recognized
 
     def lines(self) -> list[str]:
         """Return the report as a table, followed by one or two sentences."""
@@ -47,7 +47,7 @@ class MixReport(NamedTuple):
         lines = [
             *to_text(rows).splitlines(),
             f"{self.trained} images are in training, {self.evaluated} in an evaluation split, {self.in_both} in both "
-            "(equal by file, by content or by COCO number).",
+            "(compared by file, content and COCO number).",
         ]
         if self.by_name_only:
             lines.append(
@@ -63,12 +63,12 @@ class MixedDataset(ConcatDataset):
     datasets: list[ReferDataset]
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, of which the drawn sentences are a function."""
+        """Set the epoch, which determines the sentences that are drawn."""
         for dataset in self.datasets:
             dataset.set_epoch(epoch)
 
     def check_images(self) -> None:
-        """Raise a UserError if image files are missing."""
+        """Raise a UserError if image files are missing. Called before the first epoch."""
         for dataset in self.datasets:
             dataset.check_images()
 
@@ -78,18 +78,18 @@ class MixedDataset(ConcatDataset):
 
 
 def evaluation_images(refer: REFER) -> set[int]:
-    """Return the ids of the images of all splits but train."""
+    """Return the ids of the images of all splits except train."""
     return {ref["image_id"] for ref in refer.data["refs"] if ref["split"] != "train"}
 
 
 def mix(
     refers: Sequence[REFER], make_train: Callable[[REFER, Collection[int]], ReferDataset]
 ) -> tuple[MixedDataset, MixReport]:
-    """Join the training splits of several datasets, leaving out every image that one of them evaluates on.
+    """Join the training splits of several datasets. Images of any evaluation split of these datasets are left out.
 
     Args:
         refers: the annotations of the datasets.
-        make_train: builds the training split of one dataset without the images of the given ids.
+        make_train: builds the training split of a dataset without the images that have the given ids.
 
     Raises:
         UserError: no training image is left.
@@ -102,7 +102,7 @@ def mix(
     for refer, key_of in zip(refers, keys, strict=True):
         refs = [ref for ref in refer.data["refs"] if ref["split"] == "train"]
         dataset = make_train(refer, {ref["image_id"] for ref in refs if key_of[ref["image_id"]] in evaluated})
-        # Counted in the dataset itself, so that the report also verifies that make_train left the images out.
+        # These images are counted in the dataset, so that the report verifies that make_train left the others out.
         images = {expression.image_id for expression in dataset.expressions}
         trained |= {key_of[image] for image in images}
         kept = Counts(len(dataset), len(dataset.expressions), len(images))
@@ -123,9 +123,9 @@ def mix(
 def _image_keys(refers: Sequence[REFER]) -> tuple[list[dict[int, str]], set[str]]:
     """Return REFER.image_keys of each dataset, with one key for all copies of a file, and the keys of missing files.
 
-    Datasets made from the same images may each have their own copies, under other names. COCO's images are recognized
-    by their numbers, so a file is read only if another one has the same size and at least one of them may not be
-    COCO's. Missing files are determined only if contents have to be compared at all.
+    Datasets made from the same images may each have their own copies, under other names. COCO images are recognized by
+    their numbers. A file is therefore read only if another file has the same size and at least one of the two is not
+    known to be a COCO image. Missing files are determined only if contents have to be compared.
     """
     keys = [refer.image_keys() for refer in refers]
     if all(refer.is_coco(image_id) for refer in refers for image_id in refer.imgToRefs):

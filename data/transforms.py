@@ -1,15 +1,64 @@
-"""Image preprocessing, exactly as published: Pillow's bilinear resize to a square, then ImageNet's mean and deviation.
+"""Reading and preprocessing of images.
 
-Images are transferred to the model's device as uint8 and normalized there: a quarter of the bytes, the same float32
-values.
+Preprocessing is exactly as published: Pillow's bilinear resize to a square, then normalization by ImageNet's mean and
+standard deviation. Images are transferred to the model's device as uint8 and normalized there, which transfers a
+quarter of the bytes and gives the same float32 values.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 
+from lib.errors import UserError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@contextmanager
+def open_image_file(path: Path, kind: str = "image", file_format: str | None = None) -> Iterator[Image.Image]:
+    """Open an image file, and raise Pillow's errors within the block as UserErrors that name the file.
+
+    Args:
+        path: path of the file.
+        kind: name of such an image in error messages.
+        file_format: the only accepted format, such as PNG; None: all formats.
+
+    Raises:
+        UserError: the file is missing or cannot be decoded.
+    """
+    try:
+        with Image.open(path, formats=[file_format] if file_format else None) as image:
+            yield image
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"No such {kind}: {path}.") from error
+    except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:
+        as_format = f" as {file_format}" if file_format else ""
+        raise UserError(f"Cannot decode {kind} {path}{as_format}: {str(error).rstrip('.')}.") from error
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode an image file to RGB.
+
+    Raises:
+        UserError: the file is missing, cannot be decoded or has more than 8 bits per channel.
+    """
+    with open_image_file(path) as image:
+        check_depth(image, path)
+        return image.convert("RGB")
+
+
+def check_depth(image: Image.Image, path: Path) -> None:
+    """Raise a UserError for an image of 16 or 32 bits per channel, whose values Pillow would clip instead of scale."""
+    if image.mode.startswith(("I", "F")):
+        bits = 16 if "16" in image.mode else 32
+        raise UserError(f"{path} is a {bits}-bit image (mode {image.mode}). Convert it to 8 bits per channel.")
 
 
 def resize_image(image: Image.Image, size: int) -> torch.Tensor:
@@ -19,7 +68,7 @@ def resize_image(image: Image.Image, size: int) -> torch.Tensor:
 
 def normalize_images(images: torch.Tensor) -> torch.Tensor:
     """Scale images, uint8 [..., 3, H, W], to [0, 1] and normalize them: float32, on the same device."""
-    # A divisor on the device: for a Python number, CUDA multiplies by the rounded 1/255 instead of dividing.
+    # The divisor is a tensor, because CUDA replaces a division by a Python number by a product with the rounded 1/255.
     divisor = torch.full((), 255.0, device=images.device)
     return TF.normalize(images.to(torch.float32).div_(divisor), IMAGENET_MEAN, IMAGENET_STD, inplace=True)
 

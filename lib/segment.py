@@ -8,8 +8,7 @@ import torch
 from PIL import Image, ImageOps
 
 from bert.tokenization import tokenize
-from data.dataset_refer_bert import open_image
-from data.transforms import preprocess_image
+from data.transforms import preprocess_image, read_image
 from lib.errors import MissingFileError
 from lib.evaluation import predict
 from lib.files import check_writable
@@ -34,7 +33,7 @@ def segment_image(args: Any) -> None:
     for path in (overlay_path, mask_path):
         check_writable(path, suffix=".png", inputs=[image_path])
     loaded = load_for_evaluation(args, args.resume)
-    image = ImageOps.exif_transpose(open_image(image_path))  # upright, so that "left" is what a viewer calls left
+    image = ImageOps.exif_transpose(read_image(image_path))  # upright, so that "left" is what a viewer calls left
     ids, attention_mask = tokenize(loaded.tokenizer, [args.sentence], loaded.cfg.DATA.MAX_TOKENS)
 
     dist = init_distributed(loaded.cfg.DEVICE)

@@ -108,13 +108,13 @@ GRAY_MASK = Image.new("L", (WIDTH, HEIGHT), 1)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (delete_image, f"there is no image photos/{file_name(1)}."),
-        (truncate_image, f"cannot decode the image photos/{file_name(1)}: image file is truncated"),
+        (delete_image, f"No such image: photos/{file_name(1)}."),
+        (truncate_image, f"Cannot decode image photos/{file_name(1)}: image file is truncated"),
         (write_16_bit_image, f"photos/{file_name(1)} is a 16-bit image (mode I;16). Convert it to 8 bits per channel."),
         (write_mask(EMPTY_MASK), "the mask masks/1/0.png is empty"),
         (write_mask(WIDER_MASK), f"the mask masks/1/0.png is 41×30, but the image {file_name(1)} is 40×30."),
-        (lambda source: (source / "masks/1/0.png").write_bytes(b"P5"), "the mask masks/1/0.png is not a PNG."),
-        (write_mask(GRAY_MASK, "JPEG"), "the mask masks/1/0.png is not a PNG."),
+        (lambda source: (source / "masks/1/0.png").write_bytes(b"P5"), "Cannot decode mask masks/1/0.png as PNG: "),
+        (write_mask(GRAY_MASK, "JPEG"), "Cannot decode mask masks/1/0.png as PNG: cannot identify image file"),
     ],
 )
 def test_mistakes_in_images_and_masks(source, change, message):
@@ -130,7 +130,7 @@ def test_mistakes_in_images_and_masks(source, change, message):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"mask": "x.png"}, "there is no mask masks/x.png."),
+        ({"mask": "x.png"}, "No such mask: masks/x.png."),
         ({"mask": "../masks/1/0.png"}, "mask '../masks/1/0.png' is not a file below masks."),
         ({"image": "/etc/a.jpg"}, "image '/etc/a.jpg' is not a file below photos."),
         ({"image": "a\\b.jpg"}, "image 'a\\\\b.jpg' is not a file below photos. Separate folders by /."),

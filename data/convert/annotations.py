@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from data.convert.sentences import Row, located
-from data.dataset_refer_bert import DECODING_ERRORS, check_depth
+from data.transforms import check_depth, open_image_file
 from lib.errors import UserError
 from refer.annotations import Record, is_file_below, read_instances
 from refer.masks import MAX_PIXELS, MAX_SIDE, encode_mask
@@ -46,18 +45,11 @@ class ImageSizes:
 
     def _read(self, name: str) -> tuple[int, int]:
         path = self.folder / name
-        try:
-            with Image.open(path) as image:
-                check_depth(image, path)
-                size, orientation = image.size, image.getexif().get(ORIENTATION, 1)
-                image.draft(None, (1, 1))  # read a JPEG to its end, but decode it at an eighth of its size
-                image.load()
-        except UserError:
-            raise
-        except FileNotFoundError as error:
-            raise UserError(f"there is no image {path}.") from error
-        except DECODING_ERRORS as error:
-            raise UserError(f"cannot decode the image {path}: {error}.") from error
+        with open_image_file(path) as image:
+            check_depth(image, path)
+            size, orientation = image.size, image.getexif().get(ORIENTATION, 1)
+            image.draft(None, (1, 1))  # read a JPEG to its end, but decode it at an eighth of its size
+            image.load()
         if max(size) > MAX_SIDE or size[0] * size[1] > MAX_PIXELS:
             limits = f"{MAX_SIDE} pixels per side and {MAX_PIXELS:,} in total"
             raise UserError(f"the image {path} is {size[0]}×{size[1]}. At most {limits} are supported.")
@@ -188,21 +180,15 @@ def mask_objects(rows: list[Row], masks: Path, sizes: ImageSizes) -> Objects:
 def read_mask(path: Path) -> np.ndarray:
     """Read a PNG as a mask, bool [H, W].
 
-    The object is where the gray value, the palette index or any of the colors is not 0. Transparency is ignored.
+    The object is where the gray value, the palette index or any of the colors is not 0. Transparency is ignored. Other
+    formats are rejected, because their compression may change pixel values.
 
     Raises:
         UserError: the file is missing, is not a PNG, or contains no object.
     """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            values = np.asarray(image)
-            has_alpha = image.mode in ("LA", "PA", "RGBA")
-    except FileNotFoundError as error:
-        raise UserError(f"there is no mask {path}.") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"the mask {path} is not a PNG. Other formats may change pixel values.") from error
-    except DECODING_ERRORS as error:
-        raise UserError(f"cannot decode the mask {path}: {error}.") from error
+    with open_image_file(path, "mask", file_format="PNG") as image:
+        values = np.asarray(image)
+        has_alpha = image.mode in ("LA", "PA", "RGBA")
     if values.ndim == 3:
         values = (values[..., :-1] if has_alpha else values).any(axis=2)
     if not values.any():

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.dataset_refer_bert import open_image
+from data.transforms import read_image
 from refer.datasets import ROOT
 from refer.refer import REFER
 
@@ -27,7 +27,7 @@ def samples(refer: REFER, indices: Sequence[int]) -> Iterator[Sample]:
     expressions = [(ref, sentence) for ref in refer.data["refs"] for sentence in ref["sentences"]]
     for index in indices:
         ref, sentence = expressions[index]
-        image = open_image(refer.get_image_path(ref["image_id"]))
+        image = read_image(refer.get_image_path(ref["image_id"]))
         note = f"{ref['split']}  ref {ref['ref_id']}  {refer.Imgs[ref['image_id']]['file_name']}"
         yield Sample(image, refer.getMask(ref)["mask"].astype(bool), sentence["raw"], note)
 
