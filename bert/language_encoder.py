@@ -56,7 +56,7 @@ class LanguageEncoder(_CheckpointedModule):
         self.proj = nn.Linear(config.hidden_size, align_dim)
 
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Apply the layers to hidden states [B, N, T] with a padding bias [B, 1, 1, N]. Return hidden states [B, N, T]."""
+        """Return the hidden states after the layers, [B, N, T], for hidden [B, N, T] and padding bias [B, 1, 1, N]."""
         for layer in self.layer:
             hidden = self._run(layer, hidden, bias)
         return hidden

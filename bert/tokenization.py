@@ -88,7 +88,7 @@ def check_vocabulary(tokenizer: BertTokenizer, vocab_size: int, trained_with: st
 def encode(tokenizer: BertTokenizer, sentences: list[str]) -> Iterator[list[int]]:
     """Yield all token ids of each sentence, [CLS] and [SEP] included."""
     for start in range(0, len(sentences), SENTENCES_PER_CALL):
-        # Calling the tokenizer itself takes four times as long, because it also builds lists of its other outputs.
+        # Calling the tokenizer itself takes four times as long, because it converts every output to a list.
         for encoding in tokenizer.backend_tokenizer.encode_batch_fast(sentences[start : start + SENTENCES_PER_CALL]):
             yield encoding.ids
 

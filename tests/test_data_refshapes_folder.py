@@ -169,7 +169,7 @@ def test_other_files_in_the_folder_are_not_deleted(tmp_path):
         (["--seed", "-1"], "--seed -1: must be 0 or more."),
         (["--val-images", "-3"], "--val-images -3: must be from 0 to 999999."),
         (["--testB-images", "1000000"], "--testB-images 1000000: must be from 0 to 999999."),
-        ([f"--{split}-images=0" for split in ("train", "val", "testA", "testB")], "nothing to write"),
+        ([f"--{split}-images=0" for split in ("train", "val", "testA", "testB")], "Nothing to write"),
         (["--root", "{file}"], "Cannot write"),
         (["--trian-images", "3"], "Unknown flag --trian-images. Did you mean --train-images?"),
         (["--lev", "basic"], "Unknown flag --lev"),

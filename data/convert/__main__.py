@@ -23,18 +23,20 @@ from refer.datasets import ROOT
 def get_parser() -> Parser:
     parser = Parser(prog="python -m data.convert", description=__doc__)
     add = parser.add_argument
-    add("--name", help="of the new dataset, for --dataset of the other commands")
+    add("--name", help="name of the new dataset, which other commands take as --dataset")
     add("--sentences", type=Path, metavar="FILE", help="a .csv, .tsv or .jsonl file with one row per sentence")
     add("--images", type=Path, metavar="DIR", help="folder of the images")
-    add("--instances", type=Path, metavar="FILE", help="the objects as a COCO annotation file")
-    add("--masks", type=Path, metavar="DIR", help="or the objects as masks: PNG files with background 0")
+    add("--instances", type=Path, metavar="FILE", help="COCO annotation file with the objects")
+    add(
+        "--masks", type=Path, metavar="DIR", help="folder of masks, instead of --instances: PNG files with background 0"
+    )
     add("--refer_data_root", type=Path, default=ROOT, metavar="DIR", help="folder of the datasets (%(default)s)")
     add("--splitBy", default="unc", metavar="NAME", help="name of the split system (%(default)s)")
     add("--link", action="store_true", help="create symbolic links to the images instead of copies")
-    add("--val-share", type=float, default=0.1, metavar="X",
-        help="fraction of the images in val if the sentence file has no column split (%(default)s)")  # fmt: skip
-    add("--test-share", type=float, default=0.1, metavar="X", help="the same for test (%(default)s)")
-    add("--seed", type=int, default=0, help="of the assignment to splits (%(default)s)")
+    share_help = "fraction of the images in val if the sentence file has no column split (%(default)s)"
+    add("--val-share", type=float, default=0.1, metavar="X", help=share_help)
+    add("--test-share", type=float, default=0.1, metavar="X", help="the same for the split test (%(default)s)")
+    add("--seed", type=int, default=0, help="random seed of the assignment to splits (%(default)s)")
     add("--force", action="store_true", help="replace a dataset of this name that was made by this command")
     add("--contact-sheet", type=Path, metavar="PNG", help="output file (samples.png in the folder of the dataset)")
     add("--samples", type=int, default=12, metavar="N", help="expressions on the contact sheet; 0: none (%(default)s)")
@@ -45,7 +47,7 @@ def main() -> None:
     parser = get_parser()
     args = parser.parse_args()
     missing = [flag for flag in ("name", "sentences", "images") if not getattr(args, flag)]
-    if missing:  # not left to argparse, which would not suggest a flag that was mistyped
+    if missing:  # checked here, because argparse would not suggest the right name for a mistyped flag
         parser.error(f"--{missing[0]} is missing")
 
     from data.convert.dataset import SHEET_FILE, Source, convert
@@ -68,9 +70,8 @@ def main() -> None:
         check_writable(args.contact_sheet, suffix=".png", inputs=source.paths())
 
     converted = convert(
-        args.name, source, shares, args.refer_data_root,
-        split_by=args.splitBy, link=args.link, force=args.force,
-    )  # fmt: skip
+        args.name, source, shares, args.refer_data_root, split_by=args.splitBy, link=args.link, force=args.force
+    )
     counts = converted.refer.counts()
     print(to_text([("split", *Counts._fields), *((split, *map(str, numbers)) for split, numbers in counts.items())]))
     for warning in converted.warnings:

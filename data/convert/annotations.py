@@ -30,7 +30,7 @@ class Objects(NamedTuple):
 
 
 class ImageSizes:
-    """Sizes of the images in a folder. Each image is decoded once, so that corrupt files are found before training."""
+    """Sizes of the images in a folder. Each image is decoded once, so that corrupt files are found."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,7 +58,7 @@ class ImageSizes:
         return size
 
     def check(self, name: str, size: tuple[int, int], source: str) -> None:
-        """Raise a UserError if ``source``, a mask or an annotation file, has another size [W, H] than the image."""
+        """Raise a UserError if the image differs in size (width, height) from ``source``, a mask or an annotation."""
         actual = self[name]
         if actual == size:
             return
@@ -82,11 +82,11 @@ class ImageSizes:
 
 
 def coco_objects(rows: list[Row], instances_path: Path, sizes: ImageSizes) -> Objects:
-    """Look up the annotations that the rows refer to. All annotations of the images used are kept.
+    """Look up the annotations that the rows refer to. All annotations of the images in the rows are kept.
 
     Raises:
-        UserError: an image or annotation does not exist; an annotation belongs to another image; the size of an image
-            is not the one in the file.
+        UserError: an image or annotation does not exist; an annotation belongs to another image; an image does not have
+            the size recorded in the file.
     """
     coco = read_instances(instances_path)
     images = {image["id"]: image for image in coco["images"]}
@@ -96,15 +96,15 @@ def coco_objects(rows: list[Row], instances_path: Path, sizes: ImageSizes) -> Ob
         images_by_name[image["file_name"]].append(image)
     annotation_ids, used = [], set()
     for row in tqdm(rows, "images", unit="row", disable=None):
-        with located(row.where):
+        with located(row.location):
             if _is_id(row.image):
                 matches = [images[int(row.image)]] if int(row.image) in images else []
             else:
                 matches = images_by_name[row.image]
             if len(matches) != 1:
-                found = f"{len(matches)} images" if matches else "no image"
+                count = f"{len(matches)} images" if matches else "no image"
                 example = f" Its first image is {coco['images'][0]['file_name']}." if images else ""
-                raise UserError(f"{instances_path} has {found} {row.image}.{example}")
+                raise UserError(f"{instances_path} has {count} {row.image}.{example}")
             image = matches[0]
             if not _is_id(row.object) or int(row.object) not in annotations:
                 raise UserError(f"{instances_path} has no annotation {row.object}.")
@@ -141,7 +141,7 @@ def mask_objects(rows: list[Row], masks: Path, sizes: ImageSizes) -> Objects:
     annotation_ids = []
     for row in tqdm(rows, "masks", unit="row", disable=None):
         name = row.object or str(Path(row.image).with_suffix(".png"))
-        with located(row.where):
+        with located(row.location):
             _check_file_name(row.image, "image", sizes.folder)
             _check_file_name(name, "mask", masks)
             width, height = sizes[row.image]

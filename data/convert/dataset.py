@@ -40,10 +40,10 @@ class Source:
     def check(self) -> None:
         """Raise a UserError if the objects are not given exactly once, or a folder is missing."""
         if (self.instances is None) == (self.masks is None):
-            raise UserError("give the objects by either --instances FILE or --masks DIR.")
+            raise UserError("Pass the objects with either --instances FILE or --masks DIR.")
         for flag, folder in (("--images", self.images), ("--masks", self.masks)):
             if folder is not None and not folder.is_dir():
-                raise MissingFileError(f"{flag} {folder}: there is no such folder.")
+                raise MissingFileError(f"{flag} {folder}: no such folder.")
 
     def paths(self) -> list[Path]:
         return [path for path in (self.sentences, self.images, self.instances, self.masks) if path is not None]
@@ -70,8 +70,8 @@ def convert(
     """Check the user's files and write the dataset <data_root>/<name>, as a whole or not at all.
 
     Args:
-        name: of the dataset.
-        source: the user's files. Images that lie in COCO's folder below ``data_root`` are not copied.
+        name: name of the dataset.
+        source: the user's files. Images in COCO's folder below ``data_root`` are not copied.
         shares: sizes of the splits if the sentence file has no column ``split``.
         data_root: folder of all datasets.
         split_by: name of the split system.
@@ -79,7 +79,7 @@ def convert(
         force: replace an existing dataset that was written by this function.
 
     Raises:
-        UserError: anything is wrong with the files or the folder. Problems of a row start with file and line.
+        UserError: a file or the folder is invalid. Messages about a row start with file and line.
     """
     _check_name(name, split_by)
     source.check()
@@ -120,7 +120,7 @@ def _check_name(name: str, split_by: str) -> None:
 
 
 def _check_replaceable(folder: Path, force: bool, sources: Iterable[Path]) -> None:
-    """Raise a UserError if the folder exists, unless ``force`` is set and it holds nothing but a converted dataset."""
+    """Raise a UserError if the folder exists, unless ``force`` is set and it contains only a converted dataset."""
     if not os.path.lexists(folder):
         return
     info = _read_info(folder)
@@ -144,7 +144,7 @@ def _check_replaceable(folder: Path, force: bool, sources: Iterable[Path]) -> No
 
 
 def _read_info(folder: Path) -> Record:
-    """Return what was recorded about a converted dataset, or {} if the folder is not one."""
+    """Return the content of a converted dataset's convert.json, or {} if the folder is not a converted dataset."""
     try:
         info = json.loads((folder / INFO_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -160,12 +160,12 @@ def _find_objects(rows: list[Row], source: Source) -> Objects:
 
 
 def _check_masks(refer: REFER, rows: list[Row], objects: Objects, source: Source) -> None:
-    """Decode every mask from the written files. UserError: a mask is invalid or empty; it names the row."""
+    """Decode every mask from the written files. Raise a UserError that names the row if one is invalid or empty."""
     first_rows: dict[int, Row] = {}
     for row, annotation_id in zip(rows, objects.annotation_ids, strict=True):
         first_rows.setdefault(annotation_id, row)
     for annotation_id, row in tqdm(first_rows.items(), "verifying", unit="ref", disable=None):
-        with located(f"{row.where}: annotation {annotation_id} of {source.instances or source.masks}"):
+        with located(f"{row.location}: annotation {annotation_id} of {source.instances or source.masks}"):
             try:
                 area = refer.getMask(refer.annToRef[annotation_id])["area"]
             except UserError as error:

@@ -1,4 +1,4 @@
-"""Create the refs of a dataset: for each object its sentences and its split."""
+"""Create the refs of a dataset: the sentences and the split of each object."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,9 +20,9 @@ def build_refs(
     """Return the refs in file order, and warnings.
 
     Args:
-        rows: of the sentence file.
-        objects: of the rows.
-        split_of_image: by file name, for rows without a split.
+        rows: rows of the sentence file.
+        objects: objects of the rows.
+        split_of_image: splits of images by file name, for rows without a split.
 
     Raises:
         UserError: an object is in two splits.
@@ -50,8 +50,8 @@ def build_refs(
             }
         ref = refs[annotation_id]
         if ref["split"] != split:
-            other = f"{ref['split']} ({first_row[annotation_id].where})"
-            raise UserError(f"{row.where}: the object is in split {split} here, but in {other} before.")
+            other = f"{ref['split']} ({first_row[annotation_id].location})"
+            raise UserError(f"{row.location}: the object is in split {split} here, but in {other} before.")
         if all(sentence["raw"] != row.sentence for sentence in ref["sentences"]):
             tokens = words(row.sentence)
             sentence = {"sent_id": num_sentences, "raw": row.sentence, "sent": " ".join(tokens), "tokens": tokens}
@@ -71,15 +71,15 @@ def find_problems(refs: Sequence[Record], objects: Objects, image_folder: Path) 
     long = [sentence["raw"] for sentence in sentences if len(sentence["tokens"]) > MAX_WORDS]
     if long:
         warnings.append(
-            f"sentences with more than {MAX_WORDS} words: {len(long)}, for example “{long[0][:40]}…”. The rest of them "
-            "is ignored unless you raise --max_tokens."
+            f"sentences with more than {MAX_WORDS} words: {len(long)}, for example “{long[0][:40]}…”. The "
+            "other words are ignored unless you raise --max_tokens."
         )
     splits = {ref["split"] for ref in refs}
     if "train" not in splits:
         warnings.append("no split train: the dataset can only be used for evaluation.")
     if "val" not in splits:
         warnings.append("no split val: train.py needs --split to validate on another one.")
-    # For each image, the sentences as the model reads them, except for punctuation.
+    # Sentences of an image are compared without punctuation and upper case.
     objects_of_sentence = Counter(
         pair for ref in refs for pair in {(ref["image_id"], sentence["sent"]) for sentence in ref["sentences"]}
     )

@@ -25,14 +25,14 @@ COLUMNS = {  # by the column that identifies the object
 REQUIRED_COLUMNS = ("image", "annotation_id", "sentence")
 MAX_LINE = 1_000_000  # bytes; a file without line breaks must not fill the memory
 MAX_SENTENCE = 20_000  # characters
-SPLIT_NAME = re.compile(r"train|val|test([ABC]{1,3}|[a-z0-9_-]*)")  # the names that REFER.getRefIds can select
+SPLIT_NAME = re.compile(r"train|val|test([ABC]{1,3}|[a-z0-9_-]*)")  # names that REFER.getRefIds accepts
 CONTROL_CHARACTER = re.compile("[\0-\x1f\x7f\ud800-\udfff]")
 
 
 class Row(NamedTuple):
-    """A sentence and what it refers to. Texts are stripped; a missing one is empty."""
+    """A sentence and the object that it refers to. Texts are stripped; a missing value is an empty text."""
 
-    where: str  # file and line, for messages
+    location: str  # file and line, for messages
     image: str  # file name or COCO id
     object: str  # annotation id or file name of the mask
     sentence: str
@@ -45,7 +45,7 @@ def read_sentences(path: Path, object_column: str) -> tuple[list[Row], list[str]
 
     Args:
         path: a .csv, .tsv or .jsonl file in UTF-8.
-        object_column: the column that identifies the object, ``annotation_id`` or ``mask``. ``mask`` is optional.
+        object_column: the column that identifies the object: ``annotation_id``, or ``mask``, which is optional.
 
     Returns:
         The rows, and the names of unused columns.
@@ -62,24 +62,24 @@ def read_sentences(path: Path, object_column: str) -> tuple[list[Row], list[str]
         raise UserError(f"--sentences {path}: the name must end in .csv, .tsv or .jsonl.")
     rows: list[Row] = []
     unused: set[str] = set()
-    for where, record in records:
-        with located(where):
-            rows.append(_row(where, record, object_column))
+    for location, record in records:
+        with located(location):
+            rows.append(_row(location, record, object_column))
         unused |= record.keys() - set(COLUMNS[object_column])
     if not rows:
         raise UserError(f"{path} contains no sentences.")
-    _check_complete(object_column, {row.where: row.object for row in rows})
-    _check_complete("split", {row.where: row.split for row in rows})
+    _check_complete(object_column, {row.location: row.object for row in rows})
+    _check_complete("split", {row.location: row.split for row in rows})
     return rows, sorted(unused)
 
 
 @contextmanager
-def located(where: str) -> Iterator[None]:
-    """Put the file and line of a row in front of the message of a UserError."""
+def located(location: str) -> Iterator[None]:
+    """Prefix the message of a UserError in this block with the file and line of a row."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+        raise UserError(f"{location}: {error}") from error
 
 
 def words(sentence: str) -> list[str]:
@@ -88,7 +88,7 @@ def words(sentence: str) -> list[str]:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield the place and the text of each line."""
+    """Yield the location (file and line) and the text of each line."""
     try:
         file = path.open("rb")
     except OSError as error:
@@ -97,63 +97,64 @@ def _read_lines(path: Path) -> Iterator[tuple[str, str]]:
         number = 0
         while line := file.readline(MAX_LINE + 1):
             number += 1
-            where = f"{path}:{number}"
+            location = f"{path}:{number}"
             if len(line) > MAX_LINE:
-                raise UserError(f"{where}: the line is longer than {MAX_LINE} bytes.")
+                raise UserError(f"{location}: the line is longer than {MAX_LINE} bytes.")
             if b"\0" in line:
-                raise UserError(f"{where}: the line contains a NUL byte. Save the file as UTF-8 text.")
+                raise UserError(f"{location}: the line contains a NUL byte. Save the file as UTF-8 text.")
             try:
-                yield where, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield location, line.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: byte {error.start + 1} is not UTF-8. Save the file as UTF-8.") from error
+                raise UserError(f"{location}: byte {error.start + 1} is not UTF-8. Save the file as UTF-8.") from error
 
 
 def _read_table(path: Path, delimiter: str, object_column: str) -> Iterator[tuple[str, Record]]:
-    """Yield the place and the fields of each row of a CSV or TSV file. Empty lines are skipped."""
+    """Yield the location and the fields of each row of a CSV or TSV file. Empty lines are skipped."""
     columns: list[str] = []
-    for where, line in _read_lines(path):
+    for location, line in _read_lines(path):
         try:
             fields = next(csv.reader([line], delimiter=delimiter, strict=True))
         except csv.Error as error:
             hint = "Check the quotation marks; a sentence cannot contain a line break."
-            raise UserError(f"{where}: {error}. {hint}") from error
+            raise UserError(f"{location}: {error}. {hint}") from error
         if not any(field.strip() for field in fields):
             continue
         if not columns:
             columns = [name.strip().lower() for name in fields]
-            if len(columns) == 1 and (found := set(columns[0]) & set(",;\t|")):
+            if len(columns) == 1 and (separators := set(columns[0]) & set(",;\t|")):
                 raise UserError(
-                    f"{where}: the columns are separated by {min(found)!r}. Use commas in .csv and tabs in .tsv files."
+                    f"{location}: the columns are separated by {min(separators)!r}. Use commas in .csv and tabs in "
+                    ".tsv files."
                 )
-            with located(where):
+            with located(location):
                 _check_columns(tuple(columns), object_column)
         elif len(fields) != len(columns):
             raise UserError(
-                f"{where}: {len(fields)} fields, but the first line names {len(columns)} columns. A sentence that "
+                f"{location}: {len(fields)} fields, but the first line names {len(columns)} columns. A sentence that "
                 "contains a comma needs quotation marks."
             )
         else:
-            yield where, dict(zip(columns, fields, strict=True))
+            yield location, dict(zip(columns, fields, strict=True))
 
 
 def _read_json_lines(path: Path, object_column: str) -> Iterator[tuple[str, Record]]:
-    """Yield the place and the fields of each line of a JSONL file. Empty lines are skipped."""
-    for where, line in _read_lines(path):
+    """Yield the location and the fields of each line of a JSONL file. Empty lines are skipped."""
+    for location, line in _read_lines(path):
         if not line.strip():
             continue
         try:
             record = json.loads(line, object_pairs_hook=_record)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: invalid JSON ({' '.join(str(error).split())[:100]}).") from error
+            raise UserError(f"{location}: invalid JSON ({' '.join(str(error).split())[:100]}).") from error
         if not isinstance(record, dict):
-            raise UserError(f"{where}: must be a JSON object, not {type(record).__name__}.")
-        with located(where):
+            raise UserError(f"{location}: must be a JSON object, not {type(record).__name__}.")
+        with located(location):
             _check_columns(tuple(record), object_column)
-        yield where, record
+        yield location, record
 
 
 def _record(pairs: list[tuple[str, Any]]) -> Record:
-    """Return the keys and values of a JSON object as a dict. ValueError: a key occurs twice."""
+    """Return the keys and values of a JSON object as a dict. Raise a ValueError if a key occurs twice."""
     record: Record = {}
     for key, value in pairs:
         name = key.strip().lower()
@@ -163,7 +164,7 @@ def _record(pairs: list[tuple[str, Any]]) -> Record:
     return record
 
 
-@lru_cache(maxsize=100)  # the lines of a JSONL file usually have the same keys
+@lru_cache(maxsize=100)  # most lines of a JSONL file have the same keys
 def _check_columns(columns: tuple[str, ...], object_column: str) -> None:
     """Raise a UserError if a column is repeated, missing or probably misspelled."""
     repeated = [name for name in columns if name and columns.count(name) > 1]
@@ -182,13 +183,13 @@ def _check_columns(columns: tuple[str, ...], object_column: str) -> None:
 
 
 def listed(columns: Iterable[str]) -> str:
-    """Return the names of columns as they can be printed in a message."""
+    """Return the names of columns for a message, shortened and on one line."""
     names = (" ".join(name.split())[:50] or "(unnamed)" for name in columns)
     return ", ".join(names)[:300] or "nothing"
 
 
-def _row(where: str, record: Record, object_column: str) -> Row:
-    """Check the values of a row. UserError: what is wrong, without the place."""
+def _row(location: str, record: Record, object_column: str) -> Row:
+    """Check the values of a row. Messages of a UserError do not contain the location."""
     texts = {column: _text(column, record.get(column)) for column in COLUMNS[object_column]}
     for column in ("image", "sentence"):
         if not texts[column]:
@@ -202,11 +203,11 @@ def _row(where: str, record: Record, object_column: str) -> Row:
         close = [name for name in ("train", "val", "test") if split.lower().startswith(name)]
         names = "Use train, val, test, testA, testB, testC or a name such as test-hard."
         raise UserError(f"unknown split {split!r}. " + (f"Did you mean {close[0]}?" if close else names))
-    return Row(where, texts["image"], texts[object_column], sentence, split, texts.get("category", ""))
+    return Row(location, texts["image"], texts[object_column], sentence, split, texts.get("category", ""))
 
 
 def _text(column: str, value: Any) -> str:
-    """Return a value as stripped text. UserError: it is not text, or contains control characters."""
+    """Return a value as stripped text. Raise a UserError if it is not text or contains control characters."""
     if type(value) is int and column in ("image", "annotation_id"):
         value = str(value)
     if value is not None and type(value) is not str:
@@ -218,13 +219,13 @@ def _text(column: str, value: Any) -> str:
 
 
 def _check_complete(column: str, values: dict[str, str]) -> None:
-    """Raise a UserError if a column is empty in some rows: a required one in any, an optional one in some but not all.
+    """Raise a UserError if a required column is empty in any row, or an optional column in some but not all rows.
 
     Args:
-        column: its name.
-        values: the value in each row, by the place of the row.
+        column: name of the column.
+        values: its value in each row, by the location of the row.
     """
     if any(values.values()) or column in REQUIRED_COLUMNS:
-        for where, value in values.items():
+        for location, value in values.items():
             if not value:
-                raise UserError(f"{where}: {column} is empty.")
+                raise UserError(f"{location}: {column} is empty.")

@@ -12,7 +12,11 @@ TRIED_SEEDS = 200
 
 @dataclass(frozen=True)
 class SplitShares:
-    """Expected fractions of the images in val and test; the others are in train. UserError: they are invalid."""
+    """Expected fractions of the images in val and test; the other images are in train.
+
+    Raises:
+        UserError: the fractions are invalid.
+    """
 
     val: float = 0.1
     test: float = 0.1
@@ -33,7 +37,7 @@ class SplitShares:
 def assign_splits(file_names: Iterable[str], shares: SplitShares) -> dict[str, str]:
     """Return the split of each image.
 
-    It depends on the file name and the seed only, so that images that are added later do not move other images.
+    The split depends only on the file name and the seed, so that images added later do not move other images.
 
     Raises:
         UserError: a split would be empty. The message suggests another seed.
@@ -48,7 +52,7 @@ def assign_splits(file_names: Iterable[str], shares: SplitShares) -> dict[str, s
 
 
 def _split_of(file_name: str, shares: SplitShares, seed: int) -> str:
-    # The text is part of the hash: with another one, every image would move to another split.
+    # This text is part of the hash. If it changed, images would move to other splits.
     position = derive_seed("split of a picture", seed, file_name) / 2**63
     if position < shares.val:
         return "val"

@@ -1,4 +1,4 @@
-"""What the command prints and draws after a conversion."""
+"""Samples of a converted dataset for the contact sheet, and commands that use the dataset."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ class Sample(NamedTuple):
 
 
 def samples(refer: REFER, indices: Sequence[int]) -> Iterator[Sample]:
-    """Yield the expressions with these indices, counted over all refs."""
+    """Yield the expressions with these indices in the list of all sentences of all refs."""
     expressions = [(ref, sentence) for ref in refer.data["refs"] for sentence in ref["sentences"]]
     for index in indices:
         ref, sentence = expressions[index]

@@ -4,11 +4,11 @@
     python -m data.refshapes --level full --seed 1    # relations and overlaps; replaces the dataset above
     python -m data.refshapes --root /tmp/data --train-images 200 --val-images 40
 
-Level basic: sentences name the color, shape, size and place of objects that do not overlap.
+Level basic: sentences name the color, shape, size and position of objects that do not overlap.
 Level full: sentences also name relations between objects, some of which overlap.
 Every sentence is true of exactly one object of its image. In testA, another object has the same shape as the
-referred object. In testB, its pair of color and shape occurs in no other split.
-The same settings always give the same bytes.
+referred object. In testB, the referred object has a color and shape that occur together in no other split.
+The same settings always produce identical files.
 
     <root>/refshapes/images/refshapes_<id>.jpg   images
     <root>/refshapes/instances.json              COCO annotations, with the "attributes" of every object
@@ -28,13 +28,15 @@ from refer.datasets import ROOT
 def get_parser() -> Parser:
     parser = Parser(prog="python -m data.refshapes", description=__doc__)
     parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="folder of the datasets (%(default)s)")
-    parser.add_argument("--level", default="basic", choices=LEVELS, help="of the sentences, see above (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed gives another dataset (%(default)s)")
+    parser.add_argument(
+        "--level", default="basic", choices=LEVELS, help="level of the sentences, see above (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
     for split, count in DEFAULT_IMAGES.items():
         parser.add_argument(
             f"--{split}-images", type=int, default=count, metavar="N", help=f"images in {split} (%(default)s)"
         )
-    parser.add_argument("--force", action="store_true", help="generate it again even if it is complete")
+    parser.add_argument("--force", action="store_true", help="generate the dataset again even if it exists")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The files of a RefShapes dataset: annotations, refs, images, vocabulary, and the folder that holds them."""
+"""Write the files of a RefShapes dataset: annotations, refs, images and vocabulary."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def write_refshapes(
     other settings is replaced, as a whole or not at all.
 
     Raises:
-        UserError: invalid settings; the folder holds anything else or is not writable.
+        UserError: a setting is invalid; the folder contains other files or is not writable.
     """
     images = {"train": train_images, "val": val_images, "testA": testA_images, "testB": testB_images}
     settings = Settings(level, seed, images)
@@ -48,7 +48,7 @@ def write_refshapes(
     if force or not is_complete(folder, settings):
         check_replaceable(folder)
         with atomic_folder(folder) as new:
-            check_replaceable(folder)  # again, because atomic_folder may have restored an old one
+            check_replaceable(folder)  # again, because atomic_folder may have restored an old folder
             write_files(new, settings)
     return folder
 
@@ -63,7 +63,7 @@ def read_info(folder: Path) -> Record:
 
 
 def is_complete(folder: Path, settings: Settings) -> bool:
-    """Return whether the folder holds all files of the dataset with these settings."""
+    """Return whether the folder contains all files of the dataset with these settings."""
     info = read_info(folder)
     return (
         all(info.get(key) == value for key, value in settings.as_dict().items())
@@ -73,7 +73,7 @@ def is_complete(folder: Path, settings: Settings) -> bool:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raise a UserError if the folder exists and holds anything but a RefShapes dataset."""
+    """Raise a UserError if the folder exists and contains anything but a RefShapes dataset."""
     if not os.path.lexists(folder):
         return
     if folder.is_symlink() or not read_info(folder):
@@ -109,15 +109,17 @@ def write_files(folder: Path, settings: Settings) -> None:
         rng = random_stream(scene.seed, split, index, scene.level, purpose=2)
         for target in scene.targets():
             if sentences := describe(scene, target, rng):
-                refs.append({
-                    "ref_id": next(ref_ids),
-                    "ann_id": annotations[target]["id"],
-                    "image_id": image["id"],
-                    "category_id": annotations[target]["category_id"],
-                    "file_name": image["file_name"].replace(".jpg", f"_{target}.jpg"),  # as in the published files
-                    "split": split,
-                    **_sentence_records(sentences, sent_ids),
-                })  # fmt: skip
+                refs.append(
+                    {
+                        "ref_id": next(ref_ids),
+                        "ann_id": annotations[target]["id"],
+                        "image_id": image["id"],
+                        "category_id": annotations[target]["category_id"],
+                        "file_name": image["file_name"].replace(".jpg", f"_{target}.jpg"),  # as in the published files
+                        "split": split,
+                        **_sentence_records(sentences, sent_ids),
+                    }
+                )
     info = {**settings.as_dict(), **_counts(refs)}
     (folder / "instances.json").write_text(json.dumps(instances, separators=(",", ":")), encoding="utf-8")
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
@@ -135,30 +137,32 @@ def _annotation_records(scene: Scene, image_id: int, masks: list[np.ndarray]) ->
     ids = [10 * image_id + i for i in range(len(masks))]
     annotations = []
     for annotation_id, obj, mask in zip(ids, scene.objects, masks, strict=True):
-        if obj.shape == "circle" or obj.hidden_by:  # not polygons
+        if obj.shape == "circle" or obj.hidden_by:  # has no polygon
             rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
             segmentation = {"size": [scene.height, scene.width], "counts": rle["counts"].decode()}
         else:
             segmentation = [_polygon(obj)]
             rle = coco_mask.frPyObjects(segmentation, scene.height, scene.width)[0]
-        annotations.append({
-            "id": annotation_id,
-            "image_id": image_id,
-            "category_id": SHAPES.index(obj.shape) + 1,
-            "bbox": coco_mask.toBbox(rle).tolist(),
-            "area": int(coco_mask.area(rle)),
-            "iscrowd": 0,
-            "segmentation": segmentation,
-            "attributes": {
-                "shape": obj.shape,
-                "color": obj.color,
-                "size": obj.size,
-                "cx": round(obj.cx, 2),
-                "cy": round(obj.cy, 2),
-                "visible": round(obj.visible, 4),
-                "hidden_by": [ids[i] for i in obj.hidden_by],
-            },
-        })  # fmt: skip
+        annotations.append(
+            {
+                "id": annotation_id,
+                "image_id": image_id,
+                "category_id": SHAPES.index(obj.shape) + 1,
+                "bbox": coco_mask.toBbox(rle).tolist(),
+                "area": int(coco_mask.area(rle)),
+                "iscrowd": 0,
+                "segmentation": segmentation,
+                "attributes": {
+                    "shape": obj.shape,
+                    "color": obj.color,
+                    "size": obj.size,
+                    "cx": round(obj.cx, 2),
+                    "cy": round(obj.cy, 2),
+                    "visible": round(obj.visible, 4),
+                    "hidden_by": [ids[i] for i in obj.hidden_by],
+                },
+            }
+        )
     return annotations
 
 

@@ -1,4 +1,4 @@
-"""Drawing of RefShapes: the pixels of objects and images.
+"""Draw the objects, masks and images of RefShapes.
 
 Shapes: H, W height and width of an image in pixels; h, w of the box around one object.
 """
@@ -17,7 +17,7 @@ GAP = 3  # smallest distance in pixels between two objects that do not overlap
 
 
 class Stamp(NamedTuple):
-    """An object drawn in the smallest box of whole pixels that leaves one pixel free on each side."""
+    """An object drawn in the smallest box of whole pixels that has a margin of one pixel on each side."""
 
     corners: np.ndarray  # float [N, 2], x and y relative to the top left corner of the box
     coverage: Image.Image  # w×h, 255 where the object covers the whole pixel
@@ -28,7 +28,7 @@ class Stamp(NamedTuple):
 
 
 def stamp_of(obj: SceneObject) -> Stamp:
-    """Return the drawn object, regardless of its position and of what covers it."""
+    """Return the drawn object. Its position and the objects that cover it do not matter."""
     return _stamp(obj.shape, obj.side, obj.angle)
 
 
@@ -49,7 +49,7 @@ def _stamp(shape: str, side: float, angle: float) -> Stamp:
 
 @lru_cache(maxsize=len(SHAPES))
 def _unit_outline(shape: str) -> np.ndarray:
-    """Return the corners, float [N, 2], of a shape with area 1 and its centroid at the origin; y points down."""
+    """Return the corners, float [N, 2], of a shape with area 1 whose centroid is the origin; y points down."""
     if shape == "cross":  # its arms are a third as wide as the cross
         corners = np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
                             (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)], float)  # fmt: skip

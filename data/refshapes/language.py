@@ -1,7 +1,7 @@
-"""Sentences of RefShapes, each of which is true of exactly one object of a scene.
+"""Generate the sentences of RefShapes. Each sentence is true of exactly one object of a scene.
 
-Every property has three values: true, false and unclear (an object near the center is neither clearly on the left nor
-clearly not on the left). A description is used only if it is true of its target and false of all other objects.
+A property is true of an object, false, or unclear. For example, it is unclear whether an object near the center is on
+the left. A description is used only if it is true of its target and false of all other objects.
 """
 
 import string
@@ -18,7 +18,7 @@ CENTER_START, CENTER_END = 0.4, 0.51  # "on the left": true for cx < 0.4 W, fals
 EXTREME_MARGIN = 0.08  # distance of the leftmost object from all others, as a fraction of W
 AREA_FACTOR = 1.25  # by which the biggest object is larger than all others
 RELATION_MARGIN = 0.12  # "left of": true from a distance of 0.12 W on, false from 0 on
-MIN_VISIBLE_SIZE = 0.96  # visible share of the image area, relative to the smallest area of the object's size word
+MIN_VISIBLE_SIZE = 0.96  # visible area for a clear size, relative to the smallest area of the object's size class
 
 PLACES = ("left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
 SUPERLATIVES = ("biggest", "smallest", "leftmost", "rightmost", "topmost", "bottommost")
@@ -28,17 +28,17 @@ DIRECTIONS = {
     "leftmost": (0, 1), "rightmost": (0, -1), "topmost": (1, 1), "bottommost": (1, -1),
     "left of": (0, 1), "right of": (0, -1), "above": (1, 1), "below": (1, -1),
 }  # fmt: skip
-FULL_ONLY = ("medium", "topmost", "bottommost")  # words of level full only, as are all relations
+FULL_ONLY = ("medium", "topmost", "bottommost")  # words that only level full uses, besides all relations
 
-# How often a kind of description is chosen where the scene allows it.
+# Relative frequency of each kind of description among those that a scene allows.
 KIND_WEIGHTS = {
     "basic": {"color": 9, "shape": 3, "color+shape": 14, "size": 5, "size superlative": 1,
               "place": 1.5, "place superlative": 0.4},
     "full": {"color": 4, "shape": 4, "color+shape": 5, "size": 5, "size superlative": 1.5,
              "place": 3, "place superlative": 1.5, "relation": 7, "overlap": 10},
 }  # fmt: skip
-REDUNDANT_WEIGHT = 0.5  # factor for redundant descriptions, such as "the small red circle" if there is one red circle
-PHRASES: dict[str, tuple[str, ...]] = {  # ways to say a property; any other property is said by its own name
+REDUNDANT_WEIGHT = 0.5  # factor for redundant descriptions: "the small red circle" if there is only one red circle
+PHRASES: dict[str, tuple[str, ...]] = {  # phrases for a property; other properties are expressed by their names
     "large": ("large", "big"),
     "biggest": ("biggest", "largest"),
     "left": ("on the left",),
@@ -63,7 +63,7 @@ class Description(NamedTuple):
     superlative: str | None = None
     relation: str | None = None
     landmark: "Description | None" = None  # the object to which the relation refers
-    redundant: bool = False  # color and shape alone are unambiguous
+    redundant: bool = False  # already unambiguous by color and shape
 
     def kind(self) -> str:
         """Return the kind of description, a key of KIND_WEIGHTS."""
@@ -118,7 +118,7 @@ def say(description: Description, rng: np.random.Generator, level: str) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Return a WordPiece vocabulary: special tokens, the words of both levels, single characters for other words."""
+    """Return a WordPiece vocabulary: special tokens, the words of both levels, and characters for other words."""
     names = ("the", *COLORS, *SHAPES, *SIZES, *SUPERLATIVES, *PLACES, *RELATIONS)
     phrases = [phrase for name in names for phrase in PHRASES.get(name, (name,))]
     words = sorted({word for phrase in (*phrases, *ANY_SHAPE["full"]) for word in phrase.split()})
@@ -137,10 +137,10 @@ def candidates(scene: Scene, target: int) -> list[Description]:
 
 
 class _Facts:
-    """What is true in a scene. Objects are given by their indices.
+    """Which words are true of which objects of a scene. Objects are identified by their indices.
 
-    ``certain`` holds, for each word, the objects of which it is clearly true; ``possible`` those of which it is not
-    clearly false.
+    For each word, ``certain`` contains the objects of which it is true, and ``possible`` also those of which it is
+    unclear.
     """
 
     def __init__(self, scene: Scene) -> None:
@@ -152,7 +152,7 @@ class _Facts:
         for i, obj in enumerate(self.objects):
             self._add(i, obj.color, certain=True, possible=True)
             self._add(i, obj.shape, certain=True, possible=True)
-            # A partly hidden object may look a size smaller, so that no size word is clear.
+            # A partly hidden object may look smaller than it is, so its size is unclear.
             min_area = MIN_VISIBLE_SIZE * SIZES[obj.size][0] * scene.width * scene.height
             clear = self.visible_areas[i] >= min_area
             for size in SIZES:
@@ -181,7 +181,7 @@ class _Facts:
         return matches
 
     def leads(self, superlative: str, target: int, others: set[int]) -> bool:
-        """Return whether a superlative is clearly true of the target. Hidden parts of objects must not matter."""
+        """Return whether a superlative is true of the target, whatever the size of hidden parts."""
         if superlative == "biggest":
             return self.visible_areas[target] >= AREA_FACTOR * max(self.objects[i].area for i in others)
         if superlative == "smallest":
@@ -190,17 +190,17 @@ class _Facts:
         return all(sign * (self.centers[i][axis] - self.centers[target][axis]) >= EXTREME_MARGIN for i in others)
 
     def related(self, relation: str, landmark: int) -> tuple[set[int], set[int]]:
-        """Return the objects that certainly are, and those that possibly are, in this relation to the landmark."""
-        everything = range(len(self.objects))
+        """Return the objects that are certainly, and those that are possibly, in this relation to the landmark."""
+        indices = range(len(self.objects))
         if relation == "behind":
-            behind = {i for i in everything if landmark in self.objects[i].hidden_by}
+            behind = {i for i in indices if landmark in self.objects[i].hidden_by}
             return behind, behind
         if relation == "in front of":
             in_front = set(self.objects[landmark].hidden_by)
             return in_front, in_front
         certain, possible = set(), set()
         axis, sign = DIRECTIONS[relation]
-        for i in everything:
+        for i in indices:
             along = sign * (self.centers[landmark][axis] - self.centers[i][axis])
             across = abs(self.centers[landmark][1 - axis] - self.centers[i][1 - axis])
             if along > 0:
@@ -216,13 +216,13 @@ def _facts_of(scene: Scene) -> _Facts:
 
 
 def _simple_descriptions(obj: SceneObject, sizes: list[str]) -> list[Description]:
-    """Return all combinations of the object's color, its shape and one of ``sizes``, the empty one included."""
+    """Return all combinations of the object's color, shape and one of ``sizes``; each of them may be absent."""
     pairs = [(color, shape) for color in (None, obj.color) for shape in (None, obj.shape)]
     return [Description(color, shape, size) for color, shape in pairs for size in (None, *sizes)]
 
 
 def _without_relation(facts: _Facts, target: int, words: list[str]) -> Iterator[Description]:
-    """Yield color and shape of the target, combined with one of its size and place ``words`` or a superlative."""
+    """Yield color and shape of the target, alone or combined with one of ``words`` (size, place) or a superlative."""
     for simple in _simple_descriptions(facts.objects[target], []):
         matches = facts.matches(simple)
         unique = matches == {target}
@@ -259,7 +259,7 @@ def _with_relation(facts: _Facts, target: int, sizes: list[str]) -> Iterator[Des
 
 
 def _landmark_descriptions(facts: _Facts, landmark: int) -> list[Description]:
-    """Return the unambiguous descriptions of a landmark that name its color or shape, and its size only if needed."""
+    """Return unambiguous descriptions of a landmark by its color or shape, and by its size where that is needed."""
     sizes = [size for size in SIZES if landmark in facts.certain[size]]
     return [
         simple

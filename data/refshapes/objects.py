@@ -1,4 +1,4 @@
-"""Objects and scenes of RefShapes: their properties, without pixels."""
+"""Objects and scenes of RefShapes, described by their properties."""
 
 from bisect import bisect
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ COLORS = {
     "purple": (160, 52, 190),
     "cyan": (70, 214, 222),
 }
-# Range of an object's share of the image area. The gaps between the sizes are factors of 1.3 and more, so that a
-# size word is never ambiguous.
+# Range of an object's area as a fraction of the image area. Consecutive ranges are separated by a factor of at least
+# 1.3, so that a size word is never ambiguous.
 SIZES = {"small": (0.031, 0.039), "medium": (0.053, 0.066), "large": (0.092, 0.109)}
-# Pairs that occur in testB only. Training shows each of these colors and shapes in other pairs.
+# Pairs that occur in testB only. In training, each of these colors and shapes occurs in other pairs.
 HELD_OUT = (("red", "triangle"), ("blue", "circle"), ("green", "square"), ("yellow", "cross"))
 Choice = TypeVar("Choice")
 
@@ -36,8 +36,8 @@ class SceneObject:
     rgb: tuple[int, ...]
     side: float  # square root of the area of the whole object
     angle: float  # radians
-    left: int = 0  # of the box in which the object is drawn
-    top: int = 0
+    left: int = 0  # left edge of the box in which the object is drawn
+    top: int = 0  # its top edge
     cx: float = 0.0  # centroid of the visible part
     cy: float = 0.0
     visible: float = 1.0  # fraction of the object that is visible
@@ -51,7 +51,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that an image shows, except for its noise."""
+    """The content of an image, except for its noise."""
 
     seed: int
     split: str
@@ -70,7 +70,7 @@ class Scene:
     def targets(self) -> list[int]:
         """Return the indices of the objects that sentences may refer to.
 
-        train, val: all objects. testA: objects that share their shape with another one. testB: held-out pairs.
+        train, val: all objects. testA: objects whose shape occurs several times. testB: held-out pairs.
         """
         shapes = [obj.shape for obj in self.objects]
         if self.split == "testA":
@@ -81,9 +81,9 @@ class Scene:
 
 
 def random_stream(seed: int, split: str, index: int, level: str, purpose: int) -> np.random.Generator:
-    """Return the random numbers of one image for one purpose (0 scene, 1 background, 2 sentences).
+    """Return the random generator of one image for one purpose (0 scene, 1 background, 2 sentences).
 
-    Images do not depend on each other, so no split depends on the number of images in another one.
+    Images do not depend on each other, so a split does not depend on the number of images in other splits.
     """
     return np.random.default_rng([seed, LEVELS.index(level), SPLITS.index(split), index, purpose])
 

@@ -1,4 +1,4 @@
-"""Random scenes of RefShapes: which objects an image shows, and where."""
+"""Generate the random scenes of RefShapes: the objects of an image and their positions."""
 
 import math
 from dataclasses import replace
@@ -13,8 +13,8 @@ MAX_OBJECT_SHARE = 0.12  # of the image area, for one object
 MAX_TOTAL_SHARE = 0.37  # of the image area, for all objects together; more leaves no room to place them
 DISTINCT_COLORS = 0.6  # fraction of scenes of level basic in which all objects have different colors
 HIDDEN_SHARE = (0.12, 0.36)  # fraction of the rear object that an overlap hides (level full)
-MIN_OFFSET = 0.25  # of the front object from the rear one along both axes, as a fraction of the rear object's side
-FREE_TRIES, OVERLAP_TRIES = 150, 400  # random positions that are tried for an object
+MIN_OFFSET = 0.25  # minimum offset of the front object along both axes, as a fraction of the rear object's side
+FREE_TRIES, OVERLAP_TRIES = 150, 400  # number of random positions tried for an object
 Position = tuple[int, int]  # top and left of an object's box
 
 
@@ -30,7 +30,7 @@ def generate_scene(seed: int, split: str, index: int, level: str) -> Scene:
         placed = _place_objects(rng, objects, (height, width), overlap)
         if placed is None:
             continue
-        order = rng.permutation(len(placed)).tolist()  # so that the order does not depend on size or depth
+        order = rng.permutation(len(placed)).tolist()  # otherwise the order would depend on size and depth
         shuffled = (
             replace(placed[i], hidden_by=tuple(order.index(front) for front in placed[i].hidden_by)) for i in order
         )
@@ -43,7 +43,7 @@ def _choose_objects(rng: np.random.Generator, split: str, level: str, image_area
     """Return 3 to 6 objects without positions.
 
     A scene has few colors and shapes, so that one property alone is often ambiguous. In most scenes of level basic,
-    however, every object has another color.
+    however, all colors are different.
     """
     count = choose(rng, {3: 0.1, 4: 0.3, 5: 0.35, 6: 0.25})
     pairs = _choose_pairs(rng, split, level, count)
@@ -56,7 +56,7 @@ def _choose_objects(rng: np.random.Generator, split: str, level: str, image_area
     for (color, shape), size, share in zip(pairs, sizes, shares, strict=True):
         shift = rng.integers(-12, 13, size=3).tolist()
         rgb = tuple(min(max(value + change, 0), 255) for value, change in zip(COLORS[color], shift, strict=True))
-        side = round(2 * math.sqrt(share * image_area)) / 2  # few different values, because stamps are cached
+        side = round(2 * math.sqrt(share * image_area)) / 2  # rounded, so that cached stamps are reused
         angle = 0.0 if shape == "circle" else 0.04 * int(rng.integers(-4, 4)) + 0.02
         objects.append(SceneObject(shape, color, size, rgb, side, angle))
     return objects
@@ -81,7 +81,7 @@ def _choose_pairs(rng: np.random.Generator, split: str, level: str, count: int) 
 def _make_colors_distinct(
     rng: np.random.Generator, pairs: list[tuple[str, str]], shapes: list[str]
 ) -> list[tuple[str, str]]:
-    """Return the pairs with every color used once: where a color repeats, it is replaced by an unused one."""
+    """Return the pairs with distinct colors: each repetition of a color is replaced by an unused color."""
     unused = [list(COLORS)[i] for i in rng.permutation(len(COLORS))]
     for color, _ in pairs:
         if color in unused:
@@ -104,10 +104,10 @@ def _place_objects(
 ) -> list[SceneObject] | None:
     """Return the objects with positions inside an image of shape (H, W), at least GAP pixels apart.
 
-    With ``overlap``, the second object covers a part of the first one. None: there is no room for all objects.
+    With ``overlap``, the second object covers a part of the first one. None is returned if there is no room for all.
     """
     unsorted = 2 if overlap else 0
-    objects = objects[:unsorted] + sorted(objects[unsorted:], key=lambda obj: -obj.area)  # large ones need more room
+    objects = objects[:unsorted] + sorted(objects[unsorted:], key=lambda obj: -obj.area)  # large objects need more room
     placed: list[SceneObject] = []
     # Pixels within GAP of the objects placed so far. The array extends GAP pixels beyond the image on each side.
     occupied = np.zeros((image_shape[0] + 2 * GAP, image_shape[1] + 2 * GAP), bool)
@@ -142,12 +142,12 @@ def _random_positions(
 def _free_position(
     rng: np.random.Generator, obj: SceneObject, placed: list[SceneObject], occupied: np.ndarray
 ) -> Position | None:
-    """Return a position at which the object touches no occupied pixel, or None if none of the tries is free."""
+    """Return a random position at which the object covers no occupied pixel, or None if no such position was found."""
     mask = stamp_of(obj).mask
     height, width = mask.shape
     image_shape = (occupied.shape[0] - 2 * GAP, occupied.shape[1] - 2 * GAP)
     positions = _random_positions(rng, mask, image_shape, FREE_TRIES)
-    if placed:  # discard the positions that are too close to another object, which is faster than comparing pixels
+    if placed:  # discard positions close to another object before the slower comparison of pixels
         min_distance = np.array([(obj.side + other.side) / 2 + GAP for other in placed])
         dy = positions[:, :1] + height / 2 - [other.cy for other in placed]
         dx = positions[:, 1:] + width / 2 - [other.cx for other in placed]
@@ -161,7 +161,7 @@ def _free_position(
 def _overlapping_position(
     rng: np.random.Generator, obj: SceneObject, rear: SceneObject, image_shape: tuple[int, int]
 ) -> Position | None:
-    """Return a position at which the object hides a share of ``rear`` within HIDDEN_SHARE, or None."""
+    """Return a random position at which the object hides a fraction of ``rear`` within HIDDEN_SHARE, or None."""
     mask, rear_mask = stamp_of(obj).mask, full_mask(rear, image_shape)
     height, width = mask.shape
     for top, left in _random_positions(rng, mask, image_shape, OVERLAP_TRIES).tolist():
@@ -174,7 +174,7 @@ def _overlapping_position(
 
 
 def _partly_hidden(rear: SceneObject, front: SceneObject, image_shape: tuple[int, int]) -> SceneObject:
-    """Return ``rear`` with the properties of what ``front``, the object with index 1, leaves visible of it."""
+    """Return ``rear`` with the properties of the part that ``front``, the object with index 1, does not cover."""
     visible = full_mask(rear, image_shape) & ~full_mask(front, image_shape)
     cx, cy = centroid(visible)
     share = int(np.count_nonzero(visible)) / stamp_of(rear).area
