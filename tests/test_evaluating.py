@@ -99,7 +99,7 @@ def test_switches_become_part_of_the_protocol_name(best, data, run_here, tmp_pat
 
 @pytest.fixture
 def interrupt_after(monkeypatch):
-    """Return a function that sends Ctrl-C when masks are computed for the n-th time, and returns the calls so far."""
+    """Return a function that makes the n-th computation of masks send Ctrl-C. It returns the list of calls."""
 
     def run(count):
         calls, logits_to_masks = [], lib.evaluation.logits_to_masks
@@ -139,7 +139,7 @@ def test_an_interrupted_evaluation_without_a_file_keeps_nothing(best, data, run_
     assert (stopped.status, stopped.err.splitlines()[-1]) == (130, "interrupted")
 
 
-def test_comparing_models(best, trained, data, run_here, tmp_path):
+def test_vis_compare_draws_models_side_by_side(best, trained, data, run_here, tmp_path):
     other = trained[0] / "checkpoints" / "run" / "last.pth"
     done = run_here(
         "test.py", *data, "--split", "val,testB", "--vis_compare", f"{best},{other}", "--vis", tmp_path, "--vis-num", 2,
@@ -149,11 +149,11 @@ def test_comparing_models(best, trained, data, run_here, tmp_path):
     assert len(list(tmp_path.glob("val_*_ref*_sent*.png"))) == 2
     one_model = tmp_path / "one"
     run_here("test.py", *data, "--vis_compare", best, "--vis", one_model, "--vis-num", 2, check=True)
-    both, one = (Image.open(folder / "val_sheet.png") for folder in (tmp_path, one_model))
-    assert both.width * both.height > one.width * one.height
+    two_sheet, one_sheet = (Image.open(folder / "val_sheet.png") for folder in (tmp_path, one_model))
+    assert two_sheet.width * two_sheet.height > one_sheet.width * one_sheet.height
 
 
-def test_own_image(best, refshapes_root, run_here, tmp_path):
+def test_segmenting_an_image_file(best, refshapes_root, run_here, tmp_path):
     Image.effect_noise((123, 77), 80).convert("RGB").save(tmp_path / "own.jpg")
     flags = ["test.py", "--image", tmp_path / "own.jpg", "--sentence", "the red circle", "--resume", best]
     flags += ["--bert_tokenizer", refshapes_root / "refshapes"]
@@ -218,8 +218,8 @@ def test_the_paper_table(best, coco_layout, refshapes_root, run_here, tmp_path, 
     assert again.out == done.out
     header, lines = read_results(tmp_path / "table" / "refcoco_unc_val.jsonl")
     assert (header["dataset"], len(lines)) == ("refcoco", entries[0]["num_expressions"])
-    some = run_here(*flags, "--dataset", "refcoco", "--split", "testA,testB", check=True)
-    assert [line.split()[1] for line in some.out.splitlines() if " ours " in line] == ["testA", "testB"]
+    selected = run_here(*flags, "--dataset", "refcoco", "--split", "testA,testB", check=True)
+    assert [line.split()[1] for line in selected.out.splitlines() if " ours " in line] == ["testA", "testB"]
     assert run_here(*flags, "--dataset", "refcocog", check=True).out.count(" ours ") == 2
     assert run_here(*flags, "--dataset", "refcoco+").status == 2
     image = REFER(coco_layout, "refcoco").get_image_path(lines[0]["image_id"])

@@ -1,4 +1,4 @@
-"""lib.engine.checkpoints: which checkpoints a run keeps, and which one it resumes from."""
+"""lib.engine.checkpoints: which checkpoints are kept, and which one a run resumes from."""
 
 import os
 import random
@@ -118,7 +118,7 @@ def test_auto_resume_skips_corrupt_checkpoints(tmp_path, caplog):
     save_steps(run, (3, 6, 9), keep=3)
     assert newest_usable(run).extra["step"] == 9
     intact = (run / "last.pth").read_bytes()
-    (run / "last.pth").write_bytes(intact[: len(intact) // 2])  # and with it step 9, its other name
+    (run / "last.pth").write_bytes(intact[: len(intact) // 2])  # also truncates step 9, the same file
     assert find_resumed(None, True, str(tmp_path), "run").extra["step"] == 6
     data = (run / "step_00000006.pth").read_bytes().find(np.full(50, 6.0, np.float32).tobytes())
     flip_bit(run / "step_00000006.pth", data + 100)
@@ -153,7 +153,7 @@ def test_another_division_of_the_batch_resumes_at_the_end_of_an_epoch(tmp_path):
         match_division(within, (1, 4, 2))
 
 
-def test_later_epoch_ends_do_not_count(tmp_path):
+def test_match_division_ignores_later_epoch_ends(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(content_at(13, epoch=1, epoch_step=3), ends_epoch=False)
     kept = shutil.copy(tmp_path / "last.pth", tmp_path / "mine.pth")
@@ -163,7 +163,7 @@ def test_later_epoch_ends_do_not_count(tmp_path):
 
 
 def test_numbered_ignores_other_files(tmp_path):
-    ours = ["step_00000010_epoch_001.pth", "step_00000002.pth"]
-    for name in (*ours, "step_1.pth", "step_00000003.pth.part", "best.pth"):
+    expected = ["step_00000010_epoch_001.pth", "step_00000002.pth"]
+    for name in (*expected, "step_1.pth", "step_00000003.pth.part", "best.pth"):
         (tmp_path / name).touch()
-    assert [path.name for path in numbered(tmp_path)] == ours
+    assert [path.name for path in numbered(tmp_path)] == expected

@@ -11,16 +11,17 @@ from conftest import PROCESS_ENVIRONMENT, ROOT
 from lib.config import DEFAULTS
 from lib.criterion import CrossVLTCriterion
 from lib.engine import loop
-from lib.engine.loop import NonFiniteError, optimizer_step
+from lib.engine.loop import optimizer_step
 from lib.engine.precision import compile_blocks
 from lib.engine.preflight import time_training
+from lib.engine.run import NonFiniteError
 from lib.engine.state import build_train_state
 from lib.errors import UserError
 from lib.fusion import LanguageToVisionFusion
 
 
 def build_state(model, **recipe):
-    """A TrainState of ten steps; ``recipe``: entries of the TRAIN section."""
+    """Return a TrainState of ten steps; ``recipe`` changes entries of the TRAIN section."""
     changed = DEFAULTS.TRAIN.clone()
     for name, value in {"LR": 1e-3, "WEIGHT_DECAY": 0.0, "STEPS": 10, **recipe}.items():
         changed[name] = value
@@ -28,7 +29,7 @@ def build_state(model, **recipe):
 
 
 def step(state, *micro_batches):
-    """One optimizer step without DistributedDataParallel."""
+    """Do one optimizer step without DistributedDataParallel."""
     return optimizer_step(state.model, CrossVLTCriterion(), micro_batches, state)
 
 
@@ -46,7 +47,7 @@ def gradients(model):
 
 
 def furthest(first, second):
-    """The largest relative distance of two sets of gradients, each against its own norm."""
+    """Return the largest distance between two gradients of the same name, relative to the norm of all gradients."""
     assert first.keys() == second.keys()
     total = torch.cat([value.flatten() for value in first.values()]).norm()
     return max(((first[name] - second[name]).norm() / total).item() for name in first)
@@ -99,8 +100,8 @@ def test_a_non_finite_gradient_stops_as_well(plain_model, small_inputs):
     assert not caught.value.caused_here
 
 
-def no_batch_norm(model):
-    """BatchNorm with running statistics: batch statistics depend on how the batch is divided."""
+def fix_batch_norm(model):
+    """Let BatchNorm use running statistics, because batch statistics depend on how the batch is divided."""
     for part in model.modules():
         if isinstance(part, torch.nn.BatchNorm2d):
             part.eval()
@@ -108,7 +109,7 @@ def no_batch_norm(model):
 
 
 def one_step(model, micro_batches, *, global_norm=False):
-    values = step(build_state(no_batch_norm(model.double()), GLOBAL_NORM=global_norm), *micro_batches)
+    values = step(build_state(fix_batch_norm(model.double()), GLOBAL_NORM=global_norm), *micro_batches)
     return values, gradients(model)
 
 
@@ -117,7 +118,7 @@ import sys
 import torch
 from torch.nn.parallel import DistributedDataParallel
 sys.path.insert(0, "tests")
-from test_lib_engine_loop import build_state, gradients, no_batch_norm
+from test_lib_engine_loop import build_state, fix_batch_norm, gradients
 from CrossVLT import build_crossvlt
 from conftest import SMALL
 from lib.criterion import CrossVLTCriterion
@@ -131,7 +132,7 @@ def main():
     for batches, global_norm in content["cases"]:
         model = build_crossvlt("tiny", **SMALL, drop_path_rate=0.0, text_dropout=0.0).double().train()
         model.load_state_dict(content["model"])
-        state = build_state(no_batch_norm(model), GLOBAL_NORM=global_norm)
+        state = build_state(fix_batch_norm(model), GLOBAL_NORM=global_norm)
         share = batches[distributed.rank :: 2]
         values = optimizer_step(DistributedDataParallel(model), CrossVLTCriterion(), share, state)
         results.append((values, gradients(model)))
@@ -198,14 +199,14 @@ def test_gradient_checkpointing_stores_less(small_model, small_inputs):
         model.set_grad_checkpointing(enable)
         weights, sizes = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
-        def note(tensor):
+        def record(tensor):
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 sizes[storage.data_ptr()] = storage.nbytes()
             return tensor
 
         batch = as_batch(*small_inputs())
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
             output = model(batch["image"], batch["input_ids"], batch["attention_mask"])
         assert output.mask_logits.requires_grad
         return sum(sizes.values())
@@ -219,8 +220,8 @@ def test_bf16_is_close_and_float32_is_exact(plain_model, small_inputs):
     values, rounded = step(off, batch), step(bf16, batch)
     assert rounded["loss"] == pytest.approx(values["loss"], rel=2e-2)
     assert rounded["loss"] != values["loss"]
-    exact, near = (torch.cat([g.flatten() for g in gradients(state.model).values()]) for state in (off, bf16))
-    assert torch.nn.functional.cosine_similarity(exact, near, dim=0) > 0.9
+    exact, approximate = (torch.cat([g.flatten() for g in gradients(state.model).values()]) for state in (off, bf16))
+    assert torch.nn.functional.cosine_similarity(exact, approximate, dim=0) > 0.9
     assert all(p.dtype == torch.float32 for p in bf16.model.parameters())
     plain = plain_model()
     CrossVLTCriterion()(plain(batch["image"], batch["input_ids"], batch["attention_mask"]), batch["mask"])[
@@ -230,7 +231,7 @@ def test_bf16_is_close_and_float32_is_exact(plain_model, small_inputs):
     assert all(torch.equal(value, expected[name]) for name, value in gradients(off.model).items())
 
 
-def test_a_nearly_constant_map_survives_bf16():
+def test_bf16_keeps_a_nearly_constant_map():
     """InstanceNorm must not amplify rounding errors where all positions attend to the words almost alike."""
     torch.manual_seed(0)
     fusion = LanguageToVisionFusion(32, 64, 16)
@@ -239,9 +240,9 @@ def test_a_nearly_constant_map_survives_bf16():
     v, text, mask = torch.randn(2, 50, 32), torch.randn(2, 6, 16), torch.ones(2, 6)
     exact = fusion(v, text, mask)
     with torch.autocast("cpu", torch.bfloat16):
-        near = fusion(v, text, mask)
-    assert near.dtype == torch.bfloat16
-    assert (near - exact).norm() < 0.03 * exact.norm()
+        approximate = fusion(v, text, mask)
+    assert approximate.dtype == torch.bfloat16
+    assert (approximate - exact).norm() < 0.03 * exact.norm()
 
 
 def test_fp16_scales_the_loss_and_skips_overflows(plain_model, small_inputs, monkeypatch):
@@ -268,7 +269,7 @@ def test_fp16_scales_the_loss_and_skips_overflows(plain_model, small_inputs, mon
         step(state, overflowing)
 
 
-def test_moving_average_follows(plain_model, small_inputs):
+def test_the_moving_average_is_updated_after_a_step(plain_model, small_inputs):
     state = build_state(plain_model(), EMA=0.75)
     start = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     step(state, as_batch(*small_inputs()))

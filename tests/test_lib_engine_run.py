@@ -28,7 +28,7 @@ def test_signals_are_recorded_and_handlers_restored(number):
     with StopSignals() as signals:
         assert not signals.stop_requested()
         os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # torchrun forwards those of the terminal: not a second Ctrl-C
+        os.kill(os.getpid(), number)  # as torchrun does, which forwards signals: not a second Ctrl-C
         assert signals.received == number.name
         assert signals.stop_requested()
     assert signal.getsignal(number) is previous
@@ -89,7 +89,7 @@ def test_incomplete_lines_and_unfinished_validations_are_deleted(tmp_path, valid
     assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines[:kept]
 
 
-def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch, caplog, crossvlt_log):
+def test_missing_tensorboard_is_logged_once(tmp_path, monkeypatch, caplog, crossvlt_log):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     caplog.set_level("INFO", logger="crossvlt")
     journal = begin(tmp_path)
@@ -177,5 +177,5 @@ def test_the_size_of_a_checkpoint_is_estimated(small_model, tmp_path):
     ("seconds", "text"),
     [(0.42, "0.4 s"), (42, "42 s"), (119, "119 s"), (150, "2 min"), (3000, "50 min"), (9000, "2.5 h")],
 )
-def test_durations(seconds, text):
+def test_durations_are_formatted(seconds, text):
     assert format_duration(seconds) == text

@@ -263,10 +263,10 @@ def test_other_kinds_of_lines_and_missing_values(tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"kind": "train", "st', r"demo/metrics\.jsonl, line 2: not JSON \(.*\)\. Remove the line\."),
-        ("[1, 2]", r"demo/metrics\.jsonl, line 2: not an object with a kind\. Remove the line\."),
-        ('{"step": 3}', r"line 2: not an object with a kind"),
-        ('{"kind": ["train"], "step": 3}', r"line 2: not an object with a kind"),
+        ('{"kind": "train", "st', r"demo/metrics\.jsonl, line 2 is not JSON \(.*\)\. Remove the line\."),
+        ("[1, 2]", r"demo/metrics\.jsonl, line 2 is not an object with a kind\. Remove the line\."),
+        ('{"step": 3}', r"line 2 is not an object with a kind"),
+        ('{"kind": ["train"], "step": 3}', r"line 2 is not an object with a kind"),
         ('{"kind": "train", "loss": 3}', r"line 2: step must be a number, not null\. Correct or remove the line\."),
         ('{"kind": "train", "step": 3, "loss": 1, "lr": "3e-5"}', r'line 2: lr must be a number, not "3e-5"'),
         ('{"kind": "eval", "step": 3, "oIoU": true}', r"line 2: oIoU must be a number, not true"),
@@ -307,7 +307,7 @@ def test_messages_of_mistakes(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             run_main(monkeypatch, *arguments)
-    with pytest.raises(UserError, match=r"9 runs: a figure has colours for 8\. Give fewer\."):
+    with pytest.raises(UserError, match=r"9 runs: a figure has colors for 8\. Give fewer\."):
         draw_curves({str(i): random_run(i) for i in range(9)})
     assert not list(tmp_path.rglob("*.png"))
 

@@ -1,4 +1,4 @@
-"""python -m lib.rescore with --gt_mask and with --compare, against values computed directly."""
+"""lib.report.analysis through python -m lib.rescore: --gt_mask and --compare, against values computed directly."""
 
 import json
 import pickle
@@ -29,19 +29,19 @@ def data_root(tmp_path):
     folder.mkdir(parents=True)
     refs = [
         {
-            "ref_id": one,
-            "ann_id": 10 * one,
-            "image_id": 10 + one,
+            "ref_id": ref_id,
+            "ann_id": 10 * ref_id,
+            "image_id": 10 + ref_id,
             "split": "val",
-            "sentences": [{"sent_id": 100 * one + k, "raw": f"dog {k}"} for k in range(2)],
+            "sentences": [{"sent_id": 100 * ref_id + k, "raw": f"dog {k}"} for k in range(2)],
         }
-        for one in PARTS
+        for ref_id in PARTS
     ]
     instances = {
-        "images": [{"id": 10 + one, "width": W, "height": H, "file_name": f"{one}.jpg"} for one in PARTS],
+        "images": [{"id": 10 + ref_id, "width": W, "height": H, "file_name": f"{ref_id}.jpg"} for ref_id in PARTS],
         "annotations": [
-            {"id": 10 * one, "image_id": 10 + one, "category_id": 1, "segmentation": parts}
-            for one, parts in PARTS.items()
+            {"id": 10 * ref_id, "image_id": 10 + ref_id, "category_id": 1, "segmentation": parts}
+            for ref_id, parts in PARTS.items()
         ],
         "categories": [{"id": 1, "name": "dog"}],
     }
@@ -93,13 +93,13 @@ def test_union_masks_against_a_direct_computation(run_rescore, tmp_path, data_ro
     assert [row["metrics"] for row in report["results"]] == [compute_metrics(pairs) for pairs in counts.values()]
 
 
-def test_the_files_own_target_masks_change_nothing(run_rescore, tmp_path, data_root):
+def test_the_target_masks_of_the_file_itself_change_nothing(run_rescore, tmp_path, data_root):
     file, _ = write_masks(tmp_path / "a.jsonl", ("resized", "original"))
     *_, report = run_rescore(file, "--gt_mask", "paper", "--refer_data_root", data_root)
     assert scores(report) == {("val", name): (4, 0) for name in NAMES.values()}
 
 
-def test_the_hole_of_two_polygons(run_rescore, tmp_path, data_root):
+def test_overlapping_polygons_are_a_hole_in_paper_masks(run_rescore, tmp_path, data_root):
     """The prediction is the union, 184 pixels, of which 16 are background in the paper's masks."""
     whole = {(sent_id, "original"): encode_mask(target_masks("union")[1]) for sent_id in (100, 101)}
     expressions = [("val", 1, 11, sent_id, "dog", 7, 8) for sent_id in (100, 101)]
@@ -113,19 +113,19 @@ def test_the_hole_of_two_polygons(run_rescore, tmp_path, data_root):
     assert row["metrics"]["mIoU"] == row["metrics"]["oIoU"] == pytest.approx(100 * 168 / 184)
 
 
-def test_each_selected_object_is_rasterised_once(run_rescore, tmp_path, data_root, monkeypatch):
+def test_each_selected_object_is_rasterized_once(run_rescore, tmp_path, data_root, monkeypatch):
     file, _ = write_masks(tmp_path / "a.jsonl", ("resized", "original"))
     ids = tmp_path / "ids.txt"
-    rasterised, real = [], REFER.getMask
-    monkeypatch.setattr(REFER, "getMask", lambda self, ref, mode: rasterised.append(ref) or real(self, ref, mode))
+    rasterized, real = [], REFER.getMask
+    monkeypatch.setattr(REFER, "getMask", lambda self, ref, mode: rasterized.append(ref) or real(self, ref, mode))
     run_rescore(file, "--gt_mask", "union", "--refer_data_root", data_root)
-    assert rasterised == [1, 2]
+    assert rasterized == [1, 2]
     ids.write_text("200\n201\n")
     run_rescore(file, "--gt_mask", "union", "--refer_data_root", data_root, "--ids", ids)
-    assert rasterised == [1, 2, 2]
+    assert rasterized == [1, 2, 2]
 
 
-def test_masks_that_do_not_fit_the_annotations(run_rescore, tmp_path, data_root):
+def test_masks_that_do_not_match_the_annotations_are_refused(run_rescore, tmp_path, data_root):
     def check_message(match, file):
         with pytest.raises(UserError, match=match):
             run_rescore(file, "--gt_mask", "union", "--refer_data_root", data_root)
@@ -159,13 +159,13 @@ def test_masks_that_do_not_fit_the_annotations(run_rescore, tmp_path, data_root)
         ("RLE", "string indices"),
     ],
 )
-def test_corrupt_masks(run_rescore, tmp_path, data_root, mask, reason):
+def test_corrupt_masks_are_refused(run_rescore, tmp_path, data_root, mask, reason):
     file = write_masks(tmp_path / "a.jsonl", replaced={(101, "paper"): mask})[0]
     with pytest.raises(UserError, match=rf"a\.jsonl: sent_id 101: the stored mask is corrupt \(.*{reason}"):
         run_rescore(file, "--gt_mask", "union", "--refer_data_root", data_root)
 
 
-def test_compare_by_hand(run_rescore, tmp_path):
+def test_compare_against_values_computed_by_hand(run_rescore, tmp_path):
     a = write_results(tmp_path / "a.jsonl")
     b = write_results(tmp_path / "b.jsonl", with_counts((95, 100), (70, 100), (0, 0), (20, 80)))
     printed, warnings, report = run_rescore("--compare", a, b)
@@ -242,7 +242,7 @@ def test_compare_protocols_of_one_model(run_rescore, tmp_path):
         run_rescore("--compare", two, other, "--protocol", "original")
 
 
-def test_compare_reports_other_settings_and_other_annotations(run_rescore, tmp_path):
+def test_compare_reports_different_settings_and_annotations(run_rescore, tmp_path):
     a, b = write_results(tmp_path / "a.jsonl"), write_results(tmp_path / "b.jsonl")
     settings = settings_path(b).read_text()
     settings = settings.replace('"img_size": 16', '"img_size": 32').replace('"max_tokens": 21', '"max_tokens": 9')

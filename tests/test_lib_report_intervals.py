@@ -1,4 +1,4 @@
-"""Bootstrap intervals, against resampling written out and against populations with known metrics."""
+"""lib.report.intervals: against explicit resampling, and against populations with known metrics."""
 
 import tracemalloc
 
@@ -10,7 +10,7 @@ from lib.report.intervals import Scoring, intervals, paired_intervals
 
 
 def random_expressions(num_expressions=60, num_images=12, seed=0):
-    """Return image ids (each occurs) and counts of every kind: IoU 0 and 1, an empty union."""
+    """Return image ids (each occurs at least once) and counts that include IoU 0, IoU 1 and an empty union."""
     generator = np.random.default_rng(seed)
     others = generator.integers(num_images, size=num_expressions - num_images)
     images = np.concatenate([np.arange(num_images), others])
@@ -23,13 +23,13 @@ def random_expressions(num_expressions=60, num_images=12, seed=0):
 
 def metrics_of_draws(images, counts, draws, seed):
     """Return the metrics of every draw, computed one by one as defined."""
-    generator, names = np.random.default_rng(seed), sorted(set(images))
-    by_image = {name: [pair for pair, image in zip(counts, images, strict=True) if image == name] for name in names}
-    draws = generator.integers(len(names), size=(draws, len(names)))
-    return [compute_metrics([pair for k in drawn for pair in by_image[names[k]]]) for drawn in draws]
+    generator, ids = np.random.default_rng(seed), sorted(set(images))
+    by_image = {id_: [pair for pair, image in zip(counts, images, strict=True) if image == id_] for id_ in ids}
+    draws = generator.integers(len(ids), size=(draws, len(ids)))
+    return [compute_metrics([pair for k in drawn for pair in by_image[ids[k]]]) for drawn in draws]
 
 
-def test_an_interval_is_the_middle_of_the_draws():
+def test_an_interval_is_the_middle_95_percent_of_the_draws():
     images, counts = random_expressions()
     draws = metrics_of_draws(images, counts, 300, seed=3)
     found = intervals(images, counts, Scoring(draws=300, seed=3))
@@ -61,16 +61,16 @@ def test_intervals_in_earlier_result_files_are_reproduced_to_the_digit():
 
 def test_95_percent_of_the_intervals_contain_the_value_of_the_population():
     """Images differ in difficulty: the IoU is uniform in [0, 1] over images, and nearly constant within one."""
-    generator, contained, tries = np.random.default_rng(0), np.zeros(3), 300
-    for seed in range(tries):
+    generator, contained, num_trials = np.random.default_rng(0), np.zeros(3), 300
+    for seed in range(num_trials):
         difficulty, noise = generator.uniform(0, 1, 80)[:, None], generator.uniform(-0.02, 0.02, (80, 5))
         ious = np.clip(difficulty + noise, 0, 1).ravel()
         counts = np.stack([(10_000 * ious).astype(int), np.full(400, 10_000)], axis=1)
         found = intervals(np.repeat(np.arange(80), 5), counts, Scoring(draws=300, seed=seed))
         population = (("mIoU", 50), ("oIoU", 50), ("P@0.8", 20))
         contained += [found[name][0] <= value <= found[name][1] for name, value in population]
-    assert (contained > 0.91 * tries).all()
-    assert (contained < 0.985 * tries).all()
+    assert (contained > 0.91 * num_trials).all()
+    assert (contained < 0.985 * num_trials).all()
 
 
 def test_repeated_expressions_of_an_image_do_not_narrow_the_interval():

@@ -1,4 +1,4 @@
-"""Result files: written during an evaluation, interrupted, continued and complete; damaged ones and those of others."""
+"""lib.report.results: writing and reading result files; interrupted evaluations, damaged files, other settings."""
 
 import itertools
 import json
@@ -42,7 +42,7 @@ def header(datasets):
 
 @pytest.fixture(scope="module")
 def results(datasets):
-    """(split, result) of every expression and protocol; the masks are no real ones."""
+    """Return (split, result) for every expression and protocol, without masks."""
     return [
         (split, ExpressionResult(index, protocol.name, index % 3, 3, None))
         for split, dataset in datasets.items()
@@ -53,7 +53,7 @@ def results(datasets):
 
 @pytest.fixture
 def write(datasets, header):
-    """Open a result file and write results into it."""
+    """Return a function that opens a result file and writes results into it."""
 
     def run(path, results, *, replace=False, **changes):
         file = ResultFile(path, {**header, **changes}, replace=replace)
@@ -99,7 +99,7 @@ def test_continuing_drops_a_truncated_last_line_only(write, results, tmp_path, t
 
 
 def test_a_partial_file_with_all_results_is_completed(write, results, tmp_path, monkeypatch):
-    """The process was killed after the last result, before the complete file was there."""
+    """The process was killed after the last result and before it wrote the complete file."""
     with monkeypatch.context() as patch:
         patch.setattr("lib.report.results.atomic_write", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -120,9 +120,9 @@ def test_results_of_other_evaluations_are_never_mixed(write, results, tmp_path):
         f"{tmp_path}/a.jsonl.partial was written by another checkpoint (22222222…, this one is 0d95…). Choose another "
         "file name or delete it."
     )
-    one = [PROTOCOLS["paper"].settings()]
+    paper_only = [PROTOCOLS["paper"].settings()]
     with pytest.raises(UserError, match=r"with other settings \(protocols: paper, original, now paper\)\. Choose"):
-        write(tmp_path / "a.jsonl", [], protocols=one)
+        write(tmp_path / "a.jsonl", [], protocols=paper_only)
     (tmp_path / "a.jsonl.partial").write_text("something else\n")
     with pytest.raises(UserError, match=r"is not a result file\. Choose another"):
         write(tmp_path / "a.jsonl", [])
@@ -148,7 +148,7 @@ def test_a_complete_file_is_kept_unless_it_may_be_replaced(write, results, heade
         write(path, [], checkpoint_sha256="1")
 
 
-def test_messages_about_damaged_files(write, results, tmp_path):
+def test_damaged_files_are_refused(write, results, tmp_path):
     with pytest.raises(MissingFileError, match=r"Result file .* does not exist"):
         read_results(tmp_path / "none.jsonl")
     path = tmp_path / "a.jsonl"
@@ -179,7 +179,7 @@ def test_a_full_disk_is_reported(write, results, tmp_path, monkeypatch):
 
 @pytest.fixture
 def run_evaluation(small_model, datasets, header):
-    """Evaluate all splits with a result file; returns its results and the number of encoded images."""
+    """Return a function that evaluates all splits with a result file: results, number of encoded images."""
 
     def run(path, *, stop_after=None, keep_masks=None):
         rounds, model = itertools.count(), small_model(vocab_size=200)

@@ -1,4 +1,4 @@
-"""The summary of an evaluation: tables for the terminal and the objects of --json."""
+"""lib.report.summary: tables for the terminal and the objects of --json."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The paper's table: published rows, their checkpoints, and our numbers in four formats."""
+"""lib.report.table and lib.report.published: published rows, their checkpoints, and our numbers in four formats."""
 
 import csv
 import io

@@ -40,7 +40,7 @@ def test_training_writes_the_documented_files(trained):
     assert not list(folder.rglob("*.part"))
 
 
-def test_saved_config_trains_the_same_again(trained, run_here, tmp_path):
+def test_the_saved_config_can_be_trained_again(trained, run_here, tmp_path):
     folder, _ = trained
     saved = folder / "models" / "run" / "config.yaml"
     folders = ["--output-dir", tmp_path / "checkpoints", "--log_dir", tmp_path / "models"]
@@ -48,19 +48,19 @@ def test_saved_config_trains_the_same_again(trained, run_here, tmp_path):
     assert entries(tmp_path / "checkpoints" / "again" / "last.pth")["step"] == 2
 
 
-def test_old_launcher(run_script, train_flags, tmp_path):
+def test_training_with_torch_distributed_launch(run_script, train_flags, tmp_path):
     run_script("train.py", *train_flags, "--steps", 1, "--model_id", "old", processes=2, launcher="launch")
     assert (tmp_path / "checkpoints" / "old" / "best.pth").exists()
 
 
-def test_default_model_id_says_what_it_is(run_here, train_flags, tmp_path):
+def test_default_model_id_names_dataset_and_model(run_here, train_flags, tmp_path):
     run_here("train.py", *train_flags, "--steps", 1, check=True)
     (run,) = (tmp_path / "checkpoints").iterdir()
     assert run.name.startswith("refshapes_unc_tiny_2")
     assert (tmp_path / "models" / run.name / "train.log").exists()
 
 
-def test_initialising_from_weights(trained, run_here, train_flags, tmp_path):
+def test_init_from_starts_from_the_weights_of_a_checkpoint(trained, run_here, train_flags, tmp_path):
     best = trained[0] / "checkpoints" / "run" / "best.pth"
     model = {f"module.{key}": value for key, value in entries(best)["model"].items()}
     torch.save(model, tmp_path / "released.pth")
@@ -76,7 +76,7 @@ def test_initialising_from_weights(trained, run_here, train_flags, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--epoch", "3"], "Unknown flag --epoch. Did you mean --epochs? See --help."),
         (["--resume", "{best}"], "has no optimizer state. Use --init_from"),
@@ -104,11 +104,11 @@ def test_initialising_from_weights(trained, run_here, train_flags, tmp_path):
         (["--dataset", "refcoc"], "Did you mean refcoco?"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_clear_line(error_line, flags, told):
-    assert told in error_line("train.py", *flags)
+def test_a_mistake_is_reported_in_one_line(error_line, flags, message):
+    assert message in error_line("train.py", *flags)
 
 
-def test_help_needs_nothing(run_here):
+def test_help_works_without_files(run_here):
     for script in ("train.py", "test.py"):
         done = run_here(script, "--help", check=True)
         assert "--swin_type" in done.out

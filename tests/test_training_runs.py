@@ -1,4 +1,4 @@
-"""Training runs that are killed, stopped, restarted and spread over nodes."""
+"""train.py: runs that are killed, stopped, resumed, and distributed over nodes."""
 
 import json
 import os
@@ -23,10 +23,10 @@ TWO = [*TORCHRUN, "--standalone", "--nproc_per_node", "2"]
 
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
-    """Runs of two processes and of two epochs, each of which takes seconds; ``whole`` is trained without a break."""
-    made = Experiment(tmp_path_factory.mktemp("runs"), train_images=14)
-    made.train("whole")
-    return made
+    """Runs of two processes and two epochs, which take seconds each. The run ``whole`` is not interrupted."""
+    runs = Experiment(tmp_path_factory.mktemp("runs"), train_images=14)
+    runs.train("whole")
+    return runs
 
 
 def start(command, **kwargs):
@@ -58,7 +58,7 @@ def saved_step(experiment, name):
     return max((int(path.name[5:13]) for path in experiment.checkpoints(name).glob("step_*.pth")), default=-1)
 
 
-def test_files_of_a_run(experiment):
+def test_a_run_writes_its_files(experiment):
     content, folder = saved(experiment, "whole"), experiment.folder / "models" / "whole"
     assert content["epoch"] == 2
     assert content["epoch_step"] == 0
@@ -102,7 +102,7 @@ def test_three_kills_change_nothing(experiment):
 
 @pytest.mark.parametrize(("number", "launcher"), [(signal.SIGTERM, [sys.executable]), (signal.SIGINT, TWO)])
 def test_signals_save_and_stop(experiment, number, launcher):
-    """Schedulers and Ctrl-C signal the whole process group, data-loading workers included."""
+    """Schedulers and Ctrl-C send the signal to the whole process group, data-loading workers included."""
     name = f"signal{int(number)}"
     flags = ["-j", 1, "--save_steps", 0, *(["--global_batch", 8] if launcher is not TWO else [])]
     process = start([*launcher, *experiment.command(name, *flags)], start_new_session=True)
@@ -139,7 +139,7 @@ def test_a_killed_worker_is_restarted_by_the_launcher(experiment):
     assert difference(experiment.result("whole"), experiment.result("elastic")) is None
 
 
-def test_two_nodes_train_as_one(experiment):
+def test_two_nodes_give_the_result_of_one(experiment):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         ports = ["--master_addr", "localhost", "--master_port", free.getsockname()[1]]
@@ -154,7 +154,7 @@ def test_two_nodes_train_as_one(experiment):
 
 
 def test_another_number_of_processes_resumes_at_the_end_of_an_epoch(experiment):
-    """From within the second epoch of two processes back to its start, with one process and the same global batch."""
+    """A run of two processes is killed within the second epoch. One process resumes it from the start of that epoch."""
     assert not experiment.train("smaller", Kill(None, 6))
     at, boundary = saved_step(experiment, "smaller"), saved(experiment, "whole")["step"] // 2
     assert boundary < at
@@ -170,7 +170,7 @@ def test_another_number_of_processes_resumes_at_the_end_of_an_epoch(experiment):
 
 
 def test_the_first_error_is_printed_first(experiment):
-    """An image that one process cannot read ends both, with that message first."""
+    """An image that one process cannot read ends both processes, and its message is printed first."""
     image = sorted((experiment.folder / "data" / "refshapes" / "images").iterdir())[0]
     whole = image.read_bytes()
     try:
@@ -217,7 +217,7 @@ def test_a_full_disk_loses_no_earlier_checkpoint(experiment):
 
 
 def test_resuming_into_another_folder_starts_a_new_best(experiment, tmp_path):
-    """The first validation is the best one there, independent of the other folder's."""
+    """best.pth of the new folder does not depend on the best result of the old one."""
     torch.save({**saved(experiment, "whole"), "best_oIoU": 99.0}, tmp_path / "other.pth")
     command = [part for part in experiment.command("moved") if part != "--auto_resume"]
     status, output = finish(start([*TWO, *command, "--resume", tmp_path / "other.pth", "--epochs", 3]))

@@ -1,4 +1,4 @@
-"""Builders of a training. They read the configuration, so that datasets, network and loop need not know it."""
+"""Build the datasets and the network of a training run from its configuration."""
 
 import logging
 import math
@@ -57,8 +57,8 @@ def load_recipe(args: Any) -> tuple[CfgNode, Start]:
         previous = math.prod(division_of(resumed))
         if previous != cfg.TRAIN.GLOBAL_BATCH:
             warn_once(
-                f"The global batch changes from {previous} to {cfg.TRAIN.GLOBAL_BATCH}. Epochs have another number of "
-                "steps from now on, so the learning rate jumps."
+                f"The global batch changes from {previous} to {cfg.TRAIN.GLOBAL_BATCH}. From now on, epochs have a "
+                "different number of steps, so the learning rate jumps."
             )
     for dataset, split_by in config.datasets_of(cfg):
         check_dataset(cfg.DATA.ROOT, dataset, split_by)
@@ -96,8 +96,8 @@ def build_datasets(cfg: CfgNode, tokenizer: BertTokenizer) -> tuple[ReferDataset
 
     val_set = ReferDataset(refers[0], cfg.DATA.SPLIT, tokenizer, **kwargs)
     if len(refers) > 1:
-        train_set, proof = mix(refers, build_train)
-        for line in proof.lines():
+        train_set, report = mix(refers, build_train)
+        for line in report.lines():
             LOG.info(line)
         return train_set, val_set
     train_set = build_train(refers[0])
@@ -136,7 +136,7 @@ def build_model(cfg: CfgNode, start: Start, tokenizer: BertTokenizer, distribute
     """Build the network with the weights that training starts from, on this process's device.
 
     Raises:
-        UserError: the configured sizes, the files and the vocabulary do not fit each other.
+        UserError: the configured sizes, the files and the vocabulary do not match.
     """
     torch.manual_seed(derive_seed("initialisation", cfg.SEED))
     if start.resumed is not None:
@@ -159,13 +159,13 @@ def build_model(cfg: CfgNode, start: Start, tokenizer: BertTokenizer, distribute
 
 
 def _window_size(cfg: CfgNode, swin: Path | None, initial: Checkpoint | None) -> int:
-    """The configured window, else that of the initial weights, else 0 (the default of the Swin type)."""
+    """Return the configured window size, or that of the initial weights, or 0 (the default of the Swin type)."""
     if cfg.MODEL.WINDOW_SIZE:
         return cfg.MODEL.WINDOW_SIZE
     if initial is not None:
         return initial.model_config["window_size"]
-    in_name = re.search(r"window(\d+)", swin.name) if swin else None
-    return int(in_name[1]) if in_name else 0
+    match = re.search(r"window(\d+)", swin.name) if swin else None
+    return int(match[1]) if match else 0
 
 
 def wrap_model(model: CrossVLT, distributed: Distributed) -> nn.Module:

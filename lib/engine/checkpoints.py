@@ -1,4 +1,4 @@
-"""The checkpoints of a run: which are written and kept, and which one a run resumes from."""
+"""The checkpoints of a run: writing them, deleting old ones, and finding the one to resume from."""
 
 import os
 import re
@@ -22,13 +22,13 @@ class CheckpointFolder:
 
     A resumable checkpoint is named ``step_<step>.pth``, or ``step_<step>_epoch_<epoch>.pth`` at the end of an epoch;
     ``last.pth`` is a hard link to the newest one (a copy if the file system has no links). The ``keep`` newest are
-    kept, and the newest at the end of an epoch. ``best.pth`` contains weights only.
+    kept, and also the newest one from the end of an epoch. ``best.pth`` contains weights only.
 
     Args:
         folder: exists; no other process writes into it.
         keep: at least 1.
-        from_step: of the checkpoint that the run resumes from. Checkpoints of later steps are corrupt, or newer than
-            the one that was resumed; they are deleted after the next save.
+        from_step: step of the checkpoint that the run resumes from. Existing checkpoints of later steps are outdated
+            or corrupt; they are deleted after the next save.
     """
 
     def __init__(self, folder: Path, keep: int, from_step: int = 0) -> None:
@@ -57,7 +57,7 @@ class CheckpointFolder:
         save_checkpoint(self.folder / BEST, content)
 
     def delete_partial_files(self) -> None:
-        """Delete what processes left that were killed while writing."""
+        """Delete temporary files of processes that were killed while writing."""
         for path in self.folder.glob(".*.pth.*.part"):
             path.unlink(missing_ok=True)
 
@@ -110,7 +110,7 @@ def _read_resumable(path: str) -> Checkpoint:
 
 
 def newest_usable(folder: Path, condition: Callable[[Checkpoint], bool] = lambda _: True) -> Checkpoint | None:
-    """Read the newest checkpoint of a folder that is intact, resumable and meets ``condition``; None without one.
+    """Read the newest checkpoint of a folder that is intact, resumable and meets ``condition``, or None.
 
     A warning names each file that is skipped because it is corrupt or not resumable.
     """
@@ -136,7 +136,7 @@ def check_recipe(resumed: Checkpoint, config: dict[str, Any], given: dict[str, s
     Args:
         resumed: the run's checkpoint.
         config: dotted keys of the current configuration.
-        given: the keys that a file or a flag sets, and its name.
+        given: the file or flag that sets each key, by key; keys with their default value are absent.
     """
     changeable = {option.key for option in OPTIONS if option.may_change_on_resume}
     for key in sorted(given.keys() - changeable):
@@ -166,8 +166,8 @@ def division_of(checkpoint: Checkpoint) -> Division:
 def match_division(checkpoint: Checkpoint, division: Division) -> Checkpoint:
     """Return ``checkpoint``, or the previous end of an epoch if the batch is divided differently now.
 
-    Within an epoch a run can only continue exactly with the same number of processes, batch size and accumulation
-    steps. Between two epochs any division fits.
+    Within an epoch, a run can continue exactly only with the same number of processes, batch size and accumulation
+    steps. Between epochs, any division works.
 
     Raises:
         UserError: the checkpoint's folder has no checkpoint from the end of an epoch.

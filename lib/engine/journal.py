@@ -1,4 +1,4 @@
-"""What a run records about itself: metrics.jsonl, TensorBoard event files, environment.json."""
+"""The records of a run: metrics.jsonl, TensorBoard event files, environment.json."""
 
 import importlib.metadata
 import json
@@ -27,7 +27,7 @@ class Journal:
     """One line of JSON per logged step and per validation, and the same values as TensorBoard scalars if installed.
 
     Args:
-        folder: of the run's logs. None: nothing is written (on all processes but the main one).
+        folder: folder of the run's logs; None on all processes but the main one, which write nothing.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -107,7 +107,7 @@ def _delete_after(path: Path, step: int, validated: bool) -> None:
 
 
 def write_environment(path: Path, **details: Any) -> None:
-    """Append this start of the run to a JSON list: versions, device, git revision, command, and ``details``."""
+    """Append an entry to a JSON list with one entry per start of the run: :func:`environment` and ``details``."""
     starts = []
     if path.exists():
         try:

@@ -17,26 +17,18 @@ from torch.nn.parallel import DistributedDataParallel
 from data.loaders import Batch, TrainLoader
 from lib.criterion import CrossVLTCriterion
 from lib.engine.precision import autocast
-from lib.engine.run import Run
+from lib.engine.run import NonFiniteError, Run
 from lib.engine.state import TrainState
 from lib.errors import UserError
 from utils import on_main, sum_over_processes
 
-MAX_CONSECUTIVE_SKIPS = 50  # with more, a smaller loss scale will not help
-
-
-class NonFiniteError(FloatingPointError):
-    """A loss or gradient is inf or nan; no weight was updated. ``caused_here``: by the samples of this process."""
-
-    def __init__(self, message: str, caused_here: bool) -> None:
-        super().__init__(message)
-        self.caused_here = caused_here
+MAX_CONSECUTIVE_SKIPS = 50  # so many halvings of the loss scale should have been enough
 
 
 def train_one_epoch(
     model: nn.Module, criterion: CrossVLTCriterion, loader: TrainLoader, state: TrainState, run: Run
 ) -> None:
-    """Train until the end of the epoch, or of the training; an epoch that was interrupted continues where it was.
+    """Train until the end of the epoch or of the training. An interrupted epoch continues at its next step.
 
     Args:
         model: ``state.model``, possibly wrapped in DistributedDataParallel.
@@ -76,12 +68,12 @@ def optimizer_step(
         criterion: the losses.
         micro_batches: of this process: dicts with ``image`` [B, 3, S, S], ``input_ids`` and ``attention_mask`` [B, N]
             and ``mask`` [B, S, S].
-        state: its weights, optimizer, schedule, scaler and moving average are updated.
+        state: updated in place: weights, optimizer, schedule, scaler and moving average.
 
     Returns:
-        the means over all processes of the criterion's terms (``alignment`` as ``alignment1`` to ``alignment4``), the
-        learning rate ``lr``, and ``grad_norm`` before clipping. Or only ``skipped``: 1, if fp16 overflowed and the loss
-        scale was lowered.
+        the criterion's terms, averaged over all processes (``alignment`` as ``alignment1`` to ``alignment4``), the
+        learning rate ``lr``, and ``grad_norm`` before clipping. If fp16 overflowed and the loss scale was lowered,
+        only ``skipped``: 1.
 
     Raises:
         NonFiniteError: on every process, if a loss or the gradient is inf or nan on any of them.

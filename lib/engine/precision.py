@@ -10,22 +10,22 @@ MAX_COMPILED_VARIANTS = 512  # per layer class: blocks differ in size, shift and
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager:
-    """Return the context of a forward pass in mixed precision; ``off`` (published) changes nothing.
+    """Return the context manager of a forward pass in mixed precision; ``off`` (published) changes nothing.
 
     Args:
         amp: ``off``, ``bf16`` or ``fp16``.
-        device: of the model.
+        device: the model's device.
     """
     return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off")
 
 
 def build_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:
-    """Return a loss scaler, which is enabled for fp16 only: it keeps small gradients from underflowing."""
+    """Return a loss scaler. It is enabled for fp16 only, whose small gradients would underflow without it."""
     return torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
 
 def compile_blocks(blocks: list[nn.Module]) -> None:
-    """Compile modules one by one, which takes minutes less than the whole network and keeps state-dict names."""
+    """Compile each module separately. This saves minutes compared to the whole network, and keeps state-dict names."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MAX_COMPILED_VARIANTS)
     torch._dynamo.config.accumulated_recompile_limit = MAX_COMPILED_VARIANTS
     for block in blocks:

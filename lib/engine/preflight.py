@@ -24,8 +24,9 @@ def time_training(model: nn.Module, criterion: CrossVLTCriterion, batch: Batch, 
     """Return the seconds of one forward and backward pass. Model, gradients and random states are left unchanged.
 
     Args:
-        model: as in training. DistributedDataParallel rebuilds its buckets after the first pass: after the two passes
-            here, the first step of a resumed run sums gradients in the same order as an uninterrupted run.
+        model: as in training, possibly wrapped in DistributedDataParallel. This wrapper rebuilds its gradient buckets
+            after its first backward pass. Since that happens here, a resumed run sums gradients in the same order as
+            an uninterrupted one from its first step on.
         criterion: the losses.
         batch: a micro-batch on the model's device.
         amp: mixed precision, see :func:`lib.engine.precision.autocast`.
@@ -65,7 +66,8 @@ def checkpoint_bytes(state: TrainState) -> tuple[int, int]:
 def check_disk_space(state: TrainState, folder: Path, keep: int) -> None:
     """Check on the main process that the disk can hold the run's checkpoints, and log its free space.
 
-    At most there are ``keep`` resumable ones, one from the end of an epoch, one being written, and the best twice.
+    The folder holds at most ``keep`` resumable checkpoints, another one from the end of an epoch, one that is being
+    written, and best.pth twice, while it is replaced.
 
     Raises:
         UserError: the disk is too full, or the folder is not writable.
@@ -75,7 +77,7 @@ def check_disk_space(state: TrainState, folder: Path, keep: int) -> None:
     def check() -> None:
         check_writable(folder / "last.pth")
         free = shutil.disk_usage(folder).free
-        # last.pth is a hard link to another one.
+        # last.pth is a hard link to another checkpoint.
         existing = sum(path.stat().st_size for path in folder.glob("*.pth") if path.name != "last.pth")
         needed = (keep + 2) * resumable + 2 * weights - existing
         if needed > free:

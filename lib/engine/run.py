@@ -1,4 +1,4 @@
-"""The folders of a training run, and everything that is written there: log, metrics, checkpoints."""
+"""A training run: its folders and everything written there (log, metrics, checkpoints), when to save and to stop."""
 
 import logging
 import resource
@@ -28,6 +28,14 @@ from utils import Distributed, derive_seed, from_main, gather, on_main, set_up_l
 LOG = logging.getLogger("crossvlt")
 
 
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient is inf or nan; no weight was updated. ``caused_here``: by the samples of this process."""
+
+    def __init__(self, message: str, caused_here: bool) -> None:
+        super().__init__(message)
+        self.caused_here = caused_here
+
+
 class Run:
     """One training run: its folders, log, metrics.jsonl, TensorBoard files, checkpoints and signal handlers.
 
@@ -36,9 +44,9 @@ class Run:
 
     Args:
         cfg: the configuration.
-        distributed: this process among all.
+        distributed: rank and device of this process.
         constants: entries that every checkpoint contains besides the state: configuration, vocabulary, …
-        from_step: of the checkpoint that the run resumes from, or 0.
+        from_step: step of the checkpoint that the run resumes from, or 0.
     """
 
     def __init__(self, cfg: CfgNode, distributed: Distributed, constants: dict[str, Any], from_step: int = 0) -> None:
@@ -112,7 +120,7 @@ class Run:
             LOG.warning("--tf32 is ignored: TF32 needs a CUDA GPU")
 
     def log_expected_times(self, state: TrainState, seconds_per_pass: float, validation_seconds: float) -> None:
-        """Log how long an epoch is going to take."""
+        """Log the expected duration of an epoch."""
         training_seconds = seconds_per_pass * self.constants["share"][2] * state.steps_per_epoch
         LOG.info(
             f"Expected per epoch: {format_duration(training_seconds)} training, {format_duration(validation_seconds)} "
@@ -122,7 +130,7 @@ class Run:
     def begin(self, state: TrainState) -> None:
         """Open metrics.jsonl, and save the first checkpoint of a new run.
 
-        The first checkpoint proves that the disk accepts it, and can be resumed with any division of the batch.
+        The first checkpoint tests the disk before any training, and can be resumed with any division of the batch.
         """
         on_main(lambda: self.journal.begin(state.step, validated=state.epoch_step == 0))
         if state.step == 0:
@@ -130,14 +138,14 @@ class Run:
 
     @contextmanager
     def saving_on_stop(self, state: TrainState) -> Iterator[None]:
-        """Save a checkpoint if a StoppedError ends the block, a validation."""
+        """Save a checkpoint if a signal stops the block, which is a validation."""
         try:
             yield
         except StoppedError:
             self.stop(state)
 
     def begin_epoch(self, state: TrainState) -> None:
-        """Prepare logging. At the start of an epoch, seed all random generators as an uninterrupted run does."""
+        """Prepare logging. Seed all random generators, unless the run continues within the epoch."""
         if state.epoch_step == 0:
             seed_everything(derive_seed("epoch", self.cfg.SEED, state.epoch, self.distributed.rank))
             state.recent, state.whole = Meter(), Meter()
@@ -236,7 +244,7 @@ class Run:
             f"saved in {self.checkpoints.folder}. Run the same command with --auto_resume to continue."
         )
 
-    def report_non_finite(self, error: Any, state: TrainState, micro_batches: Sequence[Batch]) -> NoReturn:
+    def report_non_finite(self, error: NonFiniteError, state: TrainState, micro_batches: Sequence[Batch]) -> NoReturn:
         """Save the batches and weights that led to inf or nan, then raise a UserError on the main process."""
         rank, step = self.distributed.rank, state.step + 1
         reports = gather((error.caused_here, [batch["index"].tolist() for batch in micro_batches], str(error)))
@@ -257,7 +265,7 @@ class Run:
         def fail() -> None:
             samples = [index for i in causes for indices in reports[i][1] for index in indices]
             raise UserError(
-                f"epoch {state.epoch + 1}, step {step}: {reports[causes[0]][2]} on samples {samples}. {saved} "
+                f"Epoch {state.epoch + 1}, step {step}: {reports[causes[0]][2]} on samples {samples}. {saved} "
                 "Lower --lr, or set --warmup_steps or --clip_grad."
             )
 
@@ -286,7 +294,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``."""
+    """Return a duration as text: ``40 s``, ``12 min``, ``3.5 h``."""
     for unit, size, digits in (("h", 3600, 1), ("min", 60, 0)):
         if seconds >= 2 * size:
             return f"{seconds / size:.{digits}f} {unit}"

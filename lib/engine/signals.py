@@ -7,14 +7,14 @@ from types import FrameType
 from utils import sum_over_processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-# torchrun forwards Ctrl-C, so that a process can receive the same one twice within a moment.
+# A process can receive the same Ctrl-C twice, from the terminal and from torchrun.
 SECONDS_BEFORE_SECOND_INTERRUPT = 2.0
 
 
 class StopSignals:
-    """Context manager (main thread only) that records SIGTERM, SIGINT and SIGUSR1 instead of dying from them.
+    """Context manager (main thread only) that records SIGTERM, SIGINT and SIGUSR1 instead of ending the process.
 
-    A second SIGINT, some seconds later, raises KeyboardInterrupt at once.
+    A second SIGINT, more than two seconds after the first signal, raises KeyboardInterrupt.
 
     Attributes:
         received: name of the first signal, or None.

@@ -53,13 +53,14 @@ class TrainState:
         scaler: enabled for fp16 only.
         ema: moving average of the weights, or None.
         recipe: the TRAIN section of the configuration.
-        total_steps, steps_per_epoch: of the whole training, in optimizer steps.
-        epoch: trained and validated epochs.
+        total_steps, steps_per_epoch: optimizer steps of the whole training and of an epoch.
+        epoch: number of epochs that are trained and validated.
         epoch_step: steps since the last validation; equal to ``steps_per_epoch`` if only the validation is missing.
         step: optimizer steps so far.
-        best_oIoU: of all validations, in percent.
-        metrics: of the last validation.
-        skipped: steps skipped because fp16 overflowed, and how many of them in a row.
+        best_oIoU: highest overall IoU of all validations, in percent.
+        metrics: metrics of the last validation.
+        skipped: number of steps skipped because fp16 overflowed.
+        skipped_in_a_row: how many of them since the last step that was not skipped.
         recent: losses since the last log line.
         whole: losses since the beginning of the epoch.
     """
@@ -134,9 +135,9 @@ class TrainState:
             setattr(self, name, Meter(dict(totals), dict(counts)))
 
     def load_state_dict(self, checkpoint: Checkpoint) -> None:
-        """Load optimizer, schedule, scaler and moving average of a checkpoint whose weights the model already has.
+        """Load everything but the model's weights: optimizer, schedule, scaler, moving average and position.
 
-        The tensors of ``checkpoint`` are released afterwards: they take as much memory as model and optimizer.
+        Afterwards, the tensors of ``checkpoint`` are released, because they take as much memory as model and optimizer.
         """
         saved = checkpoint.extra
         for group, current in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
@@ -164,7 +165,7 @@ def build_train_state(
         model: on its device, with its initial or resumed weights. Parameters without a gradient are frozen.
         recipe: the TRAIN section of the configuration.
         steps_per_epoch: optimizer steps.
-        resumed: the checkpoint of the run that continues.
+        resumed: the checkpoint that the run resumes from.
 
     Raises:
         UserError: the warm-up is longer than the training.
@@ -194,7 +195,7 @@ def build_train_state(
 
 
 def _count_steps(epochs: int, steps_per_epoch: int, resumed: Checkpoint | None) -> int:
-    """Return the steps of the whole training; finished epochs count with the steps that they had."""
+    """Return the steps of the whole training. Finished epochs may have had a different number of steps."""
     if resumed is None:
         return epochs * steps_per_epoch
     saved = resumed.extra

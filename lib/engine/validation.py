@@ -18,9 +18,9 @@ TRIAL_BATCHES = 2  # per process, before the first epoch
 def validate(
     model: nn.Module, dataset: ReferDataset, setup: EvalSetup, *, indices: range | None = None
 ) -> EvaluationResult:
-    """Evaluate a model on the validation split under the protocol ``paper``.
+    """Evaluate a model on the validation split under the ``paper`` protocol.
 
-    Compiled blocks run uncompiled: compiling them again for evaluation would take minutes, and the numbers would not be
+    Compiled blocks run uncompiled: compiling them for evaluation would take minutes, and the numbers would differ from
     those of test.py.
 
     Args:
@@ -40,7 +40,7 @@ def validate(
 def time_validation(model: nn.Module, dataset: ReferDataset, setup: EvalSetup) -> float:
     """Validate two batches per process and return the expected seconds for the whole split.
 
-    An error in the validation, such as too little memory, occurs before the first epoch instead of after it.
+    An error in validation, such as too little memory, then occurs before the first epoch instead of after it.
     """
     count = min(len(dataset), TRIAL_BATCHES * setup.batch_size * setup.dist.world_size)
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Analyse result files without the model: filter, score, evaluate with other target masks, compare two models.
+"""Analyze result files without the model: filter, score, evaluate with other target masks, compare two models.
 
 ``python -m lib.rescore`` prints what these functions return. lib/report/results.py describes the files.
 """
@@ -22,7 +22,7 @@ from refer.masks import decode_mask, resize_mask
 from refer.refer import REFER
 
 SHARED_SETTINGS = ("dataset", "split_by", "img_size", "shuffle_sentences")  # compared files should agree on these
-# Settings that stored masks cannot be converted to another value of.
+# Settings whose other values need the model: masks that were made with one value cannot be converted to another.
 MODEL_SETTINGS = [name for name, switch in SWITCHES.items() if switch.needs_model]
 Row = dict[str, Any]
 
@@ -35,7 +35,7 @@ class Results(NamedTuple):
     splits: dict[str, int]  # number of expressions of each whole split
     protocols: dict[str, dict[str, Any]]  # settings by name
     lines: list[Line]
-    warning: str = ""  # that the file is partial
+    warning: str = ""  # set if the file is partial
 
 
 class Filters(NamedTuple):
@@ -61,7 +61,7 @@ def load_results(path: str) -> Results:
     """Read a result file, complete or partial, and check it.
 
     Raises:
-        MissingFileError, UserError: there is no such file, or it is corrupt or no result file.
+        MissingFileError, UserError: the file does not exist, is corrupt, or is not a result file.
     """
     header, lines = read_results(path)
     try:
@@ -88,8 +88,8 @@ def check_names(flag: str, requested: Sequence[str], names_by_file: dict[str, Co
     """Check that every requested name is in some file, and that every file has one of them.
 
     Args:
-        flag: that requests the names, for the message.
-        requested: names; if there are none, nothing is checked.
+        flag: the flag that requests the names, for the message.
+        requested: the requested names; if empty, nothing is checked.
         names_by_file: the names in each file.
 
     Raises:
@@ -106,7 +106,7 @@ def check_names(flag: str, requested: Sequence[str], names_by_file: dict[str, Co
 
 
 def select(results: Results, filters: Filters) -> Results:
-    """Return the part of a result file that matches the filters. UserError: no expression does."""
+    """Return the part of a result file that matches the filters. UserError: no expression matches."""
     splits = {name: results.splits[name] for name in results.splits if name in (filters.splits or results.splits)}
     names = filters.protocols or results.protocols
     protocols = {name: settings for name, settings in results.protocols.items() if name in names}
@@ -123,9 +123,14 @@ def select(results: Results, filters: Filters) -> Results:
 
 
 def check_model_settings(results: Results, requested: dict[str, Any]) -> None:
-    """Check that the masks were made with the requested settings (``MODEL_SETTINGS``; None: not requested).
+    """Check that the masks were made with the requested settings.
 
-    UserError: they were made with another value; the message says how to get the requested one.
+    Args:
+        results: the result file.
+        requested: values of ``MODEL_SETTINGS``; None: any value is accepted.
+
+    Raises:
+        UserError: the masks were made with another value; the message says how to get the requested one.
     """
     for setting, value in requested.items():
         others = [name for name, settings in results.protocols.items() if settings.get(setting) != value]
@@ -143,10 +148,10 @@ def check_model_settings(results: Results, requested: dict[str, Any]) -> None:
 def evaluate_masks(results: Results, gt_mask: str, get_refer: Callable[[str, str], REFER]) -> Results:
     """Compute intersections and unions of the stored masks with the target masks of another ``gt_mask``.
 
-    Each target mask is rasterised once, at the size of the image, and resized if the stored masks are.
+    Each target mask is rasterized once, at the size of the image, and resized if the stored masks are.
 
     Args:
-        results: its protocols that use another gt_mask are evaluated and renamed.
+        results: protocols that use another gt_mask are evaluated again and renamed; the others stay.
         gt_mask: one of :data:`lib.variants.MASK_MODES`.
         get_refer: returns the annotations of (dataset, splitBy); called only if they are needed.
 
@@ -222,11 +227,11 @@ def compare(a: Results, b: Results, scoring: Scoring, max_changes: int) -> tuple
     """Compare two models on the expressions that both files have.
 
     Returns:
-        one row per split and pair of protocols, with the metrics and B − A in percent, and one row for each of the
-        ``max_changes`` expressions whose IoU (0 to 1) changed most. Both as ``--json`` writes them.
+        one row per split and pair of protocols, with the metrics and their difference B − A in percent, and one row for
+        each of the ``max_changes`` expressions whose IoU (0 to 1) changed most. Both as ``--json`` writes them.
 
     Raises:
-        UserError: the files have no expression in common, or have one on different images.
+        UserError: the files have no expression in common, or an expression is on different images.
     """
     rows, changes = [], []
     for split in dict.fromkeys([*a.splits, *b.splits]):
@@ -247,7 +252,7 @@ def compare(a: Results, b: Results, scoring: Scoring, max_changes: int) -> tuple
 
 
 def protocol_pairs(a: Results, b: Results) -> list[tuple[str, str]]:
-    """Return which protocol of A is compared with which of B: those of the same name, or the only one of each file."""
+    """Return the pairs of protocols to compare: those with the same name, or the only protocol of each file."""
     if len(a.protocols) == len(b.protocols) == 1:
         return [(*a.protocols, *b.protocols)]
     return [(name, name) for name in a.protocols if name in b.protocols]
@@ -265,7 +270,7 @@ def _lines_of(results: Results, split: str, protocol: str) -> dict[tuple[int, in
 def _difference(lines_a: list[Line], lines_b: list[Line], scoring: Scoring) -> Row:
     """Return the metrics of the same expressions in A and B, and their difference with its interval."""
     counts = counts_of(lines_a), counts_of(lines_b)
-    metrics_a, metrics_b = (compute_metrics(one, scoring.thresholds, strict=scoring.strict) for one in counts)
+    metrics_a, metrics_b = (compute_metrics(pairs, scoring.thresholds, strict=scoring.strict) for pairs in counts)
     bounds = paired_intervals([line["image_id"] for line in lines_a], *counts, scoring)
     return {
         "metrics_a": metrics_a,
@@ -277,7 +282,7 @@ def _difference(lines_a: list[Line], lines_b: list[Line], scoring: Scoring) -> R
 
 
 def _change(a: Line, b: Line) -> Row:
-    """Return the IoUs of one expression in A and B. UserError: the two lines are of different images."""
+    """Return the IoUs of one expression in A and B. UserError: it is on different images."""
     if a["image_id"] != b["image_id"]:
         raise UserError(
             f"--compare: ref_id {a['ref_id']}, sent_id {a['sent_id']} is on image {a['image_id']} in A, but on image "

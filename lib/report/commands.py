@@ -1,4 +1,4 @@
-"""Check which flags of test.py were given together."""
+"""The commands of test.py: which one the flags select, and which flags it accepts."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def choose_command(args: Any, parser: Parser) -> str:
 
     Args:
         args: the parsed flags.
-        parser: that parsed them.
+        parser: the parser of ``args``.
 
     Raises:
         UserError: a required flag is missing, or flags cannot be combined.
@@ -45,7 +45,7 @@ def choose_command(args: Any, parser: Parser) -> str:
         if not getattr(args, name):
             together = "".join(f" --{other}" for other in required)
             raise UserError(f"--{name} is missing. This command needs{together}. See --help.")
-    for name in {name: None for flags in COMMANDS.values() for group in flags for name in group}:
+    for name in dict.fromkeys(name for groups in COMMANDS.values() for group in groups for name in group):
         if name not in required + accepted and getattr(args, name) != parser.get_default(name):
             selected_by = command if command != "evaluate" else "resume"
             raise UserError(f"--{name} cannot be combined with --{selected_by}.")

@@ -21,7 +21,7 @@ class Curve(NamedTuple):
     kind: str  # of the lines: train or eval
     field: str
     label: str = ""
-    form: str = "-"  # marker and line style in matplotlib's short form
+    fmt: str = "-"  # marker and line style in matplotlib's short form
     width: float = 1.1
 
 
@@ -36,9 +36,7 @@ PANELS = {
     ),
     "Loss": (Curve("train", "loss"),),
     "Segmentation loss": (Curve("train", "segmentation"),),
-    "Alignment": tuple(
-        Curve("train", f"alignment{i}", f"{i}", form) for i, form in enumerate(("-", "--", "-.", ":"), 1)
-    ),
+    "Alignment": tuple(Curve("train", f"alignment{i}", f"{i}", fmt) for i, fmt in enumerate(("-", "--", "-.", ":"), 1)),
     "Learning rate": (Curve("train", "lr"),),
     "Gradient norm": (Curve("train", "grad_norm"),),
     "Samples / s": (Curve("train", "samples_per_second"),),
@@ -69,7 +67,7 @@ def read_metrics(path: str | Path) -> list[Line]:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from error
     numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     lines = []
     for number, content in numbered:
@@ -79,7 +77,7 @@ def read_metrics(path: str | Path) -> list[Line]:
         except ValueError as error:
             if number == numbered[-1][0]:
                 break
-            raise UserError(f"{where}: not JSON ({error}). Remove the line.") from error
+            raise UserError(f"{where} is not JSON ({error}). Remove the line.") from error
         _check_line(line, where)
         lines.append(line)
     if not any(line["kind"] == "train" and line.get("loss") is not None for line in lines):
@@ -89,7 +87,7 @@ def read_metrics(path: str | Path) -> list[Line]:
 
 def _check_line(line: Any, where: str) -> None:
     if not isinstance(line, dict) or not isinstance(line.get("kind"), str):
-        raise UserError(f"{where}: not an object with a kind. Remove the line.")
+        raise UserError(f"{where} is not an object with a kind. Remove the line.")
     if line["kind"] in ("train", "eval"):
         for name in NUMBERS:
             value = line.get(name)
@@ -101,19 +99,20 @@ def _check_line(line: Any, where: str) -> None:
 
 
 def run_names(files: list[Path]) -> list[str]:
-    """Return the folder name of each run (the file name if it is not metrics.jsonl), with parents if names are equal.
+    """Return the folder name of each run (the file name if it is not metrics.jsonl), with parents where it repeats.
 
     Raises:
         UserError: a run occurs twice.
     """
     paths = [Path(os.path.abspath(file)) for file in files]
-    parts = [path.parent.parts if path.name == METRICS_FILE else path.parts for path in paths]
+    all_parts = [path.parent.parts if path.name == METRICS_FILE else path.parts for path in paths]
     names = []
-    for file, own in zip(files, parts, strict=True):
-        if parts.count(own) > 1:
+    for file, parts in zip(files, all_parts, strict=True):
+        if all_parts.count(parts) > 1:
             raise UserError(f"{file} is given twice. Give each run once.")
-        length = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in parts) == 1)
-        names.append("/".join(own[-length:]))
+        # the shortest end of the path that no other run has
+        length = next(n for n in range(1, len(parts) + 1) if sum(p[-n:] == parts[-n:] for p in all_parts) == 1)
+        names.append("/".join(parts[-length:]))
     return names
 
 
@@ -124,10 +123,10 @@ def draw_curves(runs: dict[str, list[Line]]) -> "Figure":  # noqa: F821  (matplo
         runs: lines of metrics.jsonl by the name of the run, as :func:`read_metrics` returns them.
 
     Raises:
-        UserError: matplotlib is not installed, or there are more runs than colours.
+        UserError: matplotlib is not installed, or there are more runs than colors.
     """
     if len(runs) > len(COLORS):
-        raise UserError(f"{len(runs)} runs: a figure has colours for {len(COLORS)}. Give fewer.")
+        raise UserError(f"{len(runs)} runs: a figure has colors for {len(COLORS)}. Give fewer.")
     shown = [
         title
         for title, curves in PANELS.items()
@@ -169,16 +168,16 @@ def _draw_panel(axes: Any, title: str, runs: list[list[Line]]) -> None:
         axes.yaxis.set_minor_locator(LogLocator(subs=()))
     entries = 0
     for i, curve in enumerate(PANELS[title]):
-        # A colour stands for a run, or for a curve if there is only one run.
+        # A color stands for a run, or for a curve if there is only one run.
         colors, legend_color = (COLORS, GRAY) if len(runs) > 1 else (COLORS[i:], COLORS[i])
         points = [_points(run, curve) for run in runs]
         for color, (steps, values) in zip(colors, points, strict=False):
             marker = {"marker": "o"} if len(steps) == 1 and curve.kind == "train" else {}  # a line needs two points
             axes.plot(
-                steps, values, curve.form, color=color, linewidth=curve.width, zorder=2 + (curve == OIOU), **marker
+                steps, values, curve.fmt, color=color, linewidth=curve.width, zorder=2 + (curve == OIOU), **marker
             )
         if curve.label and any(steps for steps, _ in points):
-            axes.plot([], [], curve.form, color=legend_color, linewidth=curve.width, label=curve.label)
+            axes.plot([], [], curve.fmt, color=legend_color, linewidth=curve.width, label=curve.label)
             entries += 1
     if title == EVALUATION:
         best = [point for point in map(_best, runs) if point]
@@ -186,17 +185,17 @@ def _draw_panel(axes: Any, title: str, runs: list[list[Line]]) -> None:
         entries += 1
     splits = dict.fromkeys(str(line.get("split", "val")) for line in lines if line["kind"] == "eval")
     axes.set_title(title.format(split=", ".join(splits)))
-    if entries > 1:  # beside the title, where no curve is
+    if entries > 1:  # beside the title, where it covers no curve
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=entries, borderaxespad=0.4)
-    last = max(1, *(line["step"] for line in lines if line["kind"] in ("train", "eval")))
-    axes.set_xlim(-0.03 * last, 1.03 * last)
+    last_step = max(1, *(line["step"] for line in lines if line["kind"] in ("train", "eval")))
+    axes.set_xlim(-0.03 * last_step, 1.03 * last_step)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=(1, 2, 5, 10), integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.yaxis.set_major_formatter("{x:g}")
 
 
 def _add_run_names(figure: Any, runs: dict[str, list[Line]]) -> None:
-    """Write the name and the best oIoU of each run, and its colour if there are several, above the panels."""
+    """Write the name and the best oIoU of each run, and its color if there are several, above the panels."""
     from matplotlib.lines import Line2D
 
     labels = []

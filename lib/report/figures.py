@@ -61,13 +61,13 @@ def draw_expression(models: Sequence[ModelResult], index: int) -> Image.Image:
 
 
 def draw_validation(dataset: ReferDataset, result: EvaluationResult) -> dict[str, Image.Image]:
-    """Return the expressions whose masks a validation kept, by the names they have in TensorBoard."""
+    """Draw the expressions whose masks a validation kept. Return the images by their names in TensorBoard."""
     models = [ModelResult("prediction", dataset, result)]
     return {f"val/{number}": draw_expression(models, index) for number, index in enumerate(sorted(result.masks))}
 
 
 def draw_split(models: Sequence[ModelResult], indices: Sequence[int], folder: Path) -> Path:
-    """Write a panel per index, and a contact sheet of the first ``MAX_PANELS``; return the path of the sheet.
+    """Write a panel per index and a contact sheet of the first ``MAX_PANELS``. Return the path of the contact sheet.
 
     Raises:
         UserError: an image cannot be written.
@@ -118,7 +118,7 @@ def compare_models(args: Any) -> None:
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """Return short names of files: without folder and suffix, with the folder if they would be equal, or the paths."""
+    """Return a different name for each path: the file's stem, or folder/stem if stems repeat, or else the path."""
     for names in (
         [Path(path).stem for path in paths],
         [f"{Path(path).parent.name}/{Path(path).stem}" for path in paths],

@@ -1,7 +1,7 @@
 """95 % percentile bootstrap intervals of the metrics over images.
 
-Expressions of one image share its objects and its difficulty. A draw therefore takes whole images, with replacement, as
-many as there are, and an interval leaves out 2.5 % of the draws at each end.
+Expressions of one image share its objects and its difficulty. A draw therefore consists of whole images: as many as
+there are, drawn with replacement. An interval excludes the lowest and the highest 2.5 % of the draws.
 
 Shapes: n expressions, K images, D draws, M metrics, C columns of :func:`lib.metrics.expression_terms`.
 """
@@ -14,7 +14,7 @@ import numpy as np
 from lib.metrics import THRESHOLDS, expression_terms, metric_names, metrics_from_sums
 
 PERCENTILES = (2.5, 97.5)
-IOU_UNIT = 2.0**-32
+IOU_UNIT = 2.0**-32  # IoUs are rounded to multiples of it
 
 
 class Scoring(NamedTuple):
@@ -73,11 +73,11 @@ def _sums_by_image(images: Sequence[Hashable], counts: np.ndarray, scoring: Scor
     terms = expression_terms(counts, scoring.thresholds, strict=scoring.strict)
     if len(images) != len(terms):
         raise ValueError(f"There are {len(images)} image ids for {len(terms)} expressions.")
-    # Multiples of a power of two are summed without rounding, so that the order of the expressions has no effect.
+    # Multiples of a power of two are summed without rounding errors, so the order of the expressions has no effect.
     ious = terms[:, len(scoring.thresholds)]
     ious[:] = np.rint(ious / IOU_UNIT) * IOU_UNIT
-    names, rows = np.unique(np.asarray(images), return_inverse=True)
-    sums = np.zeros((len(names), terms.shape[1]))
+    distinct_images, rows = np.unique(np.asarray(images), return_inverse=True)
+    sums = np.zeros((len(distinct_images), terms.shape[1]))
     np.add.at(sums, rows, terms)
     return sums
 

@@ -1,4 +1,4 @@
-"""The paper's results: the published rows, and which checkpoint belongs to which dataset."""
+"""The rows of the paper's table, and the checkpoints to reproduce them with."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""Result files: one line of JSON per expression and protocol, and beside it the settings that led to them.
+"""Result files: one line of JSON per expression and protocol, and a second file with the settings of the evaluation.
 
 A line of ``out.jsonl`` is one expression under one protocol:
 
@@ -44,13 +44,14 @@ class ResultFile(ResultSink):
     Args:
         path: of the result file.
         header: the settings. Results with other settings are never mixed in.
-        replace: what happens to a complete file with other settings: False: error, True: it is replaced in the end.
+        replace: whether a complete file with other settings is replaced once this evaluation is complete; otherwise it
+            is an error.
     """
 
     def __init__(self, path: str | Path, header: dict[str, Any], *, replace: bool = False) -> None:
         self.replace = replace
         self.path, self.partial, self.settings = Path(path), Path(f"{path}{PARTIAL}"), settings_path(path)
-        # As JSON stores it, so that it can be compared with the header of a file.
+        # Converted as JSON converts it, so that it can be compared with the header of a file.
         self.header = json.loads(json.dumps({"format": FORMAT, "complete": False, **header}))
         self.num_results = sum(self.header["splits"].values()) * len(self.header["protocols"])
         self.num_written = 0

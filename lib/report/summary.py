@@ -21,8 +21,8 @@ class Summary:
     """Metrics of the evaluated splits under each protocol.
 
     Args:
-        protocols: of the evaluation.
-        settings: that ``--json`` states beside the numbers.
+        protocols: the protocols of the evaluation.
+        settings: the settings of the evaluation, which ``--json`` includes.
         with_baselines: whether to add predictions that ignore the sentence (:mod:`lib.baselines`).
     """
 
@@ -52,7 +52,7 @@ class Summary:
             self.entries.append(entry | ({"baselines": baselines} if baselines else {}))
 
     def write_json(self, path: str | Path) -> None:
-        """Write the splits added so far. UserError: the file cannot be written."""
+        """Write the results of all splits added so far. UserError: the file cannot be written."""
         write_text(path, json.dumps(self.entries, indent=1) + "\n")
 
     def text(self) -> str:

@@ -1,4 +1,4 @@
-"""Reproduce the paper's table: evaluate its rows, and write our numbers beside the published ones in four formats."""
+"""Reproduce the paper's table: evaluate its rows, and write our numbers next to the published ones in four formats."""
 
 import csv
 import functools
@@ -77,7 +77,7 @@ def _with_dataset(args: Any, row: PublishedRow) -> Any:
 def _measure_dataset(
     published: Sequence[PublishedRow], checkpoint: Path | None, args: Any, setup: EvalSetup
 ) -> list[MeasuredRow]:
-    """Return the rows of one dataset, evaluated now or by an earlier run."""
+    """Evaluate the rows of one dataset, or read those that an earlier run has evaluated."""
     first = published[0]
     if checkpoint is None:
         reason = f"no checkpoint for {first.dataset} in {args.checkpoints}"
@@ -141,7 +141,8 @@ def write_tables(rows: list[MeasuredRow], folder: Path) -> list[Path]:
     """Write table.md, table.tex, table.csv and table.json, and return their paths. UserError: no row was measured."""
     protocols = list(dict.fromkeys(row.protocol for row in rows if row.protocol))
     if not protocols:
-        raise UserError("--table: no row can be measured: " + "; ".join(dict.fromkeys(row.reason for row in rows)))
+        reasons = dict.fromkeys(row.reason.removesuffix(".") for row in rows)
+        raise UserError(f"--table: no row can be measured: {'; '.join(reasons)}.")
     contents = {
         "table.md": "\n".join(markdown_table(rows, protocol) for protocol in protocols),
         "table.tex": "\n".join(latex_table(rows, protocol) for protocol in protocols),
