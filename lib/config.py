@@ -12,7 +12,7 @@ from lib.cli import Parser, did_you_mean
 from lib.errors import MissingFileError, UserError
 from lib.options import OPTIONS, Option
 from lib.variants import BERT
-from refer.datasets import settle_split_systems
+from refer.datasets import parse_datasets
 
 BASE_KEY = "_BASE_"
 
@@ -109,7 +109,7 @@ def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) ->
         source = given.get(option.key, "saved configuration")
         option.check(lookup(cfg, option.key), source if source in option.flag_names else f"{source}: {option.key}")
     _check_conflicts(cfg, given)
-    pairs = settle_split_systems(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
+    pairs = parse_datasets(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     cfg.DATA.NAME, cfg.DATA.SPLIT_BY = (",".join(names) for names in zip(*pairs, strict=True))
     return cfg, given
 

@@ -26,7 +26,7 @@ DOWNLOAD_AGAIN = "Download it again; see refer/README.md."
 
 
 def is_file_below(name: str) -> bool:
-    """Return whether a file name from a file stays inside its folder and is safe to print."""
+    """Return whether a file name in an annotation file stays inside its folder and is safe to print."""
     return not (set("\\:") & set(name) or CONTROL.search(name) or {"", ".", ".."} & set(name.split("/")))
 
 
@@ -97,7 +97,7 @@ def read_refs(path: Path) -> list[Record]:
         refs = _PlainUnpickler(path, _plain_opcodes(data)).load()
     except UserError:
         raise
-    except Exception as error:  # a corrupt pickle can raise nearly anything
+    except Exception as error:  # a corrupt pickle can raise almost any exception
         raise _corrupt(path, error) from error
     if type(refs) is not list or not refs:
         raise UserError(f"{path}: must be a list of at least one ref")
@@ -160,7 +160,7 @@ def _read(path: Path) -> bytes:
 
 
 def _quoted(text: str) -> str:
-    """Return text from a file as part of a message: quoted, on one line, truncated."""
+    """Return text from a file in a form for error messages: quoted, on one line, at most 200 characters."""
     quoted = repr(text)
     return quoted if len(quoted) <= 200 else f"{quoted[:200]}…"
 
@@ -174,12 +174,12 @@ def _check_record(record: Any, fields: dict[str, Check], ids: set[int], where: s
     """Check a record's fields and add its id to ``ids``.
 
     Args:
-        fields: the check of each field; the first field is the record's id.
-        ids: of the records before.
+        fields: field name to check; the first field is the record's id.
+        ids: of the preceding records.
         where: file, list and row, for error messages.
 
     Raises:
-        UserError: it is not a dict, a field is missing or not valid, or its id is in ``ids``.
+        UserError: the record is not a dict, a field is missing or not valid, or its id is already in ``ids``.
     """
     if type(record) is not dict:
         raise UserError(f"{where}: {_wrong_type('dict', record)}")
@@ -195,7 +195,7 @@ def _check_record(record: Any, fields: dict[str, Check], ids: set[int], where: s
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Unpickler for lists, dicts, text and numbers that refuses everything else. Python 2's str is read as UTF-8."""
+    """Unpickler for lists, dicts, text and numbers that refuses everything else. Python 2's str is decoded as UTF-8."""
 
     def __init__(self, path: Path, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="utf-8")
@@ -214,7 +214,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 # Opcodes of plain data with their arguments; memo indices are below 2**24. The number of repetitions is limited because
-# the re module stores a state for each.
+# the matcher allocates memory for each repetition.
 _PLAIN_RUN = re.compile(
     rb"(?:[N\x88\x89(\]ael}dsu\x94]|[\x80Khq].|M..|[Jj]....|G.{8}|r...\x00|"
     rb"[SVF][^\n]*\n|[ILg][^\n]{0,22}\n|p\d{1,7}\n){0,500}",
@@ -224,7 +224,7 @@ _PLAIN_RUN = re.compile(
 _LENGTH_PREFIXED = {b"U": 1, b"\x8a": 1, b"\x8c": 1, b"T": 4, b"X": 4, b"\x8b": 4, b"\x8d": 8}
 _FRAME = b"\x95"
 _LAST = {b".", b"c", b"\x93", b"i", b"P", b"Q"}  # the end of the pickle, and the opcodes that _PlainUnpickler refuses
-MAX_LONG_INTEGERS = 1000  # beyond 64 bits; valid refs have none
+MAX_LONG_INTEGERS = 1000  # integers beyond 64 bits; valid refs have none
 
 
 def _plain_opcodes(data: bytes) -> bytes:
@@ -236,11 +236,11 @@ def _plain_opcodes(data: bytes) -> bytes:
     - hashing thousands of nested tuples crashes the interpreter;
     - large integers can be chosen to have equal hashes, and as keys of a dict each is compared with all others.
 
-    Frames are only hints for reading ahead. They are removed because Python's unpickler skips the rest of a frame that
-    ends within an argument; it would then execute other opcodes than those checked here.
+    Frames only tell the unpickler how much to read ahead. They are removed because Python's unpickler skips the rest of
+    a frame that ends within an argument, so it would not execute the opcodes that were checked.
 
     Raises:
-        ValueError: there is another opcode before the end, or before an opcode that _PlainUnpickler refuses.
+        ValueError: an opcode is not plain data, unless it follows the end or an opcode that _PlainUnpickler refuses.
     """
     position = copied = long_integers = 0
     parts = []

@@ -7,7 +7,7 @@ from lib.cli import did_you_mean
 from lib.errors import UserError
 from lib.variants import SWIN_VARIANTS
 
-DATASETS: dict[str, tuple[str, ...]] = {  # known dataset: its splitBy values, the first of which is the default
+DATASETS: dict[str, tuple[str, ...]] = {  # dataset: its splitBy values, the first of which is the default
     "refcoco": ("unc", "google"),
     "refcoco+": ("unc",),
     "refcocog": ("umd", "google"),
@@ -37,7 +37,7 @@ class Counts(NamedTuple):
     images: int | None = None
 
 
-# The tables of the datasets' papers: (dataset, splitBy): {split: counts}. None exists for RefCOCO (google).
+# (dataset, splitBy): {split: counts}, from the papers of the datasets. There are none for RefCOCO (google).
 PUBLISHED_COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
     ("refcoco", "unc"): {
         "train": Counts(42404, 120624, 16994),
@@ -61,7 +61,7 @@ PUBLISHED_COUNTS: dict[tuple[str, str], dict[str, Counts]] = {
 
 
 def annotation_urls(dataset: str) -> list[str]:
-    """Return where the annotation archive of a COCO dataset was published, the most reliable address first."""
+    """Return the addresses of a COCO dataset's annotation archive, the most reliable first."""
     original = f"{REFER_URL}{dataset}.zip"
     return [f"https://web.archive.org/web/{ARCHIVE_SNAPSHOTS[dataset]}/{original}", original]
 
@@ -77,7 +77,7 @@ class AmbiguousError(UserError):
 
 
 def installed_datasets(data_root: str | Path) -> list[str]:
-    """Return the names of the datasets below ``data_root``, without hidden folders, which are incomplete."""
+    """Return the names of the datasets in ``data_root``. Hidden folders are skipped, since they are incomplete."""
     return sorted(path.parent.name for path in Path(data_root).glob("[!.]*/instances.json"))
 
 
@@ -91,7 +91,7 @@ def split_systems(data_root: str | Path, dataset: str) -> tuple[str, ...]:
         return DATASETS[dataset]
     root, name = Path(data_root), str(dataset)
     if "," in name:
-        raise UserError(f"{name!r} names several datasets. Name one.")
+        raise UserError(f"{name!r} names several datasets. Pass one.")
     is_folder_name = name not in {"", ".", ".."} and not set("/\\\0") & set(name)
     if is_folder_name:
         found = tuple(sorted(path.name[5:-3] for path in (root / name).glob("refs(*).p")))
@@ -122,7 +122,7 @@ def default_split_system(data_root: str | Path, dataset: str) -> str:
     return systems[0]
 
 
-def settle_split_systems(data_root: str | Path, datasets: str, split_by: str) -> list[tuple[str, str]]:
+def parse_datasets(data_root: str | Path, datasets: str, split_by: str) -> list[tuple[str, str]]:
     """Parse ``--dataset`` and ``--splitBy`` into pairs (dataset, splitBy), filling in defaults.
 
     Args:
@@ -145,7 +145,7 @@ def settle_split_systems(data_root: str | Path, datasets: str, split_by: str) ->
             systems = [PAPER_SPLIT_BY.get(name) or default_split_system(data_root, name) for name in names]
         except AmbiguousError as error:
             example = ",".join(PAPER_SPLIT_BY.get(name) or split_systems(data_root, name)[0] for name in names)
-            raise UserError(f"{error} Name one for each dataset, for example --splitBy {example}.") from error
+            raise UserError(f"{error} Pass one for each dataset, for example --splitBy {example}.") from error
     elif not split_by:
         systems = [default_split_system(data_root, names[0])]
     pairs = list(zip(names, systems, strict=True))
@@ -168,8 +168,8 @@ def check_dataset(data_root: str | Path, dataset: str, splitBy: str) -> None:
 def image_folder(data_root: str | Path, dataset: str) -> Path:
     """Return the folder of a dataset's images.
 
-    The COCO datasets share one folder. Other datasets have their own ``images`` folder; without one, a user's dataset
-    uses the COCO images.
+    The COCO datasets share one folder. Other datasets have their own ``images`` folder. A user's dataset without such a
+    folder uses the COCO images.
     """
     folder = Path(data_root, dataset, "images")
     has_own = dataset == "refshapes" or (dataset not in DATASETS and folder.is_dir())

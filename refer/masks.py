@@ -17,13 +17,13 @@ from lib.errors import UserError
 from lib.variants import MASK_MODES
 
 MAX_SIDE = 2**14  # of an image, in pixels; COCO's longest side is 640
-MAX_PIXELS = 100_000_000  # of an image; Pillow warns of decompression bombs from about here on
+MAX_PIXELS = 100_000_000  # of an image; Pillow warns of decompression bombs above about this size
 MAX_OUTLINE = 2_000_000  # pixels along an object's polygons, because pycocotools allocates memory for each
-MAX_DRAWN = 2**30  # image pixels × parts of an object, because each part is drawn on an image of its own
+MAX_DRAWN = 2**30  # image pixels × parts of an object, because each part is drawn into a separate image
 
 
 class Segmentation(NamedTuple):
-    """The outline of an object as its annotation has it. It is checked when the mask is drawn."""
+    """Segmentation of an object as stored in its annotation. It is checked when the mask is drawn."""
 
     source: str  # annotation file, annotation and ref, for error messages
     height: int  # of the image, in pixels
@@ -33,18 +33,18 @@ class Segmentation(NamedTuple):
     def draw(self, mode: str = "paper") -> np.ndarray:
         """Draw the object's mask at the image's size: uint8 [H, W] of 0 and 1.
 
-        Every part (polygon or RLE) is drawn by itself.
+        Each part (polygon or RLE) is drawn separately.
 
         Args:
-            mode: ``paper`` is the published code's protocol: a pixel belongs to the object if exactly one part covers
-                it, so overlaps of two parts are holes. ``union``: if any part covers it.
+            mode: ``paper``: a pixel belongs to the object if exactly one part covers it, so overlaps are holes. This is
+                the published protocol. ``union``: a pixel belongs to the object if any part covers it.
 
         Raises:
             UserError: unknown mode, or a segmentation that is not valid for this image.
         """
         if mode not in MASK_MODES:
             raise UserError(f"Unknown mask mode {mode!r}. Choose one of {', '.join(MASK_MODES)}.")
-        # Column by column in memory, as pycocotools draws the parts.
+        # In column-major order, as pycocotools returns the parts.
         covered, overlap = (np.zeros((self.height, self.width), np.uint8, order="F") for _ in range(2))
         try:
             for part in _draw_parts(self.parts, self.height, self.width):
@@ -110,8 +110,8 @@ def _draw_polygon(polygon: list[float], H: int, W: int) -> np.ndarray:
     try:
         return coco_mask.decode(coco_mask.frPyObjects([polygon], H, W))[:, :, 0]
     except TypeError as error:
-        # NumPy first asks pycocotools for the array with `copy=`, which raises this TypeError, and then without. If
-        # Ctrl-C interrupts the second attempt, NumPy raises the error of the first one instead.
+        # NumPy first calls pycocotools' __array__ with `copy=`, which raises this TypeError, and then without it. If
+        # Ctrl-C interrupts the second call, NumPy raises this TypeError instead of KeyboardInterrupt.
         if "'copy'" in str(error):
             raise KeyboardInterrupt from error
         raise

@@ -41,7 +41,8 @@ class REFER:
         imgToRefs, imgToAnns, catToRefs: list of records by id. A ref's category is that of its annotation.
         refToAnn, annToRef, sentToRef: record by id.
 
-    The filters of the get methods take one id or several. An empty filter matches everything, an unknown id nothing.
+    The filters of the get methods take one or several ids. An empty filter matches everything, an unknown id matches
+    nothing.
 
     Raises:
         UserError: unknown dataset or splitBy, a malformed file, or a ref whose annotation or image does not exist.
@@ -206,7 +207,7 @@ class REFER:
         return list(box)
 
     def getMask(self, ref: Mapping[str, Any] | int, mode: str = "paper") -> dict[str, Any]:
-        """Draw the mask of a ref's object.
+        """Draw the mask of the object that a ref refers to.
 
         Args:
             ref: a ref or its id.
@@ -237,7 +238,7 @@ class REFER:
         return self.image_dir / self.loadImgs([image_id])[0]["file_name"]
 
     def image_keys(self) -> dict[int, str]:
-        """Return by image id a key that is equal for equal images, also across datasets.
+        """Return {image id: key}. Equal images have equal keys, also across datasets.
 
         Two images are equal if they are the same file, or if their names contain the same COCO number
         (COCO_train2014_000000000009.jpg, 000000000009.jpg), wherever the files are.
@@ -273,11 +274,11 @@ def _listed(names: list[str]) -> str:
 
 
 def _as_ids(ids: Ids) -> list[int]:
-    several = list(ids) if isinstance(ids, Iterable) else [ids]
-    for value in several:
+    values = list(ids) if isinstance(ids, Iterable) else [ids]
+    for value in values:
         if not isinstance(value, int | np.integer) or isinstance(value, bool):
             raise UserError(f"Ids must be integers, not {value!r}.")
-    return [int(value) for value in several]
+    return [int(value) for value in values]
 
 
 def _candidates(

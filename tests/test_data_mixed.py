@@ -143,7 +143,7 @@ def test_train_py_logs_the_mixture(root, small_config, tmp_path, run_here):
     assert "0 in both" in more.err
     failed = run_here("test.py", "--resume", run, "--dataset", "refshapes,other", "--refer_data_root", root)
     assert (failed.status, failed.err.count("\n")) == (2, 1)
-    assert "'refshapes,other' names several datasets. Name one." in failed.err
+    assert "'refshapes,other' names several datasets. Pass one." in failed.err
 
 
 def test_train_py_warns_if_evaluation_images_are_in_train(root, small_config, tmp_path, run_here):

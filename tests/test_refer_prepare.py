@@ -286,7 +286,7 @@ def test_intact_images_of_the_user_are_never_lost(server, prepare, tmp_path, ima
 def test_two_commands_do_not_work_in_the_same_folder(server, prepare, tmp_path):
     (tmp_path / "data").mkdir()
     with locked(tmp_path / "data"):
-        assert f"another process is writing {tmp_path}/data" in prepare(status=2).err
+        assert f"Another process is writing {tmp_path}/data" in prepare(status=2).err
 
 
 def test_a_root_that_cannot_be_written_is_reported(server, prepare, tmp_path):

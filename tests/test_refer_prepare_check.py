@@ -65,13 +65,13 @@ def test_the_suggested_command_covers_the_images_of_published_datasets(server, p
     shutil.copytree(root / "refcoco", root / "own")
     (root / FOLDER / image_name(2)).unlink()
     command = f"`python -m refer.prepare --dataset refcoco --root {root} --images needed`"
-    assert f"To download them: {command}" in prepare("--check", dataset=None, status=2).err
+    assert f"To download the images of refcoco: {command}" in prepare("--check", dataset=None, status=2).err
     instances = json.loads(annotations["instances.json"])
     instances["images"][0]["file_name"] = "mine.jpg"
     (root / "own/instances.json").write_text(json.dumps(instances))
     error = prepare("--check", dataset=None, status=2).err
     assert "2 missing image(s)" in error
-    assert f"To download those of refcoco: {command}" in error
+    assert f"To download the images of refcoco: {command}" in error
 
 
 @pytest.mark.parametrize("names", [None, "half,refshapes,refcoco"])

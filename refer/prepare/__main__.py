@@ -2,7 +2,7 @@
 
     python -m refer.prepare --dataset refcoco refcoco+ refcocog      # everything, with all of COCO train2014 (13 GB)
     python -m refer.prepare --dataset refcoco --images needed        # only the images of RefCOCO
-    python -m refer.prepare --weights swin_base bert                 # weights to start training from, into pretrained/
+    python -m refer.prepare --weights swin_base bert                 # initial weights, into pretrained/
     python -m refer.prepare --dataset refcoco --from ~/Downloads/refcoco.zip --from /data/coco/train2014
     python -m refer.prepare --check                                  # verify the installed datasets
 

@@ -15,7 +15,7 @@ from refer.prepare.weights import find_weight_faults
 
 
 def check_datasets(root: Path, datasets: Sequence[str], *, check_images: bool = True) -> list[str]:
-    """Print the counts of installed datasets. Return a message for each problem, with the command that repairs it."""
+    """Print the counts of installed datasets. Return a message for each problem, with the command that fixes it."""
     hashes, problems, summaries = Hashes(root), [], []
     root_flag = f" --root {shlex.quote(str(root))}" if root != ROOT else ""
     for dataset in datasets:
@@ -53,13 +53,13 @@ def check_weights(names: Sequence[str], folder: Path) -> list[str]:
 
 
 def _repair_hint(summaries: Sequence[Summary], faults: Mapping[str, str], root_flag: str) -> str:
-    """Return the command that downloads images of the COCO datasets; a user's images cannot be downloaded."""
+    """Return a hint with the command that downloads the images of the COCO datasets; empty for a user's own images."""
     coco = [
         summary for summary in summaries if summary.dataset in COCO_DATASETS and faults.keys() & summary.sizes.keys()
     ]
     if not coco:
         return ""
     names = " ".join(dict.fromkeys(summary.dataset for summary in coco))
-    covers_all = faults.keys() <= set().union(*(summary.sizes for summary in coco))
-    images = "them" if covers_all else f"those of {names}"
-    return f" To download {images}: `python -m refer.prepare --dataset {names}{root_flag} --images needed`."
+    return (
+        f" To download the images of {names}: `python -m refer.prepare --dataset {names}{root_flag} --images needed`."
+    )
