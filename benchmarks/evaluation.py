@@ -1,6 +1,6 @@
 """Measure evaluation: the speedup of encoding each image once, and memory over a whole split.
 
-    python -m benchmarks.evaluation              # base at 480, batches of 1 and 8: image encoded once or per sentence
+    python -m benchmarks.evaluation              # base at 480, batches of 1 and 8: images encoded once or per sentence
     python -m benchmarks.evaluation --scale      # a split as large as RefCOCO val, a small model at 64 px
 
 Both generate a dataset: random images of 640×480 with rectangles as objects. The output is Markdown with machine and
@@ -40,7 +40,7 @@ from utils import Distributed, init_distributed
 
 WIDTH, HEIGHT = 640, 480
 WORDS = ("the", "a", "left", "right", "red", "tall", "man", "dog", "cup", "near", "behind", "window", "in", "front")
-SMALL = {
+SMALL_MODEL = {
     "embed_dim": 32, "depths": (1, 1, 1, 1), "num_heads": (1, 2, 4, 8), "window_size": 4, "text_dim": 32,
     "text_layers": 1, "text_heads": 2, "vocab_size": 60, "align_dim": 16,
 }  # fmt: skip
@@ -55,8 +55,8 @@ class Size(NamedTuple):
 
 
 REFCOCO_VAL = Size(1500, 3811, 10834)
-# Refs per image and expressions per ref are about RefCOCO's.
-FEW = Size(2, 5, 15)
+# About as many refs per image and expressions per ref as in RefCOCO.
+SMALL_SPLIT = Size(2, 5, 15)
 
 
 def write_set(root: Path, size: Size, seed: int = 0) -> None:
@@ -80,17 +80,31 @@ def write_set(root: Path, size: Size, seed: int = 0) -> None:
         image_id = number * size.images // size.refs
         outline = [x, y, x + w, y, x + w, y + h, x, y + h]
         annotations.append(
-            {"id": number, "image_id": image_id, "category_id": 1, "area": w * h, "bbox": [x, y, w, h],
-             "segmentation": [outline]}
-        )  # fmt: skip
+            {
+                "id": number,
+                "image_id": image_id,
+                "category_id": 1,
+                "area": w * h,
+                "bbox": [x, y, w, h],
+                "segmentation": [outline],
+            }
+        )
         until = (number + 1) * size.expressions // size.refs
         texts = [" ".join(source.choice(WORDS, source.integers(1, 8)).tolist()) for _ in range(sentences, until)]
         refs.append(
-            {"ref_id": number, "ann_id": number, "image_id": image_id, "category_id": 1, "split": "val",
-             "file_name": images[image_id]["file_name"], "sent_ids": list(range(sentences, until)),
-             "sentences": [{"sent_id": sentences + k, "raw": t, "sent": t, "tokens": t.split()}
-                           for k, t in enumerate(texts)]}
-        )  # fmt: skip
+            {
+                "ref_id": number,
+                "ann_id": number,
+                "image_id": image_id,
+                "category_id": 1,
+                "split": "val",
+                "file_name": images[image_id]["file_name"],
+                "sent_ids": list(range(sentences, until)),
+                "sentences": [
+                    {"sent_id": sentences + k, "raw": t, "sent": t, "tokens": t.split()} for k, t in enumerate(texts)
+                ],
+            }
+        )
         sentences = until
     categories = [{"id": 1, "name": "thing"}]
     instances = {"images": images, "annotations": annotations, "categories": categories}
@@ -103,7 +117,7 @@ def open_set(root: Path, img_size: int) -> ReferDataset:
 
 
 class EncodePerSentence(nn.Module):
-    """A model with the interface that evaluate() uses, which encodes the image again for every sentence."""
+    """A model with the interface that evaluate() uses. It encodes the image again for every sentence."""
 
     def __init__(self, model: CrossVLT) -> None:
         super().__init__()
@@ -116,14 +130,14 @@ class EncodePerSentence(nn.Module):
         return self.model(images, *text)
 
 
-def sharing(
+def measure_sharing(
     model: CrossVLT, dataset: ReferDataset, dist: Distributed, batch_sizes: list[int], repeats: int
 ) -> list[str]:
-    """Return a table of expressions per second by batch size, with the image encoded per sentence and once."""
+    """Return a table of expressions per second by batch size, with images encoded per sentence or once."""
 
     def rate(batch_size: int, shared: bool) -> float:
         evaluated = model if shared else EncodePerSentence(model)
-        # At a batch size of 1, each sentence also loads its image again, as if it were alone in the split.
+        # At a batch size of 1, the image is also loaded again for each sentence.
         parts = [None] if shared or batch_size > 1 else [[index] for index in range(len(dataset))]
         started = time.perf_counter()
         for indices in parts:
@@ -134,7 +148,9 @@ def sharing(
     rates: dict[tuple[int, bool], list[float]] = {
         (size, shared): [] for size in batch_sizes for shared in (False, True)
     }
-    for _ in range(repeats):  # alternating, so that other load on the machine affects all of them alike
+    for _ in range(
+        repeats
+    ):  # alternate between the cases, so that other load on the machine affects all of them equally
         for case, values in rates.items():
             values.append(rate(*case))
     lines = [
@@ -147,22 +163,24 @@ def sharing(
         encoded = "once" if shared else "per sentence" + (", and loaded" if size == 1 else "")
         spread = f"{min(values):.3f}…{max(values):.3f}"
         lines.append(f"| {size} | {encoded} | {statistics.median(values):.3f} | {spread} | {ratio} |")
-    return [*lines, "", shared_part(model, dataset)]
+    return [*lines, "", describe_shared_part(model, dataset)]
 
 
-def shared_part(model: CrossVLT, dataset: ReferDataset) -> str:
-    """Return how much of the computation the sentences of an image share."""
+def describe_shared_part(model: CrossVLT, dataset: ReferDataset) -> str:
+    """Return a sentence about the fraction of the computation that the sentences of an image share."""
     sample = dataset[0]
     inputs = (normalize_images(sample["image"])[None], sample["input_ids"][None], sample["attention_mask"][None])
-    model, work = model.cpu(), []
+    model, gflop = model.cpu(), []
     with torch.inference_mode():
-        for run in (lambda: model(*inputs), lambda: model.encode_images(inputs[0])):
+        for forward in (lambda: model(*inputs), lambda: model.encode_images(inputs[0])):
             with FlopCounterMode(display=False) as counter:
-                run()
-            work.append(counter.get_total_flops() / 1e9)
-    whole, shared = work
-    part = f"{shared:.1f} ({shared / whole:.1%})"
-    return f"Of {whole:.1f} GFLOP per expression, {part} are the blocks of the first stage, computed once per image."
+                forward()
+            gflop.append(counter.get_total_flops() / 1e9)
+    total, shared = gflop
+    return (
+        f"{shared:.1f} of {total:.1f} GFLOP per expression ({shared / total:.1%}) are spent in the first vision "
+        "stage, which is computed once per image."
+    )
 
 
 def resident_mib() -> float:
@@ -171,12 +189,14 @@ def resident_mib() -> float:
         return int(file.read().split()[1]) * 4096 / 2**20
 
 
-def scale(model: CrossVLT, dataset: ReferDataset, dist: Distributed, batch_size: int, folder: Path) -> list[str]:
-    """Return a table of memory and time after each tenth of a split whose masks are all written to a file."""
+def measure_scale(
+    model: CrossVLT, dataset: ReferDataset, dist: Distributed, batch_size: int, folder: Path
+) -> list[str]:
+    """Return a table of memory and time after each tenth of a split. All predicted masks are written to a file."""
     file = ResultFile(folder / "results.jsonl", {"splits": {"val": len(dataset)}, "protocols": [PAPER.settings()]})
     file.open()
     done = np.cumsum([0, *map(len, ImageBatches(dataset, batch_size).batches)]).tolist()  # before each batch
-    marks: list[tuple[int, float, float]] = []
+    marks: list[tuple[int, float, float]] = []  # expressions, memory in MiB, seconds
     started = time.perf_counter()
 
     def mark() -> bool:
@@ -199,7 +219,11 @@ def get_parser() -> Parser:
     parser.add_argument("--swin_type", choices=SWIN_VARIANTS, default="base")
     parser.add_argument("--img_size", type=int, default=480)
     parser.add_argument(
-        "--batch_sizes", type=int, nargs="+", default=[1, 8], help="default: 1 8; --scale uses the last"
+        "--batch_sizes",
+        type=int,
+        nargs="+",
+        default=[1, 8],
+        help="batch sizes; --scale uses the last one (default: 1 8)",
     )
     parser.add_argument("--repeats", type=int, default=3, help="number of timed runs (default: 3)")
     parser.add_argument(
@@ -216,26 +240,26 @@ def get_parser() -> Parser:
 def main() -> None:
     args = get_parser().parse_args()
     if min(args.images, args.repeats, *args.batch_sizes) < 1:
-        raise UserError("--images, --repeats and --batch_sizes must be at least 1")
+        raise UserError("--images, --repeats and --batch_sizes must be at least 1.")
     dist = init_distributed(args.device)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         if args.scale:
             factor = args.images / REFCOCO_VAL.images
             size = Size(args.images, round(REFCOCO_VAL.refs * factor), round(REFCOCO_VAL.expressions * factor))
-            model, img_size, name = build_crossvlt("tiny", **SMALL), 64, "a small model"
+            model, img_size, name = build_crossvlt("tiny", **SMALL_MODEL), 64, "a small model"
         else:
-            size, img_size, name = FEW, args.img_size, f"CrossVLT {args.swin_type}"
+            size, img_size, name = SMALL_SPLIT, args.img_size, f"CrossVLT {args.swin_type}"
             model = build_crossvlt(args.swin_type)
         write_set(Path(folder), size)
         dataset = open_set(Path(folder), img_size)
         model = model.to(dist.device).eval()
         if args.scale:
-            lines = scale(model, dataset, dist, args.batch_sizes[-1], Path(folder))
+            lines = measure_scale(model, dataset, dist, args.batch_sizes[-1], Path(folder))
         else:
-            lines = sharing(model, dataset, dist, args.batch_sizes, args.repeats)
-    what = f"{size.expressions} expressions, {size.refs} refs, {size.images} images of {WIDTH}×{HEIGHT}"
-    text = "\n".join([f"{name} at {img_size}×{img_size}: {what}", machine(dist.device), "", *lines])
+            lines = measure_sharing(model, dataset, dist, args.batch_sizes, args.repeats)
+    split = f"{size.expressions} expressions, {size.refs} refs, {size.images} images of {WIDTH}×{HEIGHT}"
+    text = "\n".join([f"{name} at {img_size}×{img_size}: {split}", machine(dist.device), "", *lines])
     print(text)
     if args.out:
         write_text(args.out, text + "\n")

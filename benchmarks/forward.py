@@ -3,7 +3,7 @@
     python -m benchmarks.forward                                    # base at 480, on the GPU if there is one
     python -m benchmarks.forward --swin_type tiny --img_size 224 --batch-sizes 1,4 --dtypes float32,bfloat16
 
-Prints a Markdown table with machine and versions; results worth keeping are in benchmarks/results/.
+The output is a Markdown table with machine and versions; selected results are kept in benchmarks/results/.
 """
 
 import multiprocessing

@@ -1,4 +1,4 @@
-"""What several benchmarks share: a description of the machine, and random inputs of the network."""
+"""Helpers of several benchmarks: a description of the machine, and random inputs of the network."""
 
 import platform
 from importlib.metadata import version
@@ -9,7 +9,7 @@ from lib.variants import MAX_TOKENS
 
 
 def machine(device: torch.device) -> str:
-    """Return the hardware of a device and the versions of the libraries, for the head of a benchmark's report."""
+    """Return a description of the hardware and the versions of the libraries."""
     if device.type == "cuda":
         hardware = torch.cuda.get_device_name(device)
     else:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.stress --kills 20          (make stress)
 
-Each run trains with two processes (or --processes) on a small RefShapes set. It is killed once with SIGKILL, every
-third one while it writes a checkpoint, and resumed with --auto_resume. It passes if the final weights, optimizer state,
-metrics and all logged numbers are bitwise those of the uninterrupted run.
+Each run trains with two processes (or --processes) on a small RefShapes dataset. It is killed once with SIGKILL and
+resumed with --auto_resume; every third run is killed while it writes a checkpoint. A run passes if the final weights,
+optimizer state, metrics and all logged numbers are bitwise identical to those of the uninterrupted run.
 """
 
 import json
@@ -39,12 +39,12 @@ BATCH_SIZE: 4
 WORKERS: 0
 DEVICE: cpu
 """
-VARYING = ("samples_per_second", "memory_gib")  # differ between any two runs
-TIMEOUT = 300
+VARYING = ("samples_per_second", "memory_gib")  # logged values that differ between any two runs
+TIMEOUT = 300  # seconds
 
 
 class Kill(NamedTuple):
-    """When a run is killed: after some seconds, or while it writes its n-th checkpoint."""
+    """When to kill a run: after some seconds, or while it writes its n-th checkpoint. The other field is None."""
 
     seconds: float | None
     checkpoint: int | None
@@ -67,15 +67,25 @@ class Experiment:
     def command(self, name: str, *flags: str) -> list[str]:
         """Return the arguments that start or resume the run ``name``."""
         return [
-            "train.py", "--cfg", str(self.folder / "config.yaml"), "--model_id", name, "--auto_resume",
-            "--output-dir", str(self.folder / "checkpoints"), "--log_dir", str(self.folder / "models"), *flags,
-        ]  # fmt: skip
+            "train.py",
+            "--cfg",
+            str(self.folder / "config.yaml"),
+            "--model_id",
+            name,
+            "--auto_resume",
+            "--output-dir",
+            str(self.folder / "checkpoints"),
+            "--log_dir",
+            str(self.folder / "models"),
+            *flags,
+        ]
 
     def train(self, name: str, kill: Kill | None = None) -> bool:
         """Start or resume the run ``name``, and kill it as requested. Return whether it finished.
 
         Raises:
-            RuntimeError: it failed, or did not finish in time.
+            RuntimeError: it failed.
+            subprocess.TimeoutExpired: it did not finish in time.
         """
         with socket.socket() as free:
             free.bind(("localhost", 0))
@@ -85,11 +95,14 @@ class Experiment:
         with open(self.folder / f"{name}.txt", "a") as output:
             processes = [
                 subprocess.Popen(
-                    command, cwd=ROOT, stdout=output, stderr=output,
+                    command,
+                    cwd=ROOT,
+                    stdout=output,
+                    stderr=output,
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 )
                 for rank in range(self.processes)
-            ]  # fmt: skip
+            ]
             try:
                 if kill is not None:
                     self._wait_for(kill, name, processes)
@@ -140,41 +153,41 @@ class Experiment:
         return {"checkpoint": content, "config": config, "logged": logged}
 
 
-def difference(first: object, second: object, where: str = "") -> str | None:
-    """Return the first place where two nested results differ in any bit, or None."""
+def difference(first: object, second: object, path: str = "") -> str | None:
+    """Return the path of the first difference between two nested results, or None if they are bitwise identical."""
     if isinstance(first, torch.Tensor):
         same = isinstance(second, torch.Tensor) and torch.equal(first, second)
-        return None if same else where
+        return None if same else path
     if type(first) is not type(second):
-        return where
+        return path
     if isinstance(first, dict):
         if first.keys() != second.keys():
-            return f"{where}: its keys"
-        return next(filter(None, (difference(first[key], second[key], f"{where}/{key}") for key in first)), None)
+            return f"{path}: keys"
+        return next(filter(None, (difference(first[key], second[key], f"{path}/{key}") for key in first)), None)
     if isinstance(first, list | tuple):
         if len(first) != len(second):
-            return f"{where}: its length"
+            return f"{path}: length"
         pairs = enumerate(zip(first, second, strict=True))
-        return next(filter(None, (difference(a, b, f"{where}/{i}") for i, (a, b) in pairs)), None)
-    return None if first == second else where
+        return next(filter(None, (difference(a, b, f"{path}/{i}") for i, (a, b) in pairs)), None)
+    return None if first == second else path
 
 
 def get_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.stress", description=__doc__)
-    parser.add_argument("--kills", type=int, default=20, help="runs to kill (default: 20)")
-    parser.add_argument("--processes", type=int, default=2, help="per run (default: 2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random moments (default: 0)")
+    parser.add_argument("--kills", type=int, default=20, help="number of runs to kill (default: 20)")
+    parser.add_argument("--processes", type=int, default=2, help="processes per run (default: 2)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the kills (default: 0)")
     parser.add_argument("--out", metavar="FILE", help="also write the table to this file")
     return parser
 
 
 def main() -> None:
     args = get_parser().parse_args()
-    moments = random.Random(args.seed)
+    rng = random.Random(args.seed)
     folder = Path(tempfile.mkdtemp(prefix="stress_"))
     experiment = Experiment(folder, processes=args.processes)
-    experiment.train("whole")
-    expected, seconds = experiment.result("whole"), experiment.seconds("whole")
+    experiment.train("uninterrupted")
+    expected, seconds = experiment.result("uninterrupted"), experiment.seconds("uninterrupted")
     lines = [
         f"# {args.kills} kills of {args.processes} processes",
         "",
@@ -190,7 +203,7 @@ def main() -> None:
     for number in range(args.kills):
         name = f"run{number}"
         while_writing = number % 3 == 2
-        kill = Kill(None, moments.randint(1, 10)) if while_writing else Kill(moments.uniform(0, 0.85 * seconds), None)
+        kill = Kill(None, rng.randint(1, 10)) if while_writing else Kill(rng.uniform(0, 0.85 * seconds), None)
         finished = experiment.train(name, kill)
         unfinished = list(experiment.checkpoints(name).glob(".*.part"))
         experiment.train(name)
@@ -207,7 +220,10 @@ def main() -> None:
     if args.out:
         write_text(args.out, "\n".join(lines) + "\n")
     if passed < args.kills:
-        raise UserError(f"{args.kills - passed} of {args.kills} runs differ from the uninterrupted one. See {folder}.")
+        raise UserError(
+            f"{args.kills - passed} of {args.kills} runs were not killed in time or differ from the uninterrupted one. "
+            f"See {folder}."
+        )
     shutil.rmtree(folder)
 
 

@@ -3,9 +3,9 @@
     python -m benchmarks.train_step                                  # base at 480, on the GPU if there is one
     python -m benchmarks.train_step --swin_type tiny --img_size 224 --batch_sizes 4 --device cpu --out step.md
 
-A step is lib.engine.loop.optimizer_step (forward, backward, AdamW) on random data; each row runs in its own process. On
-a GPU the table also has the share of the measured matrix rate and whether the published batch fits in 24 GB; on a CPU,
-how many bytes autograd keeps for the backward pass.
+A step is lib.engine.loop.optimizer_step (forward, backward, AdamW) on random data. Each row is measured in its own
+process. On a GPU, the report also contains the fraction of the measured matrix rate, and whether the published batch
+fits in 24 GB. On a CPU, it contains the number of bytes that autograd keeps for the backward pass.
 """
 
 import argparse
@@ -46,14 +46,18 @@ GIB = 2**30
 SMALL_GPU = 24e9  # bytes, not GiB: CUDA itself needs the rest of such a card
 MATRIX_SIDE = 8192
 WARM_UP_STEPS = {"cpu": 1, "cuda": 2}
-MODES = {"float32": ("off", False, False), "TF32": ("off", True, False), "bf16": ("bf16", False, False),
-         "bf16 + compile": ("bf16", False, True)}  # train.py's --amp, --tf32, --compile  # fmt: skip
+MODES = {  # train.py's --amp, --tf32, --compile
+    "float32": ("off", False, False),
+    "TF32": ("off", True, False),
+    "bf16": ("bf16", False, False),
+    "bf16 + compile": ("bf16", False, True),
+}
 NO_FIT = "does not fit"
 CPU_MODES = ("float32", "bf16")
 
 
 class Job(NamedTuple):
-    """The measurement of one row. Without ``mode`` only the machine is described."""
+    """Settings of one row. If ``mode`` is empty, the machine is described instead."""
 
     device: str
     swin_type: str = "base"
@@ -124,7 +128,7 @@ def kept_for_backward(state: TrainState, batch: Batch) -> int:
     saved = []
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach()  # otherwise it could hold the graph that holds it
+        tensor = tensor.detach()  # otherwise the tensor and the graph could refer to each other
         saved.append(weakref.ref(tensor))
         return tensor
 
@@ -134,7 +138,7 @@ def kept_for_backward(state: TrainState, batch: Batch) -> int:
         losses = CrossVLTCriterion()(output, batch["mask"])
         storages = [tensor.untyped_storage() for tensor in (ref() for ref in saved) if tensor is not None]
     sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
-    del output, losses  # not earlier: they hold what is counted
+    del output, losses  # not earlier, because they refer to the counted tensors
     weights = {t.untyped_storage().data_ptr() for t in (*state.model.parameters(), *state.model.buffers())}
     return sum(size for address, size in sizes.items() if address not in weights)
 
@@ -148,7 +152,7 @@ def describe_machine(job: Job) -> dict:
 
 
 def measure(job: Job) -> Row:
-    """Measure the steps of a row, in a fresh process."""
+    """Measure the steps of a row in this process."""
     device = init_distributed(job.device, tf32=MODES[job.mode][1]).device
     gpu, seconds = device.type == "cuda", []
     warm_up = 0 if job.max_memory else WARM_UP_STEPS[device.type]
@@ -159,7 +163,7 @@ def measure(job: Job) -> Row:
         state, batch = build_state(job, device), random_batch(job.batch_size, job.img_size, device)
         for number in range(warm_up + job.steps):
             if gpu and number == warm_up:
-                torch.cuda.reset_peak_memory_stats(device)  # without the trials of the compiler
+                torch.cuda.reset_peak_memory_stats(device)  # exclude memory used by the compiler
             started = time.perf_counter()
             optimizer_step(state.model, CrossVLTCriterion(), [batch], state)
             if gpu:
@@ -179,8 +183,8 @@ def measure(job: Job) -> Row:
 
 
 def run_in_process(job: Job) -> dict:
-    """Run a job in a fresh process. One that is killed needed more memory than available."""
-    command = [sys.executable, "-m", "benchmarks.train_step", "--one", json.dumps(job._asdict())]
+    """Run a job in a new process. If the process is killed, the job did not fit in memory."""
+    command = [sys.executable, "-m", "benchmarks.train_step", "--job", json.dumps(job._asdict())]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode == -signal.SIGKILL and job.mode:
         return Row(fits=False)._asdict()
@@ -208,15 +212,15 @@ def report(args: argparse.Namespace) -> Iterator[str]:
     for job in jobs(args, tuple(MODES) if gpu else CPU_MODES, args.batch_sizes):
         row = Row(**run_in_process(job))
         if not row.fits:
-            yield f"{start(job)} {NO_FIT} | | | |"
+            yield f"{first_cells(job)} {NO_FIT} | | | |"
         else:
             without = before if job.checkpointing and before.fits else row
             share = flop * job.batch_size / (row.seconds * machine_info["rate"]) if gpu else 0
-            time_ = compared(f"{row.seconds:.3g}", without.seconds, row.seconds)
-            peak = compared(f"{row.peak / GIB:.2f} GiB", without.peak, row.peak)
-            kept = compared(f"{row.kept / GIB:.3f} GiB", without.kept, row.kept)
+            time_ = with_change(f"{row.seconds:.3g}", without.seconds, row.seconds)
+            peak = with_change(f"{row.peak / GIB:.2f} GiB", without.peak, row.peak)
+            kept = with_change(f"{row.kept / GIB:.3f} GiB", without.kept, row.kept)
             end = f"{100 * share:.1f} %" if gpu else kept
-            yield f"{start(job)} {time_} | {job.batch_size / row.seconds:.3g} | {peak} | {end} |"
+            yield f"{first_cells(job)} {time_} | {job.batch_size / row.seconds:.3g} | {peak} | {end} |"
             pairs += [(without, row)] if without is not row else []
         before = row
     if gpu and machine_info["memory"] > SMALL_GPU:
@@ -224,13 +228,15 @@ def report(args: argparse.Namespace) -> Iterator[str]:
         yield "| batch | precision | checkpointing | | peak GPU memory |\n|---|---|---|---|---|"
         for job in jobs(args, CPU_MODES, [DEFAULTS.BATCH_SIZE]):
             row = Row(**run_in_process(job._replace(steps=2, max_memory=SMALL_GPU)))
-            yield f"{start(job)} {'fits' if row.fits else NO_FIT} | {row.peak / GIB:.2f} GiB |"
+            yield f"{first_cells(job)} {'fits' if row.fits else NO_FIT} | {row.peak / GIB:.2f} GiB |"
     if pairs:
         quantities = {"peak": "peak memory", "seconds": "time"} | ({} if gpu else {"kept": "memory kept for backward"})
         changes = []
         for field, name in quantities.items():
             ratios = sorted(getattr(row, field) / getattr(without, field) for without, row in pairs)
-            changes.append(f"{name} {' to '.join(dict.fromkeys((change(ratios[0]), change(ratios[-1]))))}")
+            changes.append(
+                f"{name} {' to '.join(dict.fromkeys((format_change(ratios[0]), format_change(ratios[-1]))))}"
+            )
         yield f"\nGradient checkpointing changes a step by: {', '.join(changes)}."
 
 
@@ -240,18 +246,18 @@ def jobs(args: argparse.Namespace, modes: tuple[str, ...], batch_sizes: list[int
         yield Job(args.device, args.swin_type, args.img_size, mode, checkpointing, batch_size, args.steps)
 
 
-def start(job: Job) -> str:
+def first_cells(job: Job) -> str:
     """Return the first cells of a row."""
     return f"| {job.batch_size} | {job.mode} | {'yes' if job.checkpointing else 'no'} |"
 
 
-def compared(value: str, before: float, after: float) -> str:
-    """Return a value with its relative change through checkpointing in brackets."""
-    return value if before == after else f"{value} ({change(after / before)})"
+def with_change(value: str, before: float, after: float) -> str:
+    """Return a value, followed by the change through checkpointing in parentheses."""
+    return value if before == after else f"{value} ({format_change(after / before)})"
 
 
-def change(ratio: float) -> str:
-    """``−43 %``."""
+def format_change(ratio: float) -> str:
+    """Return a ratio as a change in percent, such as ``−43 %``."""
     return f"{100 * (ratio - 1):+.0f} %".replace("-", "−")
 
 
@@ -263,14 +269,14 @@ def get_parser() -> Parser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default: 5)")
     parser.add_argument("--out", metavar="FILE", help="also write the report to this file")
-    parser.add_argument("--one", metavar="JSON", help=argparse.SUPPRESS)
+    parser.add_argument("--job", metavar="JSON", help=argparse.SUPPRESS)
     return parser
 
 
 def main() -> None:
     args = get_parser().parse_args()
-    if args.one:
-        job = Job(**json.loads(args.one))
+    if args.job:
+        job = Job(**json.loads(args.job))
         print(json.dumps(measure(job)._asdict() if job.mode else describe_machine(job)))
         return
     if min(*args.batch_sizes, args.steps) < 1 or args.img_size < MIN_IMAGE_SIZE:

@@ -13,7 +13,7 @@ from utils import init_distributed
 
 
 def run(monkeypatch, *flags):
-    """As its command does, but every row in this process."""
+    """Run benchmarks.train_step in this process, including the measurements that it runs in other processes."""
 
     def in_this_process(job):
         return train_step.measure(job)._asdict() if job.mode else train_step.describe_machine(job)
@@ -23,8 +23,8 @@ def run(monkeypatch, *flags):
     train_step.main()
 
 
-def test_training_step_is_reported_row_by_row(tmp_path, monkeypatch, capsys):
-    out, small = tmp_path / "step.md", {**evaluation.SMALL, "depths": (2, 2, 2, 2), "vocab_size": 30522}
+def test_train_step_reports_precisions_and_checkpointing(tmp_path, monkeypatch, capsys):
+    out, small = tmp_path / "step.md", {**evaluation.SMALL_MODEL, "depths": (2, 2, 2, 2), "vocab_size": 30522}
     monkeypatch.setattr(train_step, "build_crossvlt", lambda swin_type: evaluation.build_crossvlt(swin_type, **small))
     run(
         monkeypatch, "--swin_type", "tiny", "--img_size", 64, "--batch_sizes", 1, "--steps", 1, "--device", "cpu",
@@ -34,7 +34,7 @@ def test_training_step_is_reported_row_by_row(tmp_path, monkeypatch, capsys):
     assert written == capsys.readouterr().out
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines() if line[:1] == "|"]
     head, _, *rows = cells
-    # TF32 and compiled blocks are ways of GPUs.
+    # TF32 and compiled blocks are measured on GPUs only.
     assert [row[:3] for row in rows] == [["1", mode, used] for mode in ("float32", "bf16") for used in ("no", "yes")]
     kept = [float(row[head.index("kept for backward")].split()[0]) for row in rows]
     for without, checkpointed in (kept[:2], kept[2:]):
@@ -42,15 +42,15 @@ def test_training_step_is_reported_row_by_row(tmp_path, monkeypatch, capsys):
     assert written.splitlines()[-1].startswith("Gradient checkpointing changes a step by: peak memory ")
 
 
-def test_training_step_refuses_sizes_that_no_step_has(monkeypatch):
+def test_train_step_rejects_invalid_sizes(monkeypatch):
     with pytest.raises(UserError, match="--batch_sizes and --steps must be at least 1"):
         run(monkeypatch, "--batch_sizes", 1, 0)
 
 
-def test_sharing_is_reported_by_batch_size(tmp_path):
+def test_evaluation_reports_the_speed_by_batch_size(tmp_path):
     evaluation.write_set(tmp_path, evaluation.Size(1, 2, 5))
-    model = evaluation.build_crossvlt("tiny", **evaluation.SMALL).eval()
-    lines = evaluation.sharing(model, evaluation.open_set(tmp_path, 64), init_distributed("cpu"), [1, 4], 1)
+    model = evaluation.build_crossvlt("tiny", **evaluation.SMALL_MODEL).eval()
+    lines = evaluation.measure_sharing(model, evaluation.open_set(tmp_path, 64), init_distributed("cpu"), [1, 4], 1)
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:6]]
     assert [row[:2] for row in rows] == [
         ["1", "per sentence, and loaded"], ["1", "once"], ["4", "per sentence"], ["4", "once"]
@@ -58,10 +58,10 @@ def test_sharing_is_reported_by_batch_size(tmp_path):
     for row in rows:
         assert float(row[2]) > 0
         assert (row[4] == "") == (row[1] != "once")
-    assert "computed once per image" in lines[-1]
+    assert "is computed once per image" in lines[-1]
 
 
-def test_the_scale_is_reported_by_tenths(tmp_path, monkeypatch, capsys):
+def test_evaluation_reports_memory_and_time_after_each_tenth_of_a_split(tmp_path, monkeypatch, capsys):
     def report(*flags):
         monkeypatch.setattr(sys, "argv", ["evaluation", "--scale", *map(str, flags), "--device", "cpu"])
         evaluation.main()
@@ -76,7 +76,7 @@ def test_the_scale_is_reported_by_tenths(tmp_path, monkeypatch, capsys):
         report("--images", 0)
 
 
-def test_annotations_of_a_training_split(monkeypatch, capsys):
+def test_annotations_reports_loading_times_and_memory(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["annotations", "--share", "0.005", "--workers", "2", "--repeats", "1"])
     annotations_main()
     out = capsys.readouterr().out
@@ -89,7 +89,7 @@ def test_annotations_of_a_training_split(monkeypatch, capsys):
         annotations_main()
 
 
-def test_generated_annotations(tmp_path):
+def test_generated_annotations_have_the_requested_size(tmp_path):
     generate_dataset(tmp_path, Size(50, 500, 120, 340))
     refer = REFER(tmp_path)
     sentences = [sentence["raw"] for ref in refer.data["refs"] for sentence in ref["sentences"]]
@@ -98,7 +98,7 @@ def test_generated_annotations(tmp_path):
     assert min(refer.getMask(ref_id)["area"] for ref_id in refer.Refs) > 0
 
 
-def test_the_generated_split_is_refcocos_size(tmp_path):
+def test_the_generated_split_has_the_requested_size(tmp_path):
     evaluation.write_set(tmp_path, evaluation.Size(7, 19, 53))
     dataset = evaluation.open_set(tmp_path, 64)
     assert len(dataset) == 53

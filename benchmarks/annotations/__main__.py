@@ -3,7 +3,7 @@
     python -m benchmarks.annotations                                              # a generated split of RefCOCO's size
     python -m benchmarks.annotations --bert_tokenizer pretrained/vocab.txt
 
-Prints Markdown with machine and versions. Results are recorded in benchmarks/results/annotations_cpu.md.
+The output is Markdown with machine and versions; benchmarks/results/annotations_cpu.md is a recorded run.
 """
 
 import tempfile
@@ -16,8 +16,8 @@ from lib.files import write_text
 
 def get_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.annotations", description=__doc__)
-    parser.add_argument("--bert_tokenizer", metavar="BERT", help="a vocabulary (default: a generated one)")
-    parser.add_argument("--repeats", type=int, default=3, help="how often the annotations are loaded (default: 3)")
+    parser.add_argument("--bert_tokenizer", metavar="BERT", help="vocabulary (default: a generated one)")
+    parser.add_argument("--repeats", type=int, default=3, help="number of times to load the annotations (default: 3)")
     parser.add_argument("--workers", type=int, default=4, help="data-loading processes (default: 4)")
     parser.add_argument("--share", type=float, default=1.0, help="size relative to RefCOCO's train split (default: 1)")
     parser.add_argument("--out", metavar="FILE", help="also write the output to this file")
@@ -31,7 +31,9 @@ def main() -> None:
 
     size = Size._make(round(count * args.share) for count in REFCOCO_TRAIN)
     if min(args.repeats, args.workers) < 1 or size.refs < 2 * args.workers * BATCH_SIZE:
-        raise UserError("--repeats and --workers must be at least 1, and --share large enough for 2 batches per worker")
+        raise UserError(
+            "--repeats and --workers must be at least 1, and --share large enough for 2 batches per worker."
+        )
     with tempfile.TemporaryDirectory() as folder:
         vocabulary = generate_dataset(Path(folder), size)
         text = report(Path(folder), args.bert_tokenizer or str(vocabulary), args.repeats, args.workers)

@@ -10,8 +10,8 @@ import numpy as np
 from bert.tokenization import SPECIAL_TOKENS
 
 WIDTH, HEIGHT = 640, 480
-MEAN_POINTS = 26  # of a polygon, about as in COCO
-NEW_SENTENCES = 0.75  # share of RefCOCO's sentences that did not occur before
+MEAN_POINTS = 26  # mean number of a polygon's points, about as in COCO
+NEW_SENTENCES = 0.75  # fraction of sentences that are not repetitions, about as in RefCOCO
 
 
 class Size(NamedTuple):
@@ -38,11 +38,17 @@ def generate_dataset(root: Path, size: Size, seed: int = 0) -> Path:
     vocabulary = dict.fromkeys([*SPECIAL_TOKENS, *word_pieces, *words[:5000]])
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
     images = [
-        {"id": i, "file_name": f"COCO_train2014_{i:012d}.jpg", "width": WIDTH, "height": HEIGHT, "license": 1,
-         "coco_url": f"http://images.cocodataset.org/train2014/COCO_train2014_{i:012d}.jpg",
-         "date_captured": "2013-11-15 02:41:42"}
+        {
+            "id": i,
+            "file_name": f"COCO_train2014_{i:012d}.jpg",
+            "width": WIDTH,
+            "height": HEIGHT,
+            "license": 1,
+            "coco_url": f"http://images.cocodataset.org/train2014/COCO_train2014_{i:012d}.jpg",
+            "date_captured": "2013-11-15 02:41:42",
+        }
         for i in range(size.images)
-    ]  # fmt: skip
+    ]
     annotations = [_annotation(i, i * size.images // size.annotations, generator) for i in range(size.annotations)]
     sentences = _sentences(words, size.expressions, generator)
     refs = []
@@ -50,11 +56,20 @@ def generate_dataset(root: Path, size: Size, seed: int = 0) -> Path:
         annotation = annotations[i * size.annotations // size.refs]
         sent_ids = range(i * size.expressions // size.refs, (i + 1) * size.expressions // size.refs)
         refs.append(
-            {"ref_id": i, "ann_id": annotation["id"], "image_id": annotation["image_id"], "category_id": 1,
-             "split": "train", "file_name": images[annotation["image_id"]]["file_name"], "sent_ids": list(sent_ids),
-             "sentences": [{"sent_id": k, "raw": sentences[k], "sent": sentences[k], "tokens": sentences[k].split()}
-                           for k in sent_ids]}
-        )  # fmt: skip
+            {
+                "ref_id": i,
+                "ann_id": annotation["id"],
+                "image_id": annotation["image_id"],
+                "category_id": 1,
+                "split": "train",
+                "file_name": images[annotation["image_id"]]["file_name"],
+                "sent_ids": list(sent_ids),
+                "sentences": [
+                    {"sent_id": k, "raw": sentences[k], "sent": sentences[k], "tokens": sentences[k].split()}
+                    for k in sent_ids
+                ],
+            }
+        )
     instances = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     (folder / "instances.json").write_text(json.dumps(instances), encoding="utf-8")
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=0))
@@ -68,9 +83,14 @@ def _annotation(ann_id: int, image_id: int, generator: np.random.Generator) -> d
     polygon = np.clip(polygon, 0, (WIDTH, HEIGHT)).round(2)
     low, high = polygon.min(axis=0), polygon.max(axis=0)
     return {
-        "id": ann_id, "image_id": image_id, "category_id": 1, "iscrowd": 0, "segmentation": [polygon.ravel().tolist()],
-        "area": round(float(np.pi * radius**2), 4), "bbox": [*low.tolist(), *(high - low).tolist()],
-    }  # fmt: skip
+        "id": ann_id,
+        "image_id": image_id,
+        "category_id": 1,
+        "iscrowd": 0,
+        "segmentation": [polygon.ravel().tolist()],
+        "area": round(float(np.pi * radius**2), 4),
+        "bbox": [*low.tolist(), *(high - low).tolist()],
+    }
 
 
 def _sentences(words: list[str], count: int, generator: np.random.Generator) -> list[str]:

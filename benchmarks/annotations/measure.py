@@ -15,7 +15,7 @@ from lib.tables import to_markdown
 from refer.refer import REFER
 
 BATCH_SIZE = 4
-SAMPLES_PER_READING = 50  # reading a process's memory takes long
+SAMPLES_PER_READING = 50  # reading the memory of a process is slow
 NOT_READ = -1.0
 
 
@@ -24,7 +24,7 @@ class AnnotationsOnly(Dataset):
 
     Args:
         dataset: the split.
-        refer: read the annotations from these records instead, as a dataset without shared memory would.
+        refer: if given, annotations are read from its records, as in a dataset without shared memory.
     """
 
     def __init__(self, dataset: ReferDataset, refer: REFER | None = None) -> None:
@@ -51,17 +51,23 @@ class AnnotationsOnly(Dataset):
 
 
 def private_memory() -> float:
-    """Return the memory that this process shares with no other, in MiB (Linux)."""
+    """Return the memory that this process does not share with other processes, in MiB (Linux)."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) / 1024
 
 
 def memory_growth(samples: AnnotationsOnly, workers: int) -> tuple[float, float]:
-    """Return the private memory of a worker in MiB at its first and at its last batch, averaged over the workers."""
+    """Return the private memory of a worker at its first and at its last batch, in MiB, averaged over the workers."""
     loader = build_train_loader(
-        samples, torch.device("cpu"),
-        batch_size=BATCH_SIZE, accum_steps=1, workers=workers, rank=0, world_size=1, seed=0,
-    ).loader  # fmt: skip
+        samples,
+        torch.device("cpu"),
+        batch_size=BATCH_SIZE,
+        accum_steps=1,
+        workers=workers,
+        rank=0,
+        world_size=1,
+        seed=0,
+    ).loader
     loader.multiprocessing_context = "fork"
     readings = [value for batch in loader for value in batch.tolist() if value != NOT_READ]
     return statistics.mean(readings[:workers]), statistics.mean(readings[-workers:])

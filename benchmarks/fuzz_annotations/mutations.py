@@ -1,4 +1,4 @@
-"""The valid annotation files that the fuzzer starts from, and mutations that suit both of them.
+"""Valid annotation files from which the fuzzer starts, and mutations for both kinds of files.
 
 A mutation is a function of Hypothesis's ``draw``, which makes all random choices, and of a value or bytes.
 """
@@ -51,7 +51,7 @@ def valid_refs() -> list[Any]:
 
 
 def valid_instances() -> dict[str, Any]:
-    """Return a small image and one of COCO's size, with every form of segmentation."""
+    """Return annotations of a small image and of one with COCO's size, with every form of segmentation."""
     square = [2, 2, 12, 2, 12, 12, 2, 12]
     mask = np.zeros(LARGE[::-1], bool)
     mask[100:300, 200:500] = True
@@ -134,7 +134,7 @@ def change_values(draw: st.DrawFn, value: Any) -> Any:
 
 
 def choose_place(draw: st.DrawFn, value: Any) -> tuple[Any, Any]:
-    """Choose a place in nested lists and dicts: a container and a key. Few outer places are as likely as many inner."""
+    """Choose a place (container and key) in nested lists and dicts. Outer places are more likely than inner ones."""
     while True:
         key = draw(st.sampled_from(list(value) if isinstance(value, dict) else range(len(value))))
         inner = value[key]

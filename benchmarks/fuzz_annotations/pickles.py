@@ -38,7 +38,7 @@ def valid_pickles() -> list[bytes]:
 
 
 def _with_byte_strings(data: bytes) -> bytes:
-    """Replace text by Python 2's str: opcode T instead of X, which has the same form, and S'…' instead of V…."""
+    """Replace text by Python 2's byte strings: opcode X by T, which has the same form, and V by S with quotes."""
     parts = []
     for code, start, end in _opcodes(data):
         part = data[start:end]
@@ -53,9 +53,9 @@ def _with_byte_strings(data: bytes) -> bytes:
 @functools.lru_cache(maxsize=64)
 def _opcodes(data: bytes) -> list[tuple[str, int, int]]:
     """Return code, start and end of each opcode."""
-    found = [(opcode.code, start) for opcode, _, start in pickletools.genops(data)]
-    ends = [*(start for _, start in found[1:]), len(data)]
-    return [(code, start, end) for (code, start), end in zip(found, ends, strict=True)]
+    starts = [(opcode.code, start) for opcode, _, start in pickletools.genops(data)]
+    ends = [*(start for _, start in starts[1:]), len(data)]
+    return [(code, start, end) for (code, start), end in zip(starts, ends, strict=True)]
 
 
 def is_plain(data: bytes) -> bool:
@@ -87,7 +87,7 @@ def insert(draw: st.DrawFn, opcodes: bytes) -> bytes:
 
 @st.composite
 def opcode(draw: st.DrawFn, among: list[Any] = pickletools.opcodes) -> bytes:
-    """An opcode with a valid or absurd argument."""
+    """Generate an opcode with a valid or an absurd argument."""
     chosen = draw(st.sampled_from(among))
     code = chosen.code.encode("latin-1")
     if chosen.arg is None:
@@ -110,7 +110,7 @@ def opcode(draw: st.DrawFn, among: list[Any] = pickletools.opcodes) -> bytes:
 
 @st.composite
 def call(draw: st.DrawFn) -> bytes:
-    """Opcodes that call a Python function, by each of pickle's mechanisms."""
+    """Generate opcodes that call a Python function, by any of pickle's mechanisms."""
     module, name, arguments = draw(st.sampled_from(CALLS))
     module_bytes, name_bytes = (text.encode("utf-8", "surrogatepass") for text in (module, name))
     names = module_bytes + b"\n" + name_bytes + b"\n"
@@ -136,7 +136,7 @@ def _change_opcodes(draw: st.DrawFn) -> bytes:
 
 
 def hide_behind_frame(opcodes: bytes) -> bytes:
-    """Return a pickle's opcodes that look like text in the order of the file, but are executed by CPython.
+    """Return opcodes that CPython executes although a parser of the file sees them as text.
 
     If a frame ends within an argument, CPython's unpickler drops the rest of the frame and takes the argument from
     behind it. Here the number ``J aNNN`` becomes ``J NNNU``, so the content of the text ``U`` (length 78, an N) is
@@ -156,7 +156,7 @@ def _add_frames(draw: st.DrawFn) -> bytes:
             draw,
             hide_behind_frame(draw(st.sampled_from((nested_tuples, b"r\xff\xff\xff\x7f", b"20")) | call() | opcode())),
         )
-    if kind == "swallowed opcode":  # a text that takes the opcode behind it instead of its own first byte
+    if kind == "swallowed opcode":  # the text includes the opcode behind it, and lacks its own first byte
         frame = b"\x95" + (6).to_bytes(8, "little")
         return insert(draw, frame + b"X\x04\0\0\0this" + draw(st.sampled_from((b"Q", b"\x93", b"R"))) + b"0")
     data = draw(st.sampled_from(valid_pickles()))

@@ -22,12 +22,12 @@ def fuzz(count: int, seed: int, limit: float, memory: float) -> tuple[str, Findi
 
     Args:
         count: cases of each file, divided among its mutations.
-        seed: of the mutations.
+        seed: seed of the mutations.
         limit: seconds that each call of the reader may take.
         memory: GiB that a process may allocate.
 
     Returns:
-        the page, and the cases that the reader neither read nor refused properly
+        The page, and the findings.
     """
     started = time.perf_counter()
     findings: Findings = []
@@ -89,7 +89,7 @@ def _count_table(title: str, counts: Counter[str], limit: int) -> str:
 
 
 def save_findings(findings: Findings, folder: Path) -> None:
-    """Write the file of each finding, and what is wrong beside it."""
+    """Write the file of each finding, and beside it a text file that describes the problem."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, (case, outcome) in enumerate(findings):
         path = folder / f"{number:04d}{Path(case.file).suffix}"

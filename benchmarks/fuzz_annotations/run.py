@@ -49,16 +49,16 @@ class Case(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What the reader did with a case."""
+    """Result of a case."""
 
-    verdict: str  # "read", "refused" (by a UserError) or "finding"
-    message: str  # of the UserError, or what is wrong
+    verdict: str  # "read", "refused" (with a UserError) or "finding"
+    message: str  # message of the UserError, or description of the finding
     seconds: float
-    memory: float = 0  # GiB that the process has allocated at most so far, for this case or an earlier one
+    memory: float = 0  # peak memory of the process so far in GiB, of this case or an earlier one
 
 
 def generate_cases(file: str, mutation: str, count: int, seed: int) -> Iterator[list[Case]]:
-    """Yield ``count`` cases in lists for one process each. They depend only on the seed, this code and Hypothesis."""
+    """Yield ``count`` cases as lists, one list per process. They depend only on the seed, this code and Hypothesis."""
     for start in range(0, count, CASES_PER_PROCESS):
         expected = min(CASES_PER_PROCESS, count - start)
         cases: list[Case] = []
@@ -89,10 +89,10 @@ def _generate(mutation: Callable[[st.DrawFn], bytes], count: int, seed: int) -> 
 
 
 def run_cases(cases: list[Case], limit: float = 10, memory: float = 4) -> list[Outcome]:
-    """Run cases in a child process. If it dies or hangs, that case is a finding and a new process runs the others.
+    """Run cases in a child process. If it dies or hangs, that case is a finding, and a new process runs the rest.
 
     Args:
-        cases: to run.
+        cases: the cases to run.
         limit: seconds that each call of the reader may take.
         memory: GiB that the process may allocate.
     """
@@ -127,28 +127,28 @@ def _run_in_child(cases: list[Case], root: Path, limit: float, memory: float, re
     folder.mkdir(parents=True, exist_ok=True)
     os.chdir(folder)  # programs in pickles write their marker here
     faulthandler.disable()  # enabled by pytest; crashes are expected here and reported as findings
-    watch = AuditHook(folder)
+    hook = AuditHook(folder)
     signal.signal(signal.SIGALRM, raise_timeout)
-    # The first run and these imports load what Python would otherwise load while the audit hook forbids it.
-    run_case(Case(REFS, "valid", pickle.dumps(valid_refs())), root, watch, limit)
+    # This run and these imports load modules that could not be loaded while the audit hook is active.
+    run_case(Case(REFS, "valid", pickle.dumps(valid_refs())), root, hook, limit)
     for encoding in ("utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be"):
         codecs.lookup(encoding)
     warnings.simplefilter("ignore")  # a warning would open the source file to show a line
-    watch.install()
+    hook.install()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     address_space = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (int(address_space + memory * GIB),) * 2)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for case in cases:
-        outcome = run_case(case, root, watch, limit)
+        outcome = run_case(case, root, hook, limit)
         allocated = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # in KiB
         results.send(outcome._replace(memory=allocated / 2**20))
 
 
 class AuditHook:
-    """Forbids everything that hints at foreign code while a case runs, except opening the two annotation files.
+    """Audit hook that allows nothing but opening the two annotation files while a case runs.
 
-    Python reports imports, compiling, programs, sockets, other files and a pickle's classes as audit events.
+    Python reports imports, compilation, processes, sockets, opened files and the classes in a pickle as audit events.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -178,30 +178,33 @@ class _ForeignCodeError(BaseException):
 
 
 class _WrongResultError(Exception):
-    """The reader returned or raised something that it should not."""
+    """The reader returned a wrong result or raised an error with a bad message."""
 
 
-def run_case(case: Case, root: Path, watch: AuditHook, limit: float) -> Outcome:
-    """Write the case's file beside the other valid one and use them; every exception becomes an outcome."""
+def run_case(case: Case, root: Path, hook: AuditHook, limit: float) -> Outcome:
+    """Write the case's file and the valid version of the other one, and use both. Exceptions become outcomes."""
     folder = root / "refcoco"
     files = {REFS: pickle.dumps(valid_refs(), 2), INSTANCES: json.dumps(valid_instances()).encode()}
     for name, data in (files | {case.file: case.data}).items():
         (folder / name).write_bytes(data)
     started = time.perf_counter()
-    watch.active, watch.events = True, []
+    hook.active, hook.events = True, []
     try:
         refusals = use_dataset(root, limit)
-        watch.active = False
-        _require(case.file == INSTANCES or bool(refusals) or is_plain(case.data), "read, but is not only plain data")
+        hook.active = False
+        _require(
+            case.file == INSTANCES or bool(refusals) or is_plain(case.data),
+            "the pickle was read, but does not only contain plain data",
+        )
         verdict, message = ("refused", refusals[0]) if refusals else ("read", "")
     except BaseException as error:  # every other exception is a finding
-        watch.active = False
+        hook.active = False
         last = traceback.extract_tb(error.__traceback__)[-1]
         verdict = "finding"
         message = f"{type(error).__name__} at {Path(last.filename).name}:{last.lineno}: {str(error)[:300]}"
     seconds = time.perf_counter() - started
-    if watch.events:  # also if the reader caught the exception of the audit hook
-        verdict, message = "finding", f"foreign code: {watch.events[0]}"
+    if hook.events:  # also if the reader caught the exception of the audit hook
+        verdict, message = "finding", f"foreign code: {hook.events[0]}"
     if os.path.lexists(MARKER):
         shutil.rmtree(MARKER) if os.path.isdir(MARKER) else os.unlink(MARKER)
         verdict, message = "finding", "foreign code: a program in a pickle was executed"
@@ -246,7 +249,7 @@ def use_dataset(root: Path, limit: float) -> list[str]:
     for ref in refer.loadRefs(refer.getRefIds()):
         image = refer.loadImgs(ref["image_id"])[0]
         path = os.path.normpath(refer.get_image_path(image["id"]))
-        _require(path.startswith(image_folder) and "\0" not in path, f"{path!r} is outside of the image folder")
+        _require(path.startswith(image_folder) and "\0" not in path, f"{path!r} is outside the image folder")
         for sentence in ref["sentences"]:
             text = sentence["raw"] if "raw" in sentence else sentence["sent"]
             _require(type(text) is str and text.encode().decode() == text, "a sentence is not text")
@@ -257,7 +260,10 @@ def use_dataset(root: Path, limit: float) -> list[str]:
             if drawn is not None:
                 mask, area = drawn["mask"], drawn["area"]
                 _require(mask.shape == (image["height"], image["width"]), "a mask does not have the image's size")
-                _require(mask.max() <= 1 and area == np.count_nonzero(mask), "a mask is not of 0 and 1")
+                _require(
+                    mask.max() <= 1 and area == np.count_nonzero(mask),
+                    "a mask contains other values than 0 and 1, or its area is wrong",
+                )
     return refusals
 
 
