@@ -120,7 +120,7 @@ def test_a_reader_that_allows_classes(monkeypatch):
 def test_a_reader_that_allows_other_opcodes(monkeypatch):
     monkeypatch.setattr("refer.refer.read_refs", lambda path: pickle.loads(path.read_bytes()))
     (finding,) = run_cases([Case(REFS, "", VALID[REFS][:-1] + b"20.")])  # DUP, POP
-    assert "read, but is not only plain data" in finding.message
+    assert "the pickle was read, but does not only contain plain data" in finding.message
 
 
 def raises(error):
