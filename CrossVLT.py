@@ -94,7 +94,7 @@ class CrossVLT(nn.Module):
         """Run the network on images that :meth:`encode_images` has encoded.
 
         Args:
-            encoded_images: one per sentence, [B, H/4, W/4, C]. The same encoded image may occur several times.
+            encoded_images: one per sentence, [B, H/4, W/4, C]. An image may occur several times.
             input_ids, attention_mask, return_similarities: as in :meth:`forward`.
             size: (H, W), the size of the images and of the logits.
         """
@@ -123,7 +123,7 @@ class CrossVLT(nn.Module):
 
     @property
     def language_stages(self) -> tuple[nn.Module, ...]:
-        """The four language stages without the word embeddings; each has BERT layers ``layer`` and ``proj``."""
+        """The four language stages without the word embeddings. Each has ``layer`` (BERT layers) and ``proj``."""
         return self.lang_stage1.encoder, self.lang_stage2, self.lang_stage3, self.lang_stage4
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

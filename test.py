@@ -101,8 +101,8 @@ def main() -> None:
                 on_main(lambda: summary.write_json(args.json))  # after every split, not only at the end
             if args.vis:
                 maps = compute_maps(model, dataset, drawn) if args.vis_maps else None
-                shown = [ModelResult("prediction", dataset, results[protocols[0].name], protocols[0].gt_mask, maps)]
-                sheets.append(on_main(functools.partial(draw_split, shown, drawn, Path(args.vis))))
+                drawings = [ModelResult("prediction", dataset, results[protocols[0].name], protocols[0].gt_mask, maps)]
+                sheets.append(on_main(functools.partial(draw_split, drawings, drawn, Path(args.vis))))
         if setup.dist.is_main:
             print(summary.text())
             for path in filter(None, (args.json, args.predictions, file and file.settings, *sheets)):

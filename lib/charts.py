@@ -38,7 +38,7 @@ STYLE = {
 
 @contextmanager
 def styled_figure(width: float, height: float) -> Iterator["Figure"]:  # noqa: F821  (matplotlib is optional)
-    """Yield an empty figure; what the block draws has the style of the project.
+    """Yield an empty figure. Inside the block, matplotlib uses the style of the project.
 
     Args:
         width, height: in inches.

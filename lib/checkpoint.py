@@ -1,4 +1,4 @@
-"""Checkpoint files: reading all forms that users have, loading into a model, saving.
+"""Checkpoint files: read all supported forms, load them into a model, save.
 
 python -m lib.checkpoint FILE        print what a checkpoint contains
 """
@@ -55,11 +55,11 @@ class Checkpoint:
     form: str  # inference (a bare state dict), released training, or training (written by this project)
     state_dict: StateDict  # with repaired keys
     prefixed: bool  # whether the file's keys begin with "module."
-    extra: dict[str, Any]  # everything else in the file
+    extra: dict[str, Any]  # all other entries of the file
 
     @property
     def model_config(self) -> dict[str, Any]:
-        """The arguments of build_crossvlt: as saved, else inferred from the shapes.
+        """The arguments of build_crossvlt: saved in the file, or inferred from the shapes.
 
         Raises:
             UserError: the file does not contain a CrossVLT.
@@ -82,7 +82,7 @@ class Checkpoint:
         return set(RESUMABLE) <= set(self.extra)
 
     def check_prefix(self, expected: bool) -> None:
-        """Raise a UserError if ``--ddp_trained_weights`` (``expected``) is given and the keys have no prefix."""
+        """Raise a UserError if ``--ddp_trained_weights`` (``expected``) was given, but the keys have no prefix."""
         if expected and not self.prefixed:
             raise UserError(
                 f"--ddp_trained_weights: the keys of {self.path} do not begin with '{PREFIX}'. Drop the flag."
@@ -125,11 +125,11 @@ def _load_file(path: Path) -> Any:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about files of other programs, which are rejected below
+            warnings.simplefilter("ignore")  # warnings about files of other programs, which are rejected below
             return torch.load(path, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise UserError(f"{path} is corrupt or not a safetensors file: {error}.") from error
-    except Exception as error:  # torch.load raises many classes for corrupt files and files of other programs
+    except Exception as error:  # torch.load raises many classes for corrupt or other files
         unsafe_class = re.search(r"GLOBAL (\S+)", str(error))
         if unsafe_class:
             raise UserError(
@@ -137,17 +137,17 @@ def _load_file(path: Path) -> Any:
                 "when it is loaded."
             ) from error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
-        if "weights_only" in str(error):  # PyTorch suggests to disable it, which would execute the file's code
+        if "weights_only" in str(error):  # PyTorch suggests disabling it, which would execute code from the file
             reason = "unknown format"
         raise UserError(f"{path} is corrupt or not a PyTorch file: {reason}.") from error
 
 
 def _verify_checksums(path: Path) -> None:
-    """Verify the checksums that torch.save writes; torch.load ignores them, so that a flipped bit changes a weight."""
+    """Verify the checksums written by torch.save. torch.load ignores them and would load a corrupt weight."""
     try:
         with zipfile.ZipFile(path) as archive:
             corrupt = archive.testzip()
-    except Exception as error:  # a flipped bit in the archive's index can cause any error
+    except Exception as error:  # corruption in the archive's index can cause any error
         raise UserError(f"{path} is corrupt: {error}.") from error
     if corrupt is not None:
         raise UserError(f"{path} is corrupt: wrong checksum of its entry {corrupt}.")
@@ -158,10 +158,10 @@ def load_weights(model: nn.Module, path: str | Path | Checkpoint) -> Checkpoint:
 
     Args:
         model: a CrossVLT, not wrapped.
-        path: of the file, or the checkpoint that was read from it.
+        path: the file, or a checkpoint that was already read.
 
     Raises:
-        MissingFileError, UserError: as in :func:`read_checkpoint`, or keys or shapes do not fit the model.
+        MissingFileError, UserError: see :func:`read_checkpoint`. UserError also if keys or shapes do not fit the model.
     """
     checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
     load_strictly(model, checkpoint.state_dict, str(checkpoint.path))
@@ -172,8 +172,8 @@ def rebuild(checkpoint: Checkpoint, build: Callable[..., nn.Module]) -> nn.Modul
     """Build the model of a checkpoint and load its weights.
 
     Args:
-        checkpoint: of any form.
-        build: the model's builder, build_crossvlt.
+        checkpoint: a checkpoint of any form.
+        build: the builder of the model, such as build_crossvlt.
 
     Raises:
         UserError: the builder rejects the checkpoint's model_config, or the weights do not fit.
@@ -190,10 +190,10 @@ def rebuild(checkpoint: Checkpoint, build: Callable[..., nn.Module]) -> nn.Modul
 def load_pretrained(model: nn.Module, swin: str | Path | None = None, bert: str | Path | None = None) -> None:
     """Initialize a model from an ImageNet Swin file and a BERT file; each may be None.
 
-    Tables of relative position biases of another window size are resized (bicubic interpolation).
+    Relative position biases for another window size are resized (bicubic interpolation).
 
     Raises:
-        MissingFileError, UserError: as in :func:`read_checkpoint`, or a file does not fit the model.
+        MissingFileError, UserError: see :func:`read_checkpoint`. UserError also if a file does not fit the model.
     """
     for kind, path, part in (("Swin", swin, SWIN_PART), ("BERT", bert, BERT_PART)):
         if path is not None:
@@ -218,7 +218,7 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
 
 
 def describe(checkpoint: Checkpoint) -> str:
-    """Return what a checkpoint contains, as lines of text."""
+    """Return a summary of a checkpoint's content as lines of text."""
     config, extra = checkpoint.model_config, checkpoint.extra
     parameters = sum(
         value.numel()

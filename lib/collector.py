@@ -21,7 +21,7 @@ UNKNOWN = -1
 
 
 class ExpressionResult(NamedTuple):
-    """One expression under one protocol."""
+    """Result of one expression under one protocol."""
 
     index: int  # in the dataset
     protocol: str
@@ -31,12 +31,12 @@ class ExpressionResult(NamedTuple):
 
 
 class EvaluationResult(NamedTuple):
-    """All expressions under one protocol, in the dataset's order."""
+    """Results of all expressions under one protocol, in the order of the dataset."""
 
     indices: np.ndarray  # int64 [n]
     counts: np.ndarray  # int64 [n, 2]: intersection, union
     metrics: dict[str, float]  # in percent
-    masks: dict[int, dict[str, Any]]  # predicted masks as COCO RLE by index: the requested ones of the first protocol
+    masks: dict[int, dict[str, Any]]  # COCO RLE by index: the requested masks of the first protocol
 
     def iou(self, index: int) -> float:
         """Return the IoU of the expression at ``index``; 0 if the union is empty."""
@@ -44,27 +44,27 @@ class EvaluationResult(NamedTuple):
 
 
 class ResultSink(ABC):
-    """Receives results while an evaluation runs, and knows those of an earlier, interrupted run."""
+    """Store results while an evaluation runs, and return those of an earlier, interrupted evaluation."""
 
-    resume_hint = ""  # how an interrupted evaluation is continued
+    resume_hint = ""  # added to the message of an interrupted evaluation
 
     @abstractmethod
     def earlier_results(self, split: str) -> Iterable[ExpressionResult]:
-        """Return the results of a split that are stored already."""
+        """Return the results of a split that are already stored."""
 
     @abstractmethod
     def write(self, dataset: ReferDataset, results: Sequence[ExpressionResult]) -> None:
-        """Store new results; called on the main process, once for each result."""
+        """Store new results. Called on the main process; each result is passed exactly once."""
 
 
 class Collector:
-    """Results of all processes: counts of every expression under every protocol, and the masks to keep.
+    """Collect the results of all processes: pixel counts for each expression and protocol, and the masks to keep.
 
-    Other masks are passed on to the sink at every exchange, so that memory does not grow with the split.
+    All other masks are only passed to the sink, so memory use does not grow with the split.
 
     Args:
         dataset, protocols, keep_masks, sink: see :func:`lib.evaluation.evaluate`.
-        indices: of the expressions to evaluate, int64 [n], ascending.
+        indices: expressions to evaluate, int64 [n], ascending.
     """
 
     def __init__(
@@ -99,10 +99,10 @@ class Collector:
         return self.row[result.protocol], self.position[result.index]
 
     def _count(self, result: ExpressionResult) -> None:
-        place = self._place(result)
-        if self.counts[place][0] != UNKNOWN:
+        row, position = self._place(result)
+        if self.counts[row, position, 0] != UNKNOWN:
             raise RuntimeError(f"Expression {result.index} was evaluated twice.")
-        self.counts[place] = result.intersection, result.union
+        self.counts[row, position] = result.intersection, result.union
         if result.protocol == self.first and result.index in self.keep_masks:
             self.masks[result.index] = result.mask
 
@@ -111,29 +111,29 @@ class Collector:
         return set(self.indices[(self.counts[:, :, 0] != UNKNOWN).all(axis=0)].tolist())
 
     def needs_mask(self, index: int) -> bool:
-        """Return whether the predicted masks of an expression are to be stored."""
+        """Return whether the predicted masks of an expression are needed for the sink or the caller."""
         return self.sink is not None or index in self.keep_masks
 
     def add(self, results: Iterable[ExpressionResult]) -> tuple[int, int, int]:
-        """Add a batch of this process. Exchange results if it is time; called on all processes together.
+        """Add a batch of this process, and exchange results if it is time. All processes must call it.
 
         Returns:
-            numbers for the progress bar, over all processes: new expressions, their intersection and union under the
-            first protocol.
+            the number of new expressions of all processes, and their total intersection and union under the first
+            protocol (for the progress bar).
         """
-        # A batch may repeat expressions with an earlier result, because it holds all expressions of its images.
+        # A batch contains all expressions of its images, including those that have an earlier result.
         new = [result for result in results if not self.is_earlier[self._place(result)]]
         self.new += new
-        shown = [(result.intersection, result.union) for result in new if result.protocol == self.first]
+        counts = [(result.intersection, result.union) for result in new if result.protocol == self.first]
         due = time.monotonic() - self.exchanged_at > SECONDS_BETWEEN_WRITES
-        sums = sum_over_processes([len(shown), sum(i for i, _ in shown), sum(u for _, u in shown), float(due)])
+        sums = sum_over_processes([len(counts), sum(i for i, _ in counts), sum(u for _, u in counts), float(due)])
         count, intersection, union, due = map(int, sums)
         if due:
             self.exchange()
         return count, intersection, union
 
     def exchange(self) -> None:
-        """Pass the new results of every process to all processes, and to the sink."""
+        """Send the new results of each process to all processes and to the sink. All processes must call it."""
         gathered = [result for part in gather(self.new) for result in part]
         for result in gathered:
             self._count(result)
@@ -143,19 +143,19 @@ class Collector:
         self.exchanged_at = time.monotonic()
 
     def results(self) -> dict[str, EvaluationResult]:
-        """Return the results by protocol name. RuntimeError: an expression has none."""
+        """Return the results by protocol name. RuntimeError: an expression has no result."""
         missing = len(self.indices) - len(self.complete_indices())
         if missing:
             raise RuntimeError(f"{missing} of {len(self.indices)} expressions were not evaluated.")
-        found = {}
+        results = {}
         for name, row in self.row.items():
             masks = self.masks if name == self.first else {}
-            found[name] = EvaluationResult(self.indices, self.counts[row], compute_metrics(self.counts[row]), masks)
-        return found
+            results[name] = EvaluationResult(self.indices, self.counts[row], compute_metrics(self.counts[row]), masks)
+        return results
 
 
 class ProgressBar:
-    """A bar over the expressions of all processes with the overall IoU so far; without a terminal, lines in the log."""
+    """Progress of all processes with the overall IoU so far: a bar, or log lines without a terminal."""
 
     def __init__(self, title: str, collector: Collector, *, show: bool) -> None:
         self.title, self.show, self.total = title, show, len(collector.indices)
@@ -168,7 +168,7 @@ class ProgressBar:
         self.started = self.logged_at = time.monotonic()
 
     def update(self, count: int, intersection: int, union: int) -> None:
-        """Add what :meth:`Collector.add` returned."""
+        """Add the numbers returned by :meth:`Collector.add`."""
         self.done += count
         self.intersection += intersection
         self.union += union

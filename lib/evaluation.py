@@ -23,14 +23,14 @@ from utils import Distributed, gather
 
 @dataclass(frozen=True)
 class EvalSetup:
-    """Processes and resources of an evaluation. Apart from rounding, results do not depend on them.
+    """Processes and resources of an evaluation. They change results only by rounding.
 
     Args:
-        dist: this process among all.
+        dist: rank, number of processes and device.
         batch_size: expressions per forward pass.
         workers: data-loading processes per process.
         pin_memory: use page-locked memory.
-        stop_requested: called before each batch on all processes together; returns the same value on all.
+        stop_requested: called before each batch on all processes; must return the same value on all of them.
     """
 
     dist: Distributed
@@ -52,22 +52,22 @@ def evaluate(
 ) -> dict[str, EvaluationResult]:
     """Evaluate every expression of a split exactly once, independent of the number of processes.
 
-    All protocols are evaluated from the same logits. Whatever depends on the image alone is computed once per image.
+    All protocols use the same logits. The part of the model that depends only on the image runs once per image.
 
     Args:
         model: an unwrapped CrossVLT; its training mode is restored afterwards.
         dataset: the split, one sample per sentence.
         protocols: at least one.
         setup: processes and resources.
-        indices: of the expressions to evaluate (default: all).
-        keep_masks: indices of expressions whose predicted masks are returned, for the first protocol.
-        sink: receives each new result once, about every minute. Results that it has already are not computed again.
+        indices: the expressions to evaluate (default: all).
+        keep_masks: the expressions whose predicted masks are returned, for the first protocol.
+        sink: receives the new results about once a minute. Results that it already has are not computed again.
 
     Returns:
         results by protocol name, the same on every process.
 
     Raises:
-        StoppedError: ``setup.stop_requested`` returned True; ``sink`` has all results up to there.
+        StoppedError: ``setup.stop_requested`` returned True. ``sink`` has all results computed so far.
         UserError: a batch does not fit into the GPU's memory, or ``sink`` cannot write.
         RuntimeError: an expression was evaluated twice or not at all.
     """
@@ -111,7 +111,7 @@ def evaluate(
 def _evaluate_batch(
     model: nn.Module, batch: Batch, protocols: Sequence[Protocol], batch_size: int, needs_mask: Callable[[int], bool]
 ) -> list[ExpressionResult]:
-    """Return the results of a batch of :class:`data.image_batches.ImageBatches`, at most ``batch_size`` at a time."""
+    """Return the results of a batch of images, with at most ``batch_size`` expressions per forward pass."""
     results = []
     indices, image_of, object_of = batch["index"].tolist(), batch["image_index"], batch["object_index"]
     encoded = model.encode_images(batch["image"])
@@ -145,8 +145,8 @@ def logits_to_masks(logits: torch.Tensor, size: Sequence[int], protocol: Protoco
 
     Args:
         logits: of background and object.
-        size: (H, W); logits of another size are resized (bilinear) first.
-        protocol: sets the threshold.
+        size: (H, W) of the masks. Logits of another size are resized first (bilinear).
+        protocol: defines the threshold.
     """
     if tuple(logits.shape[-2:]) != tuple(size):
         logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
@@ -172,7 +172,7 @@ def predict(
         images: [B, 3, S, S], preprocessed.
         input_ids, attention_mask: [B, N].
         size: (H, W) of the masks (default: the images' size).
-        protocol: how logits become a mask.
+        protocol: defines how logits become a mask.
     """
     logits = model(images, input_ids, attention_mask).mask_logits
     return logits_to_masks(logits, size or images.shape[-2:], protocol)
@@ -182,7 +182,7 @@ def predict(
 def alignment_maps(
     model: nn.Module, images: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> list[list[np.ndarray]]:
-    """Return the cosine similarity of pixels and sentence: per sentence and stage a float32 map [h, w] (−1…1).
+    """Return cosine similarities of pixels and sentence: for each sentence and stage, a float32 map [h, w] in [−1, 1].
 
     Args:
         model: a CrossVLT in eval mode.
@@ -196,7 +196,7 @@ def alignment_maps(
 
 
 def _same_number_on_all(batches: Collection[Batch]) -> Iterator[Batch | None]:
-    """Yield the batches, then None until every process has had as many as the process with the most batches."""
+    """Yield the batches, then None, so that all processes yield equally often."""
     iterator = iter(batches)
     for _ in range(max(gather(len(batches)))):
         yield next(iterator, None)

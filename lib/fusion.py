@@ -18,7 +18,7 @@ def padding_bias(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
     Args:
         attention_mask: [B, N], 1 on tokens and 0 on padding.
-        dtype: of the query. On CPU, scaled_dot_product_attention returns wrong values without an error if they differ.
+        dtype: of the query. With another dtype, scaled_dot_product_attention silently returns wrong values on CPU.
 
     Returns:
         [B, 1, 1, N]: 0 on tokens, -10000 on padding.
@@ -27,7 +27,7 @@ def padding_bias(attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tens
 
 
 def gate(dim: int) -> nn.Sequential:
-    """Build the gate g of the residual connection x + g(r)·r, with values between −1 and 1: [..., dim] → [..., dim]."""
+    """Build the gate g of the residual connection x + g(r)·r: [..., dim] → [..., dim] with values in [−1, 1]."""
     return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh())
 
 
@@ -74,8 +74,8 @@ class LanguageToVisionFusion(nn.Module):
         key, value = self._split_heads(self.l_q(text)), self._split_heads(self.values_l(text))  # [B, h, N, D/h]
         dtype = self.w_v[0].weight.dtype
         bias = padding_bias(attention_mask, dtype)
-        # No mixed precision here: if the words differ little, the attended map is nearly constant, and InstanceNorm
-        # would amplify its rounding errors to the size of a signal.
+        # Mixed precision is disabled: if the words differ little, the attended map is nearly constant, and InstanceNorm
+        # would amplify its rounding errors.
         device = v.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             attended = F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask=bias)

@@ -49,7 +49,7 @@ class LoadedCheckpoint:
     def open_splits(
         self, refer: REFER, splits: Iterable[str], *, shuffle_sentences: bool = False
     ) -> dict[str, ReferDataset]:
-        """Return splits of a dataset as the model takes them. UserError: an image file is missing."""
+        """Return the datasets of splits, preprocessed for the model. UserError: an image file is missing."""
         datasets = {
             split: ReferDataset(
                 refer,
@@ -66,7 +66,7 @@ class LoadedCheckpoint:
         return datasets
 
     def settings(self, datasets: dict[str, ReferDataset], *, shuffle_sentences: bool = False) -> dict[str, Any]:
-        """Return what result files state about the origin of their numbers. All processes call it together."""
+        """Return the description of the evaluation written into result files. All processes must call it."""
         cfg, model_config = self.cfg, self.checkpoint.model_config
         annotation_files = next(iter(datasets.values())).annotation_files
         return {
@@ -92,7 +92,7 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
 
     Args:
         args: the parsed flags of test.py.
-        path: of the checkpoint.
+        path: the checkpoint file.
 
     Raises:
         MissingFileError, UserError: the file cannot be read, or a flag conflicts with it.
@@ -103,7 +103,7 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
     vocabulary = Path(base.get("PRETRAINED.TOKENIZER", ""))
     vocabulary_is_missing = vocabulary.suffix == ".txt" and not vocabulary.exists()
     if vocabulary_is_missing:
-        del base["PRETRAINED.TOKENIZER"]  # trained on another machine; check_vocabulary verifies the one used instead
+        del base["PRETRAINED.TOKENIZER"]  # saved on another machine; check_vocabulary verifies the replacement
     cfg, given = config.load_config(args, base)
     checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
     for key, name, flag in MODEL_FLAGS:
@@ -128,12 +128,12 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
 
 @contextmanager
 def start_evaluation(cfg: CfgNode, *, keeps_results: bool = False) -> Iterator[EvalSetup]:
-    """Join the processes and let signals stop the evaluation between two batches.
+    """Initialize distributed evaluation, and let signals stop it between two batches.
 
     Args:
-        cfg: sets device, batch size and workers.
-        keeps_results: whether results go to a file from which an interrupted evaluation continues. Otherwise a signal
-            ends the command like Ctrl-C.
+        cfg: device, batch size and workers.
+        keeps_results: whether results are written to a file from which an interrupted evaluation continues. If not, a
+            signal ends the command like Ctrl-C.
     """
     dist = init_distributed(cfg.DEVICE)
     set_up_logging(dist.rank)

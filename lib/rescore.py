@@ -1,4 +1,4 @@
-"""Compute metrics from result files again, without the model.
+"""Recompute metrics from result files, without running the model.
 
     python -m lib.rescore out.jsonl --split val,testA --words 1-3                         # some of the expressions
     python -m lib.rescore out.jsonl --precision_at 0.5,0.75,0.95 --strict --sentences first
@@ -50,14 +50,14 @@ def get_parser() -> Parser:
     )
     add("--precision_at", metavar="X,X", help="the X of P@X (0.5,0.6,0.7,0.8,0.9)")
     add("--strict", action="store_true", help="P@X counts IoU > X instead of IoU ≥ X")
-    add("--gt_mask", choices=MASK_MODES, help="compare the stored masks with these target masks")
+    add("--gt_mask", choices=MASK_MODES, help="compare the stored masks with target masks of this kind")
     add("--refer_data_root", default=str(ROOT), metavar="DIR", help="dataset folder, for --gt_mask (%(default)s)")
     for name, switch in SWITCHES.items():
         if switch.needs_model:
-            add(f"--{name}", help="must be that of the file; another value needs the model", **switch.flag_options())
+            add(f"--{name}", help="must equal the value in the file", **switch.flag_options())
     add("--draws", type=int, default=2000, help="number of bootstrap draws (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
-    add("--json", metavar="OUT", help="also write everything that is printed as JSON")
+    add("--json", metavar="OUT", help="also write the printed results as JSON")
     return parser
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     set_up_logging()
     paths = args.compare or args.files
     if bool(args.compare) == bool(args.files):
-        raise UserError("Give result files, or two of them with --compare A B. See --help.")
+        raise UserError("Pass result files, or two of them with --compare A B. See --help.")
     for name, minimum in (("draws", 1), ("seed", 0), ("most", 0)):
         if getattr(args, name) < minimum:
             raise UserError(f"--{name} {getattr(args, name)}: must be at least {minimum}.")
@@ -111,7 +111,9 @@ def main() -> None:
     }
     given = {name: getattr(args, name) for name in CONDITIONS if getattr(args, name) != parser.get_default(name)}
     conditions = "".join(f" --{name}" if value is True else f" --{name} {value}" for name, value in given.items())
-    titles = [f"{one.path}, {one.header.get('dataset')} ({one.header.get('split_by')}){conditions}" for one in files]
+    titles = [
+        f"{file.path}, {file.header.get('dataset')} ({file.header.get('split_by')}){conditions}" for file in files
+    ]
     names, bootstrap = metric_names(thresholds), f"{args.draws} draws over images, seed {args.seed}"
     if args.compare:
         report["comparison"], report["most_changed"] = analysis.compare(*files, scoring, args.most)
@@ -132,7 +134,7 @@ def main() -> None:
 
 
 def score_table(rows: list[Row], names: Sequence[str]) -> str:
-    """Return the metrics of each split and protocol (rows of lib.report.analysis.score) and their intervals."""
+    """Return the table of metrics and intervals of each split and protocol (rows of lib.report.analysis.score)."""
     table = [["split", "protocol", *names, "expressions"]]
     for row in rows:
         metrics, bounds = row["metrics"], row["interval_95"]
@@ -144,7 +146,7 @@ def score_table(rows: list[Row], names: Sequence[str]) -> str:
 
 
 def difference_table(rows: list[Row], names: Sequence[str]) -> str:
-    """Return the metrics of A, of B, and B − A with its interval (rows of lib.report.analysis.compare)."""
+    """Return the table of A, B, and B − A with its interval (rows of lib.report.analysis.compare)."""
     table = [["split", "", *names, "expressions"]]
     for row in rows:
         a, b, difference = (row.get(key) for key in ("metrics_a", "metrics_b", "difference"))
@@ -163,7 +165,7 @@ def difference_table(rows: list[Row], names: Sequence[str]) -> str:
 
 
 def change_table(changes: list[Row]) -> str:
-    """Return the expressions that changed most, with their IoUs in percent."""
+    """Return the table of the most changed expressions, with IoUs in percent."""
     ids = ("image_id", "ref_id", "sent_id")
     table = [["split", "protocol", "IoU A", "IoU B", "B − A", *ids, "sentence"]]
     for change in changes:
@@ -191,7 +193,7 @@ def _parse_filters(args: Any) -> dict[str, Any]:
 
 
 def _parse_names(flag: str, text: str | None) -> tuple[str, ...]:
-    """Split ``val,testA`` into (val, testA). Returns () if the flag was not given."""
+    """Split ``val,testA`` into (val, testA). Return () if the flag was not given."""
     names = tuple(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
     if text is not None and not names:
         raise UserError(f"{flag} {text!r} contains no name.")
@@ -228,7 +230,7 @@ def _read_ids(path: str) -> frozenset[int]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise MissingFileError(f"--ids {path}: there is no such file.") from error
+        raise MissingFileError(f"--ids {path}: no such file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--ids {path}: cannot read the file: {error}") from error
     for number, line in enumerate(lines, 1):

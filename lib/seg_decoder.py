@@ -11,8 +11,9 @@ from torch import nn
 class SegDecoder(nn.Module):
     """Top-down decoder, ``classifier`` in the state dict.
 
-    It repeats three times: up-sample, concatenate the next finer feature, apply two 3×3 convolutions. The layers
-    ``*_4`` merge stages 4 and 3, ``*_3`` add stage 2, and ``*_2`` add stage 1. A 1×1 convolution returns the logits.
+    Three times, it up-samples the features, concatenates those of the next finer stage and applies two 3×3
+    convolutions. The layers ``*_4`` merge stages 4 and 3, ``*_3`` add stage 2, ``*_2`` add stage 1. A 1×1 convolution
+    returns the logits.
 
     Args:
         embed_dim: C; the feature of stage i = 0…3 has C·2^i channels, all hidden layers have 4·C.

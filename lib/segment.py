@@ -1,4 +1,4 @@
-"""Segment one image: what a sentence refers to, as an overlay and as a mask."""
+"""Segment the object that a sentence refers to in one image."""
 
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from utils import init_distributed
 
 
 def segment_image(args: Any) -> None:
-    """Write overlay and mask of ``--sentence`` in ``--image``, at the image's own size.
+    """Write the overlay and the mask of ``--sentence`` in ``--image``, at the image's own size.
 
     Args:
         args: the parsed flags of test.py: ``resume``, ``image``, ``sentence``, ``out``, ``threshold``.
@@ -33,7 +33,7 @@ def segment_image(args: Any) -> None:
     for path in (overlay_path, mask_path):
         check_writable(path, suffix=".png", inputs=[image_path])
     loaded = load_for_evaluation(args, args.resume)
-    image = ImageOps.exif_transpose(read_image(image_path))  # upright, so that "left" is what a viewer calls left
+    image = ImageOps.exif_transpose(read_image(image_path))  # "left" means left in the image as displayed
     ids, attention_mask = tokenize(loaded.tokenizer, [args.sentence], loaded.cfg.DATA.MAX_TOKENS)
 
     dist = init_distributed(loaded.cfg.DEVICE)

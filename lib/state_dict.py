@@ -1,4 +1,4 @@
-"""State dicts: the key names of all files that users have, strict loading, and sizes read from shapes."""
+"""State dicts: renaming keys of the supported files, strict loading, inferring sizes from shapes."""
 
 import re
 from typing import Any
@@ -12,7 +12,7 @@ from lib.variants import FUSIONS, SWIN_VARIANTS
 
 StateDict = dict[str, torch.Tensor]
 
-PREFIX = "module."  # of files saved from DistributedDataParallel
+PREFIX = "module."  # added to all keys by DistributedDataParallel
 RENAMED_KEYS = (
     (r"^patch_embed\.", "backbone.0.patch_embed."),  # the official Swin repository
     (r"^layers\.(\d+)\.", r"backbone.\1.layers."),
@@ -20,7 +20,7 @@ RENAMED_KEYS = (
     (r"\.LayerNorm\.gamma$", ".LayerNorm.weight"),  # BERT's original files
     (r"\.LayerNorm\.beta$", ".LayerNorm.bias"),
 )
-# Index buffers, which the model computes, and the heads of pretrained Swin and BERT models.
+# Index buffers, which the model computes itself, and the heads of pretrained Swin and BERT models.
 DROPPED_KEYS = r".*\.(relative_position_index|attn_mask|position_ids)|(head|norm|cls|(bert\.)?pooler)\..*"
 OPTIONAL_KEYS = {"temp"}  # missing in the released inference files
 MAX_NAMED_KEYS = 4
@@ -49,7 +49,7 @@ def repair_keys(state_dict: StateDict) -> StateDict:
 
 
 def adapt_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
-    """Return pretrained entries with the model's sizes.
+    """Fit pretrained entries to the sizes of a model.
 
     Tables of relative position biases are resized to the model's window (bicubic interpolation). BERT layers that the
     model does not have are dropped.
@@ -78,10 +78,10 @@ def load_strictly(model: nn.Module, state_dict: StateDict, source: str, part: st
         model: not wrapped.
         state_dict: with repaired keys.
         source: name of the file, for error messages.
-        part: pattern of the model's keys that the state dict contains; other entries of the model are not changed.
+        part: pattern of the model's keys that the state dict must contain. Other entries of the model are not changed.
 
     Raises:
-        UserError: a key is missing, unexpected or of another shape; the model is not changed.
+        UserError: a key is missing or unexpected, or has another shape. The model is not changed.
     """
     expected = {key: value for key, value in model.state_dict().items() if re.fullmatch(part, key)}
     problems = {
@@ -100,17 +100,17 @@ def load_strictly(model: nn.Module, state_dict: StateDict, source: str, part: st
 
 
 def _first_keys(keys: list[str]) -> str:
-    more = len(keys) - MAX_NAMED_KEYS
-    return ", ".join(keys[:MAX_NAMED_KEYS]) + (f", and {more} more" if more > 0 else "")
+    num_hidden = len(keys) - MAX_NAMED_KEYS
+    return ", ".join(keys[:MAX_NAMED_KEYS]) + (f", and {num_hidden} more" if num_hidden > 0 else "")
 
 
 def infer_model_config(state_dict: StateDict) -> dict[str, Any]:
     """Return the arguments of build_crossvlt that fit a state dict with repaired keys.
 
-    The number of text heads is not visible in any shape; heads are assumed to be 64 wide, as in BERT.
+    No shape depends on the number of text heads. The heads are assumed to have 64 channels each, as in BERT.
 
     Raises:
-        KeyError, IndexError, ValueError, StopIteration: it is not the state dict of a CrossVLT.
+        KeyError, IndexError, ValueError, StopIteration: the state dict is not from a CrossVLT.
     """
     embed_dim = state_dict["backbone.0.patch_embed.proj.weight"].shape[0]
     bias_tables = {
@@ -119,7 +119,7 @@ def infer_model_config(state_dict: StateDict) -> dict[str, Any]:
         if (match := re.fullmatch(r"backbone\.(\d)\.layers\.blocks\.(\d+)\.attn\.relative_position_bias_table", key))
     }
     stages = sorted({stage for stage, _ in bias_tables})
-    depths = [sum(other == stage for other, _ in bias_tables) for stage in stages]
+    depths = [sum(block_stage == stage for block_stage, _ in bias_tables) for stage in stages]
     vocab_size, text_dim = state_dict["lang_stage1.embeddings.word_embeddings.weight"].shape
     text_layers = {key.split(".")[3] for key in state_dict if key.startswith("lang_stage1.encoder.layer.")}
     connections = (

@@ -18,7 +18,7 @@ from lib.fusion import gate
 from lib.variants import NUM_STAGES
 
 PATCH_SIZE = 4
-SHIFT_SCORE = -100.0  # added to the attention scores between regions that only the cyclic shift made neighbors
+SHIFT_SCORE = -100.0  # added to the attention scores of positions that are neighbors only because of the cyclic shift
 
 
 class VisionStageOutput(NamedTuple):
@@ -31,7 +31,8 @@ class VisionStageOutput(NamedTuple):
 def shifted_window_bias(height: int, width: int, window_size: int, like: torch.Tensor) -> torch.Tensor:
     """Return the bias that is added to the attention scores of shifted windows.
 
-    Only positions of different regions before the shift are masked. Zero-padded positions are ordinary tokens.
+    Pairs of positions from different regions of the unshifted map are masked. Zero-padded positions are treated like
+    all others.
 
     Args:
         height, width: of the padded map, multiples of ``window_size``.
@@ -39,7 +40,7 @@ def shifted_window_bias(height: int, width: int, window_size: int, like: torch.T
         like: tensor with the device and dtype of the result.
 
     Returns:
-        [windows, w², w²]: 0 within a region, -100 between two regions.
+        [windows, w², w²]: 0 within a region of the unshifted map, -100 between two regions.
     """
     shift = window_size // 2
     regions = torch.zeros((1, height, width, 1), dtype=torch.int32, device=like.device)
@@ -55,8 +56,8 @@ def shifted_window_bias(height: int, width: int, window_size: int, like: torch.T
 class SwinBlock(nn.Module):
     """Swin block as in the official repository: norm → pad to whole windows → shift → attention → shift back → crop.
 
-    timm's own block shifts before it pads, which gives other numbers if the window does not divide the map.
-    A map smaller than the window is padded to one window, which is still shifted.
+    timm's block shifts before it pads, which gives other results if the window size does not divide the map size.
+    A map smaller than the window is padded to one window and still shifted.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int, *, shifted: bool, drop_path: float) -> None:
@@ -215,7 +216,7 @@ class VisionStage(nn.Module):
 
 
 def initialize_vision(module: nn.Module) -> None:
-    """Initialize as published: Linear and bias tables truncated normal (0.02), convolutions Kaiming normal."""
+    """Initialize as published: linear layers and bias tables truncated normal (0.02), convolutions Kaiming normal."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)

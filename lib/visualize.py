@@ -15,19 +15,19 @@ from lib.files import atomic_write
 Color = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# Okabe and Ito's colors, which remain distinct to color-blind readers. Green is always the target.
+# Okabe and Ito's colors, which color-blind readers can distinguish. Green is always the target.
 TARGET_COLOR = (0, 158, 115)
 MODEL_COLORS = ((213, 94, 0), (86, 180, 233), (240, 228, 66), (204, 121, 167), (0, 114, 178), (230, 159, 0))
 PREDICTION_COLOR = MODEL_COLORS[0]
 GRAY, RULE_COLOR = (110, 110, 110), (215, 215, 215)
-TINT = 100  # of 255: the colors of the object must stay recognizable
-# Every second color of ColorBrewer's RdBu, evenly spaced over the scale of a map: lightness is the distance from zero.
+TINT = 100  # opacity out of 255; the colors of the object stay recognizable
+# Every second color of ColorBrewer's RdBu, evenly spaced over the scale. The lightness shows the distance from zero.
 HEAT_COLORS = ((33, 102, 172), (146, 197, 222), (255, 255, 255), (244, 165, 130), (178, 24, 43))
-HEAT = 0.65  # share of the map's color; the rest is the image in light gray
-CONTRAST = 0.7  # of the gray image: black must not look like a dark color of the map
-SCALE = (-1.0, 1.0)  # of a cosine
+HEAT = 0.65  # opacity of the map's color over the image in light gray
+CONTRAST = 0.7  # of the gray image, so that black does not look like a dark color of the map
+SCALE = (-1.0, 1.0)  # range of a cosine
 
-# In pixels. Four cells printed as wide as a page's text (7 inches) make the letters 6 to 9 points high.
+# In pixels. If four cells are printed 7 inches wide, the letters are 6 to 9 points high.
 CELL, CELLS_PER_ROW = 320, 4
 MARGIN, GAP = 12, 8
 SENTENCE_SIZE, TITLE_SIZE, NOTE_SIZE = 24, 19, 16
@@ -37,7 +37,7 @@ OVERSAMPLING = 2  # masks are drawn at twice the size shown, for smooth outlines
 
 
 class Cell(NamedTuple):
-    """An image of a panel with its title; ``color``, shown before the title, is that of its mask or model."""
+    """An image of a panel with its title. ``color``, shown before the title, identifies the mask or model."""
 
     title: str
     image: Image.Image
@@ -66,7 +66,7 @@ def overlay(image: Image.Image, mask: np.ndarray, color: Color = PREDICTION_COLO
     area = Image.fromarray(mask.astype(np.uint8) * 255)
     tinted = Image.composite(Image.new("RGB", image.size, color), image, area.point(lambda v: v * TINT // 255))
     half = max(1, round(max(image.size) / 150))
-    side = 2 * half + 1  # a pixel is inside if the square of this side around it lies in the mask and in the image
+    side = 2 * half + 1  # a pixel is inside if the square with this side around it is within the mask and the image
     sums = np.pad(mask, ((half + 1, half), (half + 1, half))).astype(np.int64).cumsum(0).cumsum(1)
     inside = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side] == side**2
     outline = Image.fromarray((mask & ~inside).astype(np.uint8) * 255)
@@ -75,12 +75,12 @@ def overlay(image: Image.Image, mask: np.ndarray, color: Color = PREDICTION_COLO
 
 
 def heat_overlay(image: Image.Image, values: np.ndarray, low: float = -1.0, high: float = 1.0) -> Image.Image:
-    """Return a map over the image in gray: blue at ``low``, red at ``high``, white halfway.
+    """Return the image in gray with a map drawn over it: blue at ``low``, white in the middle, red at ``high``.
 
     Args:
         image: RGB, any size.
         values: float [h, w]; resized to the image (bilinear).
-        low, high: the ends of the color scale; values beyond are clipped. Maps to be compared need the same scale.
+        low, high: ends of the color scale; values beyond them are clipped. Use the same scale for maps to compare.
 
     Raises:
         ValueError: ``low`` is not below ``high``.
@@ -92,7 +92,7 @@ def heat_overlay(image: Image.Image, values: np.ndarray, low: float = -1.0, high
     color = np.stack([np.interp(np.asarray(resized), stops, channel) for channel in channels], axis=-1)
     gray = 255 - CONTRAST * (255 - np.asarray(image.convert("L"), dtype=np.float32)[..., None])
     blended = HEAT * color + (1 - HEAT) * gray
-    # Pixels that a diverged model computed as nan are black.
+    # NaN, from a diverged model, is drawn black.
     return Image.fromarray(np.rint(np.nan_to_num(blended)).astype(np.uint8))
 
 
@@ -109,10 +109,10 @@ def expression_panel(
     Args:
         image: RGB, any size.
         target: bool [H, W].
-        predictions: of one model, or of several, which are then named; masks are resized by nearest neighbor.
+        predictions: one per model; with several models, titles contain their names. Masks are resized (nearest).
         sentence: the expression.
-        note: small and gray: where the expression comes from.
-        scale: of the maps' colors, see :func:`heat_overlay`; the same in all panels to be compared.
+        note: origin of the expression, in small gray letters.
+        scale: color scale of the maps, see :func:`heat_overlay`.
 
     Raises:
         ValueError: the target has another size than the image.
@@ -120,7 +120,8 @@ def expression_panel(
     if target.shape != image.size[::-1]:
         raise ValueError(f"The target has shape {target.shape}, the image {image.size[::-1]}.")
     size = _fit(image.size, OVERSAMPLING * CELL)
-    resized, several = image.resize(size, Image.Resampling.LANCZOS), len(predictions) > 1
+    resized = image.resize(size, Image.Resampling.LANCZOS)
+    with_names = len(predictions) > 1
 
     def draw_mask(mask: np.ndarray, color: Color) -> Image.Image:
         fitted = Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
@@ -129,10 +130,10 @@ def expression_panel(
     cells, map_rows = [Cell("ground truth", draw_mask(target, TARGET_COLOR), TARGET_COLOR)], []
     for i, prediction in enumerate(predictions):
         color = MODEL_COLORS[i % len(MODEL_COLORS)]
-        title = prediction.name if several else "prediction"
+        title = prediction.name if with_names else "prediction"
         cells.append(Cell(title, draw_mask(prediction.mask, color), color, f"IoU {prediction.iou:.2f}"))
         if prediction.maps is not None:
-            suffix, tag = (f", {prediction.name}", color) if several else ("", None)
+            suffix, tag = (f", {prediction.name}", color) if with_names else ("", None)
             heats = [heat_overlay(resized, values, *scale) for values in prediction.maps]
             map_rows.append([Cell(f"stage {stage}{suffix}", heat, tag) for stage, heat in enumerate(heats, 1)])
     return panel(image, cells, sentence, note, map_rows=map_rows, scale=scale)
@@ -151,10 +152,10 @@ def panel(
 
     Args:
         image: RGB, any size; all cells are resized to its aspect ratio.
-        cells: right of the image.
-        sentence, note: wrapped if they are long.
+        cells: shown after the image.
+        sentence, note: long texts are wrapped.
         map_rows: rows of alignment maps, below the other rows.
-        scale: values at the ends of the maps' colors.
+        scale: values at the ends of the maps' color scale.
     """
     cells = [Cell("image", image), *cells]
     rows = [cells[i : i + CELLS_PER_ROW] for i in range(0, len(cells), CELLS_PER_ROW)] + list(map_rows)
@@ -183,7 +184,7 @@ def panel(
 
 
 def contact_sheet(panels: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
-    """Return the panels in rows of ``columns`` (default: as many as are readable on a page), left and top aligned."""
+    """Return the panels in rows of ``columns`` (default: as many as fit into ``MAX_SHEET_WIDTH``)."""
     if columns is None:
         columns = max(1, min(len(panels), MAX_SHEET_WIDTH // max(item.width for item in panels)))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
@@ -211,7 +212,7 @@ def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
 
 
 def _draw_title(draw: ImageDraw.ImageDraw, left: int, top: int, cell: Cell, font: Font) -> None:
-    """Draw color, title and score, no wider than a cell."""
+    """Draw color, title and score in the width of a cell."""
     right = left + CELL
     if cell.color:
         draw.rectangle((left, top + 4, left + TITLE_SIZE - 5, top + TITLE_SIZE - 1), fill=cell.color)
@@ -223,8 +224,8 @@ def _draw_title(draw: ImageDraw.ImageDraw, left: int, top: int, cell: Cell, font
 
 
 def _draw_scale(canvas: Image.Image, left: int, top: int, font: Font, scale: tuple[float, float]) -> None:
-    """Draw the color scale of the maps between the values at its ends, as wide as a cell."""
-    # PIL's default font has no minus sign, therefore this is a hyphen.
+    """Draw the color scale of the maps with the values at its ends, as wide as a cell."""
+    # The minus sign is a hyphen, because PIL's default font has no other.
     low, high = f"apart {scale[0]:+.4g}", f"{scale[1]:+.4g} aligned"
     start, stop = left + round(font.getlength(low)) + GAP, left + CELL - round(font.getlength(high)) - GAP
     draw = ImageDraw.Draw(canvas)
@@ -236,7 +237,7 @@ def _draw_scale(canvas: Image.Image, left: int, top: int, font: Font, scale: tup
 
 
 def _wrap(text: str, font: Font, width: float) -> list[str]:
-    """Return the text in lines no wider than ``width`` pixels; a longer word is broken."""
+    """Split the text into lines of at most ``width`` pixels. Longer words are broken."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -251,9 +252,9 @@ def _wrap(text: str, font: Font, width: float) -> list[str]:
 
 
 def _shorten(text: str, font: Font, width: float) -> str:
-    """Cut the middle out of a text wider than ``width`` pixels: names of runs differ at their ends."""
-    shown, kept = text, len(text)
-    while kept and font.getlength(shown) > width:
-        kept -= 1
-        shown = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
-    return shown
+    """Shorten a text to ``width`` pixels. The middle is removed, because names of runs often differ at their ends."""
+    shortened, length = text, len(text)
+    while length and font.getlength(shortened) > width:
+        length -= 1
+        shortened = f"{text[: length - length // 2]}…{text[len(text) - length // 2 :]}"
+    return shortened

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(Path(__file__).parent))  # helper modules beside the tests, such as golden_cases
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the Hub or the user's cache of it
+sys.path.insert(0, str(Path(__file__).parent))  # the helper modules of the tests, such as golden_cases
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests do not use the Hub or its cache
 os.environ["HF_HOME"] = str(Path(tempfile.gettempdir(), "no_hub_cache"))
 for cache in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(cache, None)
@@ -25,7 +25,7 @@ from own_data import made_source, source  # noqa: E402, F401  (fixtures)
 from published_set import annotations, image_files, prepare, server, weights  # noqa: E402, F401  (fixtures)
 from result_files import run_rescore  # noqa: E402, F401  (fixtures)
 
-# Environment of the processes that tests start: sums are rounded identically only with the same number of threads.
+# Environment of processes started by tests. Sums are rounded identically only with the same number of threads.
 PROCESS_ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 # The slowest files run first, so that neither of the two processes of `make test` is idle at the end.
@@ -50,10 +50,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
-    """Small tensors are fastest with one thread, which torchrun sets as well."""
-    every = torch.get_num_threads()
+    """Use one thread, which is fastest for small tensors and also set by torchrun. Return the initial number."""
+    num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    return every
+    return num_threads
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def crossvlt_log(monkeypatch):
 
 
 @pytest.fixture
-def every_thread(one_thread):
+def all_threads(one_thread):
     """Use all threads, for models of the published size."""
     torch.set_num_threads(one_thread)
     yield
@@ -84,7 +84,7 @@ def every_thread(one_thread):
 
 @pytest.fixture
 def small_model():
-    """Build a small CrossVLT: ``small_model(fusion=…)``."""
+    """Return a function that builds a small CrossVLT: ``small_model(fusion=…)``."""
     from CrossVLT import build_crossvlt
 
     def build(**changes):
@@ -96,7 +96,7 @@ def small_model():
 
 @pytest.fixture
 def small_inputs():
-    """Make images, token ids, attention mask and target masks: ``small_inputs(batch, height, width)``."""
+    """Return a function that makes images, token ids, attention mask and target masks of random values."""
 
     def make(batch=2, height=64, width=64, tokens=7, dtype=torch.float32):
         generator = torch.Generator().manual_seed(0)
@@ -154,7 +154,7 @@ def trained(tmp_path_factory, small_config):
 
 @pytest.fixture
 def run_here(monkeypatch, capsys):
-    """Run train.py or test.py in this process: ``run_here("test.py", "--flag", …)``."""
+    """Return a function that runs train.py or test.py in this process: ``run_here("test.py", "--flag", …)``."""
 
     def run(script, *flags, check=False):
         spec = importlib.util.spec_from_file_location(f"{script[:-3]}_script", ROOT / script)
@@ -181,16 +181,16 @@ def error_line(trained, small_config, refshapes_root, tmp_path, monkeypatch, run
     for name, words in (("big", 295), ("other", 94)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "vocab.txt").write_text("\n".join(special + [f"w{i}" for i in range(words)]))
-    places = {"best": checkpoints / "run/best.pth", "last": checkpoints / "run/last.pth", "tmp": tmp_path,
+    paths = {"best": checkpoints / "run/best.pth", "last": checkpoints / "run/last.pth", "tmp": tmp_path,
               "cfg": small_config, "checkpoints": checkpoints, "data": refshapes_root}  # fmt: skip
 
     def run(script, *flags):
-        given = [flag.format(**places) for flag in flags]
-        if script == "train.py" and "--output-dir" not in given:
-            given += ["--output-dir", str(tmp_path / "checkpoints")]
+        arguments = [flag.format(**paths) for flag in flags]
+        if script == "train.py" and "--output-dir" not in arguments:
+            arguments += ["--output-dir", str(tmp_path / "checkpoints")]
         before = sorted((path, path.stat().st_mtime_ns) for path in checkpoints.rglob("*"))
         monkeypatch.chdir(tmp_path)  # without the pretrained files and data of the checkout
-        done = run_here(script, *given)
+        done = run_here(script, *arguments)
         assert done.status == 2
         lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
@@ -205,7 +205,7 @@ def error_line(trained, small_config, refshapes_root, tmp_path, monkeypatch, run
 def run_script(tmp_path):
     """Run train.py or test.py as a user does: ``run_script("train.py", "--flag", …, processes=2)``.
 
-    Outputs land in ``tmp_path``; gives back the finished process with its text.
+    Checkpoints are written to ``tmp_path``. Return the finished process with its output.
     """
 
     def run(script, *flags, processes=1, launcher="torchrun", check=True, timeout=300):

@@ -42,7 +42,7 @@ def test_golden_inputs_and_weights_have_the_recorded_checksums():
     assert inputs.masks.sum((1, 2)).tolist() == [34632, 25864]
 
 
-@pytest.mark.usefixtures("every_thread")
+@pytest.mark.usefixtures("all_threads")
 @pytest.mark.parametrize(("swin_type", "size", "batch"), [("tiny", 224, 3), ("base", 480, 2)])
 def test_logits_equal_the_published_ones(swin_type, size, batch):
     name = f"eval_{swin_type}_{size}"
@@ -60,7 +60,7 @@ def test_logits_equal_the_published_ones(swin_type, size, batch):
     assert logits.std() == pytest.approx(golden["std"], abs=2e-4)
 
 
-@pytest.mark.usefixtures("every_thread")
+@pytest.mark.usefixtures("all_threads")
 def test_three_training_steps_equal_the_published_ones():
     golden = json.loads((GOLDEN / "train_tiny_224.json").read_text())
     recorded = np.load(GOLDEN / "train_tiny_224.npz")

@@ -16,7 +16,7 @@ LAYERS = (
      "lib.visualize", "lib.engine"},
     {"lib.inference", "lib.report", "lib.segment"},
 )  # fmt: skip
-# Entry files may import anything (after parsing their arguments), and are imported by nobody.
+# Entry files may import anything (after parsing their arguments). No module imports them.
 TOOLS = {"train", "test", "lib.plot", "lib.rescore"}
 WITHOUT_TORCH = ("lib.errors", "lib.variants", "lib.files", "lib.cli", "lib.tables", "lib.options",
                  "lib.config")  # fmt: skip
@@ -25,7 +25,7 @@ VISION, LANGUAGE = {"lib.vision_encoder", "lib.fusion", "lib.seg_decoder"}, "ber
 
 
 def find_modules():
-    """{dotted name: syntax tree} of all modules but the tests."""
+    """Return {dotted name: syntax tree} of all modules except the tests."""
     paths = sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("[!.]*/**/*.py"))
     return {
         ".".join(path.relative_to(ROOT).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def is_entry(name):
 
 
 def layer(name):
-    """Index into LAYERS of the longest prefix of ``name`` listed there."""
+    """Return the index into LAYERS of the longest listed prefix of ``name``."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         for index, members in enumerate(LAYERS):
@@ -60,7 +60,7 @@ def imported_names(nodes):
 
 
 def project_imports(name):
-    """Modules of the project that a module imports, anywhere in it."""
+    """Yield the modules of the project that a module imports, inside functions as well."""
     for imported in imported_names(ast.walk(MODULES[name])):
         parts = imported.split(".")
         for end in range(len(parts), 0, -1):
@@ -87,16 +87,16 @@ def test_no_import_cycles():
 
 @pytest.mark.parametrize("name", [name for name in MODULES if is_entry(name) and not name.startswith("benchmarks")])
 def test_entry_files_parse_before_they_import_heavy_packages(name):
-    """Everything that is imported before main() runs, transitively, is light: --help answers at once."""
-    seen, waiting = set(), [name]
+    """Nothing that is imported before main() runs, even indirectly, imports a heavy package, so --help is fast."""
+    visited, waiting = set(), [name]
     while waiting:
         current = waiting.pop()
-        seen.add(current)
+        visited.add(current)
         for imported in imported_names(MODULES[current].body):
             assert imported.split(".")[0] not in HEAVY, f"{name} → {current} imports {imported}"
         top_level = ast.Module(MODULES[current].body, [])
         names = set(imported_names(top_level.body))
-        waiting += [module for module in MODULES if module not in seen and _is_imported(module, names)]
+        waiting += [module for module in MODULES if module not in visited and _is_imported(module, names)]
 
 
 def _is_imported(module, names):
@@ -104,7 +104,7 @@ def _is_imported(module, names):
 
 
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
-def test_the_bottom_layer_is_light(name):
+def test_the_bottom_layer_imports_no_heavy_package(name):
     assert not HEAVY & {imported.split(".")[0] for imported in imported_names(ast.walk(MODULES[name]))}
 
 
@@ -116,7 +116,7 @@ def test_only_config_and_tools_use_argparse():
             assert {"get_parser", "main"} <= functions, f"{name} uses argparse without being a tool"
 
 
-def test_importing_runs_nothing():
+def test_importing_a_module_runs_no_code():
     """Statements at module level only define, import or guard."""
     for name, tree in MODULES.items():
         for node in tree.body:
@@ -128,7 +128,7 @@ def test_importing_runs_nothing():
                 assert "__name__" in ast.unparse(node.test), f"{name}:{node.lineno} runs at import"
 
 
-def test_packages_are_empty_and_tests_are_flat():
+def test_init_files_are_empty_and_tests_are_flat():
     for path in ROOT.glob("[!.]*/**/__init__.py"):
         if ".venv" not in path.parts:
             assert path.read_text() == "", path

@@ -1,4 +1,4 @@
-"""Checkpoint files: all forms that users have, pretrained files, safe loading and saving."""
+"""Checkpoint files: all supported forms, pretrained files, safe loading and saving."""
 
 import argparse
 import os
@@ -90,7 +90,7 @@ def test_corrupt_and_other_files_are_rejected(tmp_path, content):
     (tmp_path / "bad.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"bad\.pth is corrupt or not a PyTorch file") as caught:
         read_checkpoint(tmp_path / "bad.pth")
-    assert "weights_only" not in str(caught.value)  # PyTorch recommends to disable it
+    assert "weights_only" not in str(caught.value)  # PyTorch recommends disabling it
 
 
 def test_truncated_files_are_rejected(tmp_path, small_model):
@@ -101,7 +101,7 @@ def test_truncated_files_are_rejected(tmp_path, small_model):
         read_checkpoint(tmp_path / "half.pth")
 
 
-def test_missing_files_and_other_content_are_rejected(tmp_path):
+def test_missing_files_and_files_without_a_model_are_rejected(tmp_path):
     with pytest.raises(MissingFileError, match=r"Checkpoint file .*nowhere\.pth does not exist"):
         read_checkpoint(tmp_path / "nowhere.pth")
     with pytest.raises(MissingFileError, match="is a folder"):
@@ -141,13 +141,13 @@ def test_a_swin_file_initializes_the_swin_blocks_only(tmp_path, small_model):
         assert torch.equal(value, source.state_dict()[key] if key in loaded else before[key]), key
 
 
-def bert_file(model, path, *, prefix="bert.", old=False, extra_layers=1):
+def bert_file(model, path, *, prefix="bert.", original_names=False, extra_layers=1):
     """Write stage 1 of a model as a BERT file, with more layers than the model has."""
     state_dict = {}
     for key, value in model.state_dict().items():
         if key.startswith(("lang_stage1.embeddings.", "lang_stage1.encoder.layer.")):
             name = key.removeprefix("lang_stage1.")
-            if old:
+            if original_names:
                 name = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
             state_dict[prefix + name] = value.contiguous()
     count = len(model.lang_stage1.encoder.layer)
@@ -163,11 +163,13 @@ def bert_file(model, path, *, prefix="bert.", old=False, extra_layers=1):
 
 @pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
 @pytest.mark.parametrize("prefix", ["bert.", ""])
-@pytest.mark.parametrize("old", [True, False])
-def test_a_bert_file_initializes_language_stage_1_only(tmp_path, small_model, suffix, prefix, old):
+@pytest.mark.parametrize("original_names", [True, False])
+def test_a_bert_file_initializes_language_stage_1_only(tmp_path, small_model, suffix, prefix, original_names):
     source, target = randomized(small_model()), small_model()
     before = {key: value.clone() for key, value in target.state_dict().items()}
-    load_pretrained(target, bert=bert_file(source, tmp_path / f"bert{suffix}", prefix=prefix, old=old))
+    load_pretrained(
+        target, bert=bert_file(source, tmp_path / f"bert{suffix}", prefix=prefix, original_names=original_names)
+    )
     for key, value in target.state_dict().items():
         from_bert = key.startswith(("lang_stage1.embeddings.", "lang_stage1.encoder.layer."))
         assert torch.equal(value, source.state_dict()[key] if from_bert else before[key]), key
@@ -215,8 +217,8 @@ def test_a_saved_checkpoint_can_be_rebuilt_and_described(tmp_path, small_model):
     checkpoint = read_checkpoint(tmp_path / "last.pth")
     assert checkpoint.form == "training"
     assert checkpoint.model_config == model.config
-    again = rebuild(checkpoint, build_crossvlt)
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    rebuilt = rebuild(checkpoint, build_crossvlt)
+    assert all(torch.equal(value, rebuilt.state_dict()[key]) for key, value in model.state_dict().items())
     assert "fusion     late" in describe(checkpoint)
     checkpoint.extra["model_config"] = {**model.config, "fusion": "early"}
     with pytest.raises(UserError, match=r"last\.pth: cannot build a model from its model_config: fusion must"):
@@ -238,7 +240,7 @@ def test_a_flipped_bit_in_a_saved_checkpoint_is_detected(tmp_path):
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "last.pth", {"epoch": 1})
-    good = (tmp_path / "last.pth").read_bytes()
+    before = (tmp_path / "last.pth").read_bytes()
 
     def full_disk(content, path):
         path.write_bytes(b"half")
@@ -253,5 +255,5 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
             save_checkpoint(tmp_path / "last.pth", {"epoch": 2})
         assert str(caught.value).startswith(f"Cannot write {tmp_path}/last.pth")
         assert message in str(caught.value)
-        assert (tmp_path / "last.pth").read_bytes() == good
+        assert (tmp_path / "last.pth").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["last.pth"]

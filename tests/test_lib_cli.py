@@ -37,7 +37,7 @@ def test_typos_get_a_suggestion():
          "error: bad a.jpg\n"),
     ],
 )  # fmt: skip
-def test_exit_statuses_and_messages(raised, status, printed, capsys):
+def test_exit_statuses_and_printed_messages(raised, status, printed, capsys):
     def main():
         raise raised
 
@@ -57,7 +57,7 @@ def test_bugs_keep_their_traceback():
 
 @pytest.mark.parametrize("output", ["print('line'), input()", "[print('line', flush=True) for _ in range(100_000)]"])
 def test_a_closed_stdout_ends_the_command_silently(output):
-    """As in `… | head`."""
+    """A reader such as `head` closes the pipe."""
     environment = {name: value for name, value in PROCESS_ENVIRONMENT.items() if name != "PYTHONUNBUFFERED"}
     command = [sys.executable, "-c", f"from lib.cli import run_command\nrun_command(lambda: ({output}))"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

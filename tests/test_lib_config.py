@@ -23,12 +23,8 @@ def test_defaults_are_the_published_recipe():
     assert given == {}
     assert (cfg.DATA.NAME, cfg.DATA.SPLIT_BY, cfg.DATA.SPLIT, cfg.DATA.IMG_SIZE) == ("refcoco", "unc", "val", 480)
     assert (cfg.TRAIN.EPOCHS, cfg.BATCH_SIZE, cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY) == (40, 6, 3e-5, 1e-2)
-    assert (cfg.TRAIN.WARMUP_STEPS, cfg.TRAIN.CLIP_GRAD, cfg.TRAIN.AMSGRAD, cfg.TRAIN.ALIGNMENT) == (
-        0,
-        0.0,
-        False,
-        True,
-    )
+    assert (cfg.TRAIN.WARMUP_STEPS, cfg.TRAIN.CLIP_GRAD) == (0, 0.0)
+    assert (cfg.TRAIN.AMSGRAD, cfg.TRAIN.ALIGNMENT) == (False, True)
     assert (cfg.WORKERS, cfg.PRINT_FREQ, cfg.DEVICE) == (2, 10, "auto")
     assert (cfg.DATA.ROOT, cfg.OUTPUT_DIR, cfg.LOG_DIR) == ("./refer/data", "./checkpoints", "./models")
 
@@ -58,7 +54,7 @@ def test_flags_override_the_yaml_and_the_yaml_overrides_the_base(tmp_path):
         "--cfg", tmp_path / "c.yaml", "--img_size", 224, base={"DATA.IMG_SIZE": 64, "DATA.MAX_TOKENS": 9, "SEED": 5}
     )
     assert (cfg.DATA.IMG_SIZE, cfg.DATA.MAX_TOKENS, cfg.SEED) == (224, 15, 5)
-    assert (cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY) == (1.0, 1e-3)  # yaml reads 1e-3 as text
+    assert (cfg.TRAIN.LR, cfg.TRAIN.WEIGHT_DECAY) == (1.0, 1e-3)  # YAML reads 1e-3 as text
     path = str(tmp_path / "c.yaml")
     from_yaml = dict.fromkeys(("DATA.MAX_TOKENS", "TRAIN.LR", "TRAIN.WEIGHT_DECAY"), path)
     assert given == {"DATA.IMG_SIZE": "--img_size", **from_yaml}
@@ -83,7 +79,7 @@ def test_flags_override_the_yaml_and_the_yaml_overrides_the_base(tmp_path):
         (["--cfg", "nowhere.yaml"], "--cfg nowhere.yaml: No such file"),
     ],
 )
-def test_mistakes_in_flags(flags, message):
+def test_messages_of_mistakes_in_flags(flags, message):
     with pytest.raises(UserError) as caught:
         resolved(*flags)
     assert message in str(caught.value)
@@ -104,7 +100,7 @@ def test_mistakes_in_flags(flags, message):
         ("just text", "contains no configuration keys"),
     ],
 )
-def test_mistakes_in_files(tmp_path, text, message):
+def test_messages_of_mistakes_in_yaml_files(tmp_path, text, message):
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(UserError) as caught:
         resolved("--cfg", tmp_path / "c.yaml")
@@ -112,12 +108,12 @@ def test_mistakes_in_files(tmp_path, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_file_is_a_missing_file():
+def test_a_missing_yaml_file_raises_missing_file_error():
     with pytest.raises(MissingFileError):
         resolved("--cfg", "nowhere.yaml")
 
 
-def test_test_accepts_and_reports_training_flags():
+def test_training_flags_of_test_py_are_accepted_and_reported_as_unused():
     args = parse("test", "--lr", "0.1", "--ck_bert", "bert-base-uncased", "--amsgrad", "--split", "val")
     assert sorted(config.unused_flags(args)) == ["--amsgrad", "--ck_bert", "--lr"]
     assert config.unused_flags(parse("train", "--lr", "0.1")) == []
@@ -127,7 +123,7 @@ def test_tokenizer_follows_the_dataset():
     assert config.tokenizer_name(resolved()[0], 30522) == "bert-base-uncased"
     cfg = resolved("--dataset", "refshapes", "--refer_data_root", "d")[0]
     assert config.tokenizer_name(cfg, 200) == "d/refshapes/vocab.txt"
-    assert config.tokenizer_name(cfg, 30522) == "bert-base-uncased"  # BERT's embeddings know BERT's ids only
+    assert config.tokenizer_name(cfg, 30522) == "bert-base-uncased"  # as many as BERT's entries
     scratch = resolved("--dataset", "refshapes", "--refer_data_root", "d", "--from_scratch")[0]
     assert config.tokenizer_name(scratch, 30522) == "d/refshapes/vocab.txt"
     assert config.tokenizer_name(resolved("--dataset", "refshapes", "--bert_tokenizer", "x")[0], 200) == "x"
@@ -142,12 +138,12 @@ def test_epochs_flag_overrides_steps_of_the_yaml(tmp_path):
         resolved("--epochs", 3, "--steps", 5)
 
 
-def test_unknown_keys_of_a_checkpoint_are_named():
+def test_unknown_keys_of_a_checkpoint_are_reported():
     with pytest.raises(UserError, match=r"saved configuration: unknown key TRAIN\.LEARN"):
         resolved(base={"TRAIN.LEARN": 3})
 
 
-def test_model_keywords_build_what_is_configured(small_config):
+def test_model_keywords_build_the_configured_model(small_config):
     from CrossVLT import build_crossvlt
 
     cfg, _ = resolved("--cfg", small_config)
@@ -172,18 +168,18 @@ def test_published_recipes_are_the_defaults(name):
     assert config.divide_batch(cfg, {}, world_size=2) == 1
     assert cfg.TRAIN.GLOBAL_BATCH == 12
     defaults = config.flatten(config.DEFAULTS)
-    apart = {key for key, value in config.flatten(cfg).items() if value != defaults[key]}
-    assert apart <= {"DATA.NAME", "DATA.SPLIT_BY", "TRAIN.GLOBAL_BATCH"}
+    changed = {key for key, value in config.flatten(cfg).items() if value != defaults[key]}
+    assert changed <= {"DATA.NAME", "DATA.SPLIT_BY", "TRAIN.GLOBAL_BATCH"}
 
 
-def test_variants_of_the_published_recipe_differ_in_one_option():
+def test_variants_of_the_published_recipe_change_one_option():
     published = config.flatten(resolved("--cfg", ROOT / "configs" / "published.yaml")[0])
     for name, differing in {"one_24gb_gpu": {"TRAIN.GRAD_CHECKPOINT": True}, "bf16": {"TRAIN.AMP": "bf16"}}.items():
         keys = config.flatten(resolved("--cfg", ROOT / "configs" / f"{name}.yaml")[0])
         assert {key: value for key, value in keys.items() if value != published[key]} == differing
 
 
-def test_every_config_starts_with_its_command():
+def test_every_config_file_has_a_working_command_in_its_comment():
     for path in (ROOT / "configs").glob("*.yaml"):
         commands = [
             line[1:].split("train.py")[1].split() for line in path.read_text().splitlines() if "train.py" in line
@@ -224,12 +220,12 @@ def test_the_global_batch_is_divided(flags, world_size, accum_steps, total):
     cfg, given = resolved(*flags)
     assert config.divide_batch(cfg, given, world_size) == accum_steps
     assert total == cfg.TRAIN.GLOBAL_BATCH
-    # Resumed with other processes, the global batch stays the same.
-    again, given = resolved("-b", 1, base=config.flatten(cfg))
-    assert config.divide_batch(again, given, 1) == total
+    # When the run is resumed with another number of processes, the global batch stays the same.
+    resumed, given = resolved("-b", 1, base=config.flatten(cfg))
+    assert config.divide_batch(resumed, given, 1) == total
 
 
-def test_an_impossible_global_batch_is_refused():
+def test_an_impossible_global_batch_is_rejected():
     for flags, message in (
         (["-b", 5, "--global_batch", 12], "A global batch of 12 is not divisible by 1 process"),
         (
@@ -240,11 +236,11 @@ def test_an_impossible_global_batch_is_refused():
         cfg, given = resolved(*flags)
         with pytest.raises(UserError, match=message):
             config.divide_batch(cfg, given, 1)
-    cfg, given = resolved("-b", 2, "--accum-steps", 3, base={"TRAIN.GLOBAL_BATCH": 12})  # a resumed run's
+    cfg, given = resolved("-b", 2, "--accum-steps", 3, base={"TRAIN.GLOBAL_BATCH": 12})  # of a resumed run
     assert (config.divide_batch(cfg, given, 1), cfg.TRAIN.GLOBAL_BATCH) == (3, 6)
 
 
-def test_a_conflict_names_the_flag_and_the_file(tmp_path):
+def test_the_message_of_a_conflict_names_the_flag_and_the_file(tmp_path):
     path = tmp_path / "try.yaml"
     path.write_text("PRETRAINED: {FROM_SCRATCH: true}\nTRAIN: {GLOBAL_BATCH: 12}\n")
     with pytest.raises(UserError) as caught:
@@ -273,6 +269,6 @@ def test_every_boolean_can_be_unset_by_a_flag():
     assert resolved("--alignment", base={"TRAIN.ALIGNMENT": False})[0].TRAIN.ALIGNMENT
 
 
-def test_the_documented_options_are_the_real_ones():
-    """docs/options.md is generated: make docs."""
+def test_the_options_page_is_up_to_date():
+    """docs/options.md is generated by `make docs`."""
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == config.options_table()

@@ -1,4 +1,4 @@
-"""evaluate() against counts worked out by hand and by pycocotools; predict() and alignment maps."""
+"""evaluate() compared with counts by hand and by pycocotools; predict() and alignment maps."""
 
 from types import SimpleNamespace
 
@@ -50,13 +50,13 @@ class Echo(torch.nn.Module):
 
 
 class Split:
-    """What evaluate() needs of a ReferDataset: ``predictions`` are what Echo predicts for each image.
+    """Stand-in for ReferDataset with the attributes that evaluate() uses.
 
     Args:
-        predictions: an image of 0 and 1 per image.
+        predictions: an image of 0 and 1 per image, which :class:`Echo` predicts as the mask.
         targets: a mask per expression, or a dict of masks by gt_mask.
-        images: per expression, its image (default: an image each).
-        objects: per expression, its object (default: an object each).
+        images: the image of each expression (default: one image each).
+        objects: the object of each expression (default: one object each).
     """
 
     split = "val"
@@ -64,10 +64,10 @@ class Split:
     def __init__(self, predictions, targets, images=None, objects=None, img_size=None):
         self.predictions, self.targets = np.array(predictions, np.uint8), targets
         self.img_size = img_size or self.predictions.shape[-1]
-        everyone = range(len(targets))
+        indices = range(len(targets))
         self.expressions = [
             SimpleNamespace(image_id=image, ref_id=ref)
-            for image, ref in zip(images or everyone, objects or everyone, strict=True)
+            for image, ref in zip(images or indices, objects or indices, strict=True)
         ]
         self.input_ids = self.attention_mask = torch.zeros(len(targets), 4, dtype=torch.long)
 
@@ -99,7 +99,7 @@ class Memory(ResultSink):
         self.masks = [result.mask for result in results]
 
 
-# Expression 0 finds half of its object, 1 finds something where there is nothing, 2 is right.
+# Expression 0: half of the object is found. 1: a prediction for an empty target. 2: correct.
 EXAMPLE = Split(
     predictions=[[[1, 0], [0, 0]], [[1, 1], [0, 0]]],
     targets=[[[1, 1], [0, 0]], [[0, 0], [0, 0]], [[1, 1], [0, 0]]],
@@ -132,7 +132,7 @@ def test_pixels_are_counted_in_the_order_of_the_dataset():
     assert result.metrics == compute_metrics(COUNTS)
 
 
-def test_a_subset_is_evaluated_alone():
+def test_only_the_requested_expressions_are_evaluated():
     result = evaluate_echo(EXAMPLE, indices=[2, 0])["paper"]
     assert result.indices.tolist() == [0, 2]
     assert result.counts.tolist() == [COUNTS[0], COUNTS[2]]
@@ -161,7 +161,7 @@ def test_an_image_is_encoded_once_for_all_its_sentences():
     ],
 )
 def test_every_expression_is_evaluated_exactly_once(monkeypatch, evaluated, message):
-    """A loader that repeats, forgets or invents expressions is a bug and is reported."""
+    """Repeated, missing and unexpected expressions from the loader raise an error."""
     (batch,) = build_eval_batches(EXAMPLE, torch.device("cpu"), batch_size=4, workers=0, rank=0, world_size=1)
     batches = []
     for indices in evaluated:
@@ -192,7 +192,7 @@ def test_counts_agree_with_pycocotools(size):
     targets, predictions = source.integers(0, 2, (2, 6, size, size))
     targets[0], predictions[1] = 0, 0
     result = evaluate_echo(Split(predictions, list(targets)))["paper"]
-    as_rle = [[coco_mask.encode(np.asfortranarray(m, np.uint8)) for m in several] for several in (predictions, targets)]
+    as_rle = [[coco_mask.encode(np.asfortranarray(m, np.uint8)) for m in masks] for masks in (predictions, targets)]
     for k, (intersection, union) in enumerate(result.counts.tolist()):
         expected = coco_mask.iou([as_rle[0][k]], [as_rle[1][k]], [0])[0, 0] if union else 0.0
         assert intersection / max(union, 1) == pytest.approx(expected)
@@ -214,7 +214,7 @@ def test_earlier_results_are_not_computed_again(monkeypatch, caplog):
     assert model.num_encoded == 0
 
 
-def test_results_are_written_by_the_clock_and_before_a_stop(monkeypatch):
+def test_results_are_written_at_intervals_and_before_a_stop(monkeypatch):
     split = Split([[[1, 0], [0, 0]]] * 4, [[[1, 0], [0, 0]]] * 4)
     monkeypatch.setattr(lib.collector, "SECONDS_BETWEEN_WRITES", -1)  # after every batch
     sink = Memory()
@@ -249,7 +249,7 @@ def test_predict_at_another_size():
 
 
 def test_batch_size_and_shared_encoding_change_nothing(small_model, refshapes_root):
-    """With weights whose masks have a structure: I and U within 2 pixels of a plain forward pass per expression."""
+    """Intersections and unions differ by at most 2 pixels from those of one forward pass per expression."""
     tokenizer = read_vocabulary(refshapes_root / "refshapes" / "vocab.txt")
     split = ReferDataset(REFER(refshapes_root, "refshapes"), "val", tokenizer, img_size=64)
     model = small_model(vocab_size=200).eval()
@@ -270,9 +270,9 @@ def test_batch_size_and_shared_encoding_change_nothing(small_model, refshapes_ro
         assert np.abs(counts - one_by_one).max() <= 2
 
 
-@pytest.mark.usefixtures("every_thread")
+@pytest.mark.usefixtures("all_threads")
 def test_shared_encoding_keeps_the_golden_logits():
-    """All recorded images with two sentences each at once: the recorded pairs keep their logits."""
+    """The recorded logits stay the same when each image is evaluated with two sentences at once."""
     recorded = np.load(ROOT / "tests" / "data" / "golden" / "eval_tiny_224.npz")["logits"]
     inputs = golden_inputs("eval_tiny_224", 3, 224, 224)
     model = set_golden_weights(build_crossvlt("tiny")).eval()
@@ -282,7 +282,7 @@ def test_shared_encoding_keeps_the_golden_logits():
         ids, attention_mask = inputs.input_ids[sentences], inputs.attention_mask[sentences]
         logits = model.segment(encoded, ids, attention_mask, size=(224, 224)).mask_logits.numpy()
     assert np.abs(logits[::2, :, ::8, ::8] - recorded).max() < 2e-4
-    assert np.abs(logits[1::2, :, ::8, ::8] - recorded).max() > 0.1  # another sentence changes the prediction
+    assert np.abs(logits[1::2, :, ::8, ::8] - recorded).max() > 0.1  # the other sentences change the prediction
 
 
 def test_alignment_maps_are_cosines(small_model, small_inputs):

@@ -24,7 +24,7 @@ def test_atomic_write_is_all_or_nothing(tmp_path):
     assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
 
 
-def test_an_unwritable_path_is_named(tmp_path):
+def test_the_error_names_an_unwritable_path(tmp_path):
     (tmp_path / "file").write_text("")
 
     def write():
@@ -35,7 +35,7 @@ def test_an_unwritable_path_is_named(tmp_path):
         write()
 
 
-def test_outputs_are_checked_before_the_work(tmp_path):
+def test_check_writable_rejects_folders_inputs_and_other_suffixes(tmp_path):
     image = tmp_path / "images" / "a.png"
     image.parent.mkdir()
     image.write_bytes(b"image")

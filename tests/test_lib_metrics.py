@@ -1,4 +1,4 @@
-"""The metrics, against values computed by hand."""
+"""The metrics, compared with values computed by hand."""
 
 import random
 
@@ -30,7 +30,7 @@ def test_an_iou_equal_to_the_threshold_counts_unless_strict(threshold):
         assert compute_metrics([(intersection - 1, union)])[name] == 0
 
 
-def test_the_order_of_expressions_does_not_change_a_digit():
+def test_the_order_of_expressions_does_not_change_the_metrics():
     generator = random.Random(0)
     counts = [(generator.randrange(union), union) for union in (generator.randrange(1, 5000) for _ in range(500))]
     values = compute_metrics(counts)

@@ -51,8 +51,8 @@ def test_optimizer_has_one_param_group_per_decay(small_model):
     name_of = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = group_parameter_names(list(name_of.values()))
     assert isinstance(optimizer, torch.optim.AdamW)
-    found = {group["weight_decay"]: {name_of[id(p)] for p in group["params"]} for group in optimizer.param_groups}
-    assert found == {1e-2: set(groups.decay), 0.0: set(groups.no_decay)}
+    names = {group["weight_decay"]: {name_of[id(p)] for p in group["params"]} for group in optimizer.param_groups}
+    assert names == {1e-2: set(groups.decay), 0.0: set(groups.no_decay)}
     assert all(group["lr"] == 3e-5 and group["amsgrad"] for group in optimizer.param_groups)
     assert all(group["betas"] == (0.9, 0.999) and group["eps"] == 1e-8 for group in optimizer.param_groups)
 

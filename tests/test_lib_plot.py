@@ -53,7 +53,7 @@ def panels(figure):
 
 def text_of(artist, content):
     """Return the text object with this content."""
-    (text,) = artist.findobj(lambda one: isinstance(one, Text) and one.get_text() == content)
+    (text,) = artist.findobj(lambda item: isinstance(item, Text) and item.get_text() == content)
     return text
 
 
@@ -97,7 +97,7 @@ def test_every_curve_has_the_values_of_the_file(tmp_path):
         assert axes.get_xlim()[0] < 0 < 200 < axes.get_xlim()[1]
 
 
-def test_the_curves_of_one_run_differ_in_colour_and_style():
+def test_the_curves_of_one_run_differ_in_color_and_style():
     shown = panels(draw_curves({"demo": random_run()}))
     for title, labels in (("Evaluation on val, %", [*EVALUATED, "best oIoU"]), ("Alignment", list("1234"))):
         legend = shown[title].get_legend()
@@ -111,7 +111,7 @@ def test_the_curves_of_one_run_differ_in_colour_and_style():
     assert max(line.get_linewidth() for line in evaluation[2:]) < min(line.get_linewidth() for line in evaluation[:2])
 
 
-def test_each_of_several_runs_has_a_colour_and_each_term_a_style():
+def test_each_of_several_runs_has_a_color_and_each_term_a_style():
     runs = {"a": random_run(1), "b": random_run(2), "c": random_run(3, epochs=2, alignment=False)}
     figure = draw_curves(runs)
     (legend,) = figure.legends
@@ -328,10 +328,10 @@ def test_the_command_needs_no_display_and_reports_mistakes_in_one_line(tmp_path)
         "import sys, lib.plot; assert 'matplotlib' not in sys.modules; lib.plot.main(); "
         "assert 'matplotlib.pyplot' not in sys.modules"
     )
-    how = {"cwd": ROOT, "capture_output": True, "text": True, "env": {**PROCESS_ENVIRONMENT, "MPLBACKEND": "TkAgg"}}
-    done = subprocess.run([sys.executable, "-c", code, folder], **how, check=False)
+    options = {"cwd": ROOT, "capture_output": True, "text": True, "env": {**PROCESS_ENVIRONMENT, "MPLBACKEND": "TkAgg"}}
+    done = subprocess.run([sys.executable, "-c", code, folder], **options, check=False)
     assert (done.returncode, done.stdout) == (0, f"{folder / 'curves.png'}\n"), done.stderr
-    done = subprocess.run([sys.executable, "-m", "lib.plot", tmp_path / "nowhere"], **how, check=False)
+    done = subprocess.run([sys.executable, "-m", "lib.plot", tmp_path / "nowhere"], **options, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: There is no file ")
     assert done.stderr.count("\n") == 1

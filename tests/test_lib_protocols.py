@@ -19,8 +19,8 @@ def test_changed_switches_become_part_of_the_name():
     (union,) = choose_protocols("paper", gt_mask="union", threshold=0.35)
     assert (union.name, union.gt_mask, union.threshold) == ("paper+gt_mask=union+threshold=0.35", "union", 0.35)
     assert [p.name for p in choose_protocols("paper", gt_mask="paper", eval_size="resized", max_tokens=21)] == ["paper"]
-    both = choose_protocols(" original, paper,paper", max_tokens=20)
-    assert [p.name for p in both] == ["original+max_tokens=20", "paper+max_tokens=20"]
+    protocols = choose_protocols(" original, paper,paper", max_tokens=20)
+    assert [p.name for p in protocols] == ["original+max_tokens=20", "paper+max_tokens=20"]
     names = [p.name for p in choose_protocols("paper,original", gt_mask="union")]
     assert names == ["paper+gt_mask=union", "original"]
 
@@ -45,6 +45,6 @@ def test_the_name_of_settings_is_the_one_chosen_by_flags():
         ("paper,original", {"gt_mask": "union", "eval_size": "original"}, "paper.* and original the same"),
     ],
 )
-def test_mistakes(names, switches, message):
+def test_messages_of_mistakes(names, switches, message):
     with pytest.raises(UserError, match=message):
         choose_protocols(names, **switches)

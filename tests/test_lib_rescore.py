@@ -37,15 +37,15 @@ def test_without_flags_the_metrics_are_those_of_the_evaluation(run_rescore, tmp_
 
 
 def test_several_files_splits_and_protocols(run_rescore, tmp_path):
-    two = write_results(tmp_path / "two.jsonl", protocols="paper,original", threshold=0.4)
-    one = write_results(tmp_path / "one.jsonl", EXPRESSIONS[:1])
-    *_, report = run_rescore(two, one)
+    first = write_results(tmp_path / "two.jsonl", protocols="paper,original", threshold=0.4)
+    second = write_results(tmp_path / "one.jsonl", EXPRESSIONS[:1])
+    *_, report = run_rescore(first, second)
     names = ["paper+threshold=0.4", "original+threshold=0.4"]
     assert [(row["file"], row["split"], row["protocol"]) for row in report["results"]] == [
-        *((str(two), split, name) for split in ("val", "testA") for name in names),
-        (str(one), "val", "paper"),
+        *((str(first), split, name) for split in ("val", "testA") for name in names),
+        (str(second), "val", "paper"),
     ]
-    *_, report = run_rescore(two, "--protocol", "original+threshold=0.4", "--split", "testA")
+    *_, report = run_rescore(first, "--protocol", "original+threshold=0.4", "--split", "testA")
     assert scores(report) == {("testA", "original+threshold=0.4"): (1, 75)}
 
 
@@ -67,20 +67,9 @@ def test_the_order_of_lines_has_no_effect(run_rescore, tmp_path):
         (["--sentences", "first"], {"val": (2, 45), "testA": (1, 75)}),
         (["--sentences", "first", "--words", "2-"], {"val": (1, 90), "testA": (1, 75)}),
         (["--words", "1-2", "--sentence", "dog", "--split", "val"], {"val": (1, 90)}),
-        # settings that are those of the file
+        # the settings of the file
         (
-            [
-                "--threshold",
-                "0.4",
-                "--eval_size",
-                "resized",
-                "--max_tokens",
-                "21",
-                "--gt_mask",
-                "paper",
-                "--split",
-                "val",
-            ],
+            "--threshold 0.4 --eval_size resized --max_tokens 21 --gt_mask paper --split val".split(),
             {"val": (3, 140 / 3)},
         ),
     ],
@@ -155,9 +144,9 @@ def test_partial_files_are_reported(run_rescore, tmp_path):
         (["--gt_mask", "both"], "--gt_mask: invalid choice"),
         (["--gtmask", "union"], r"Unknown flag --gtmask\. Did you mean --gt_mask\?"),
         (["--gt_mask", "union", "--refer_data_root", "/nowhere"], r"/nowhere/refcoco/refs\(unc\)\.p is missing"),
-        (["--ids", "/nowhere.txt"], r"--ids /nowhere.txt: there is no such file\.$"),
+        (["--ids", "/nowhere.txt"], r"--ids /nowhere.txt: no such file\.$"),
         (["--ids", __file__], "--ids .*: line 1 is not a sent_id"),
-        (["--compare", "a", "b"], "Give result files, or two of them with --compare"),
+        (["--compare", "a", "b"], "Pass result files, or two of them with --compare"),
         (["/nowhere.jsonl"], "/nowhere.jsonl"),
         ([__file__], r"test_lib_rescore\.py\.settings\.json is missing"),
     ],
@@ -171,7 +160,7 @@ def test_messages_of_mistakes(run_rescore, tmp_path, flags, message):
 
 def test_a_mistake_is_reported_in_one_line_with_status_2(monkeypatch, capsys):
     finished = run_in_process(rescore.main, ["rescore"], monkeypatch, capsys)
-    message = "error: Give result files, or two of them with --compare A B. See --help.\n"
+    message = "error: Pass result files, or two of them with --compare A B. See --help.\n"
     assert finished == (EXIT_MISTAKE, "", message)
 
 

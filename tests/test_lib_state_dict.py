@@ -1,4 +1,4 @@
-"""State dicts: names of keys in all files that users have, strict loading, sizes read from shapes."""
+"""State dicts: renaming keys of the supported files, strict loading, inferring sizes from shapes."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ from lib.variants import SWIN_VARIANTS
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_keys_of_all_files_are_repaired(key, repaired, prefix):
+def test_keys_of_all_supported_files_are_repaired(key, repaired, prefix):
     value = torch.zeros(1)
     assert repair_keys({prefix + key: value}) == ({} if repaired is None else {repaired: value})
 
@@ -50,7 +50,7 @@ def test_a_prefix_that_not_all_keys_have_is_kept():
     ]
 
 
-def test_repairing_does_not_change_the_own_state_dict(small_model):
+def test_repairing_keeps_the_state_dict_of_crossvlt(small_model):
     state_dict = small_model().state_dict()
     assert repair_keys(state_dict) == state_dict
 
@@ -79,7 +79,7 @@ def test_only_the_temperature_may_be_missing(small_model):
     for key in state_dict:
         if key != "temp":
             with pytest.raises(UserError, match="1 missing"):
-                load_strictly(model, {other: value for other, value in state_dict.items() if other != key}, "a.pth")
+                load_strictly(model, {name: value for name, value in state_dict.items() if name != key}, "a.pth")
     with pytest.raises(UserError, match=r"temp: \(3,\) instead of \(4,\)"):
         load_strictly(model, {**state_dict, "temp": torch.ones(3)}, "a.pth")
 
@@ -102,17 +102,17 @@ def test_bias_tables_of_another_window_are_resized(small_model):
     step = 7 / 11
     torch.testing.assert_close(resized[6, 5] - resized[5, 5], torch.full((heads,), step), atol=0, rtol=0.1)
     torch.testing.assert_close(resized[5, 6] - resized[5, 5], torch.full((heads,), 10 * step), atol=0, rtol=0.1)
-    same = model.state_dict()[key]
-    assert torch.equal(adapt_to_model({key: same}, model)[key], same)
+    fitting = model.state_dict()[key]
+    assert torch.equal(adapt_to_model({key: fitting}, model)[key], fitting)
 
 
 @pytest.mark.parametrize("fusion", ["cross", "vision", "late"])
 def test_model_config_is_inferred_from_shapes(small_model, fusion):
     model = small_model(fusion=fusion)
     config = infer_model_config(model.state_dict())
-    invisible = {"drop_path_rate", "text_dropout", "text_heads", "swin_type"}
-    assert {k: v for k, v in config.items() if k not in invisible} == {
-        k: v for k, v in model.config.items() if k not in invisible
+    not_inferred = {"drop_path_rate", "text_dropout", "text_heads", "swin_type"}
+    assert {k: v for k, v in config.items() if k not in not_inferred} == {
+        k: v for k, v in model.config.items() if k not in not_inferred
     }
 
 

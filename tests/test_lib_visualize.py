@@ -78,7 +78,7 @@ def test_the_color_scale_is_symmetric():
     luminance = np.array(HEAT_COLORS) @ (0.2126, 0.7152, 0.0722)
     half = len(HEAT_COLORS) // 2
     assert (np.diff(luminance[: half + 1]) > 0).all()
-    assert np.abs(luminance - luminance[::-1]).max() < 40  # so that neither side dominates in gray print
+    assert np.abs(luminance - luminance[::-1]).max() < 40  # so that neither side dominates when printed in gray
     shifted = np.asarray(heat_overlay(GRAY, np.full((2, 2), -3.0), -4, -2))
     assert close(shifted, white, 0.51).all()
     for low, high in ((1, 1), (1, -1), (0, np.nan)):
@@ -97,7 +97,7 @@ def test_maps_are_resized_smoothly_and_leave_the_image_visible():
     )
     assert max(np.subtract(light, dark)) > 40
     assert np.asarray(heat_overlay(GRAY, np.full((2, 2), np.nan, np.float32))).max() == 0
-    assert np.asarray(heat_overlay(GRAY, np.array([[np.inf, 0.0]]))).min() > 0  # infinity is clipped, not spread
+    assert np.asarray(heat_overlay(GRAY, np.array([[np.inf, 0.0]]))).min() > 0  # infinity is clipped
 
 
 def test_a_panel_shows_image_target_and_prediction_in_order():
@@ -105,10 +105,10 @@ def test_a_panel_shows_image_target_and_prediction_in_order():
     target[10:40, 10:40] = True
     drawn = expression_panel(GRAY, target, [Prediction("a", ~target, 0.0)], "x")
     assert drawn.width == MARGIN + 3 * (CELL + MARGIN)
-    ((original, true, predicted),) = cells(drawn, 1, bottom=8)
+    ((original, expected, predicted),) = cells(drawn, 1, bottom=8)
     assert close(original, (90, 90, 90)).all()
     inside = np.kron(target, np.ones((4, 4))).astype(bool)
-    for image, area, color in ((true, inside, TARGET_COLOR), (predicted, ~inside, PREDICTION_COLOR)):
+    for image, area, color in ((expected, inside, TARGET_COLOR), (predicted, ~inside, PREDICTION_COLOR)):
         tinted = ~close(image, (90, 90, 90), 3)
         assert tinted[area].mean() > 0.99  # resampling blurs the outline by a pixel
         assert tinted[~area].mean() < 0.05
@@ -131,7 +131,7 @@ def test_masks_of_other_sizes_are_resized_by_nearest_neighbor():
     assert not marked[:, 242:].any()
     # A mask of stripes, larger than it is drawn: nearest neighbor takes only the even or only the odd columns.
     stripes = np.tile([False, True], (960, 640))
-    halves = [expression_panel(GRAY, NOTHING, [Prediction("a", one, 0.5)], "x") for one in (stripes, ~stripes)]
+    halves = [expression_panel(GRAY, NOTHING, [Prediction("a", mask, 0.5)], "x") for mask in (stripes, ~stripes)]
     whole, empty = (~close(cells(half, 1, bottom=8)[0][2], (90, 90, 90), 3) for half in halves)
     assert whole.all() != empty.all()
     assert whole.any() != empty.any()
@@ -153,10 +153,10 @@ def test_each_model_has_its_own_cell_and_color():
 
 
 def test_maps_have_a_row_per_model_and_a_fixed_scale():
-    mute = Prediction("b", NOTHING, 0.0)
+    without_maps = Prediction("b", NOTHING, 0.0)
     for predictions, rows in (
         ([Prediction("a", NOTHING, 0.0, MAPS)], 2),
-        ([Prediction("a", NOTHING, 0.0, MAPS), mute], 2),
+        ([Prediction("a", NOTHING, 0.0, MAPS), without_maps], 2),
         ([Prediction("a", NOTHING, 0.0, MAPS), Prediction("b", NOTHING, 0.0, MAPS[::-1])], 3),
     ):
         drawn = expression_panel(GRAY, NOTHING, predictions, "x")

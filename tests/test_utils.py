@@ -12,7 +12,7 @@ from lib.errors import UserError
 from utils import derive_seed, init_distributed, on_main
 
 
-def test_devices(monkeypatch):
+def test_devices_of_a_single_process(monkeypatch):
     distributed = init_distributed("cpu")
     assert (distributed.rank, distributed.world_size, distributed.device.type, distributed.is_main) == (
         0, 1, "cpu", True
@@ -72,7 +72,7 @@ run_command(main)
 """
 
 
-def test_an_error_of_the_main_process_ends_all(tmp_path):
+def test_an_error_of_the_main_process_ends_all_processes(tmp_path):
     (tmp_path / "script.py").write_text(TWO_PROCESSES)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
