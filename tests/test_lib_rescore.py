@@ -69,9 +69,10 @@ def test_the_order_of_lines_has_no_effect(run_rescore, tmp_path):
         (["--words", "1-2", "--sentence", "dog", "--split", "val"], {"val": (1, 90)}),
         # the settings of the file
         (
-            "--threshold 0.4 --eval_size resized --max_tokens 21 --gt_mask paper --split val".split(),
-            {"val": (3, 140 / 3)},
+            ["--threshold", "0.4", "--eval_size", "resized", "--max_tokens", "21"],
+            {"val": (3, 140 / 3), "testA": (1, 75)},
         ),
+        (["--gt_mask", "paper", "--split", "val"], {"val": (3, 140 / 3)}),
     ],
 )
 def test_filters(run_rescore, tmp_path, flags, expected):
