@@ -2,7 +2,7 @@
 # make test    set up, run the tests
 # make lint    run ruff as CI does
 # make docs    generate docs/options.md from lib/options.py
-# make stress  kill 20 trainings at random moments, resume them, compare (about a quarter of an hour)
+# make stress  kill 20 trainings at random moments, resume them, compare (about 15 minutes)
 # make lock    resolve requirements*.txt into requirements.lock
 PYTHON ?= python3
 VENV := .venv

@@ -149,14 +149,18 @@ def _check_conflicts(cfg: CfgNode, given: dict[str, str]) -> None:
 
 
 def _raise_conflict(first: str, second: str, given: dict[str, str], *, remedy: str) -> None:
-    sources = [given.get(key, "the saved configuration") for key in (first, second)]
-    names = [
-        source if source.startswith("--") else f"{source} sets {key}"
-        for source, key in zip(sources, (first, second), strict=True)
-    ]
-    advice = "Drop one of them." if sources[0].startswith("--") else f"Pass {remedy} or drop one of them."
-    joint = " conflicts with " if sources[0].startswith("--") else ", which conflicts with "
-    raise UserError(f"{names[0]}{joint}{names[1]}. {advice}")
+    source = given.get(first, "the saved configuration")
+    if source.startswith("--"):
+        raise UserError(f"{source} conflicts with {_setting(second, given)}. Drop one of them.")
+    raise UserError(
+        f"{source} sets {first}, which conflicts with {_setting(second, given)}. Pass {remedy} or drop one of them."
+    )
+
+
+def _setting(key: str, given: dict[str, str]) -> str:
+    """Return how a message names a setting: the flag that set it, or the key and its file."""
+    source = given.get(key, "the saved configuration")
+    return source if source.startswith("--") else f"{key} of {source}"
 
 
 def lookup(cfg: CfgNode, key: str) -> Any:
@@ -224,10 +228,7 @@ def divide_batch(cfg: CfgNode, given: dict[str, str], world_size: int) -> int:
     if train.ACCUM_STEPS:
         total = per_pass * train.ACCUM_STEPS
         if train.GLOBAL_BATCH not in (0, total) and "TRAIN.GLOBAL_BATCH" in given:
-            sources = {key: given.get(key, key) for key in ("TRAIN.GLOBAL_BATCH", "TRAIN.ACCUM_STEPS")}
-            first, second = (
-                source if source.startswith("--") else f"{key} of {source}" for key, source in sources.items()
-            )
+            first, second = _setting("TRAIN.GLOBAL_BATCH", given), _setting("TRAIN.ACCUM_STEPS", given)
             raise UserError(
                 f"{first} is {train.GLOBAL_BATCH}, but {second} {train.ACCUM_STEPS} × batch size {cfg.BATCH_SIZE} × "
                 f"{world_size} process(es) = {total}. Set only one of the two."

@@ -255,6 +255,11 @@ def test_the_message_of_a_conflict_names_the_flag_and_the_file(tmp_path):
         resolved("--from_scratch", "--init_from", "a.pth")
     with pytest.raises(UserError, match="--train_temperature conflicts with --no_alignment"):
         resolved("--train_temperature", "--no_alignment")
+    path.write_text("PRETRAINED: {INIT_FROM: a.pth}\nTRAIN: {GLOBAL_BATCH: 12}\n")
+    with pytest.raises(
+        UserError, match=r"^--from_scratch conflicts with PRETRAINED\.INIT_FROM of .*try\.yaml\. Drop one"
+    ):
+        resolved("--cfg", path, "--from_scratch")
     cfg, given = resolved("--cfg", path, "--accum-steps", 4)
     with pytest.raises(UserError, match=r"TRAIN\.GLOBAL_BATCH of .*try\.yaml is 12, but --accum-steps 4"):
         config.divide_batch(cfg, given, 1)
