@@ -167,7 +167,7 @@ def test_a_reader_that_allows_paths_outside_of_the_image_folder(monkeypatch):
     instances["images"][0]["file_name"] = "a/../../b.jpg"
     monkeypatch.setattr("refer.refer.read_instances", lambda path: instances)
     (finding,) = run_cases([valid_case(INSTANCES)])
-    assert "is outside of the image folder" in finding.message
+    assert "is outside the image folder" in finding.message
 
 
 def test_the_command_saves_findings_and_fails(tmp_path, monkeypatch, capsys):
