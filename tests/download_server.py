@@ -36,56 +36,56 @@ class Server:
         self.http.shutdown()
         self.http.server_close()
 
-    def answer(self, to):
-        path = to.path
-        byte_range, condition = to.headers.get("Range"), to.headers.get("If-Range")
+    def answer(self, handler):
+        path = handler.path
+        byte_range, condition = handler.headers.get("Range"), handler.headers.get("If-Range")
         self.requests.append((path, byte_range, condition))
         faults = self.faults.get(path)
-        do = faults.pop(0) if faults else {}
-        if "change" in do:
-            self.files[path], self.etags[path] = do["change"], '"changed"'
-        if "status" in do or path not in self.files:
-            to.send_response(do.get("status", 404))
-            for name, value in do.get("headers", {}).items():
-                to.send_header(name, value)
-            to.send_header("Content-Length", "0")
-            to.end_headers()
+        fault = faults.pop(0) if faults else {}
+        if "change" in fault:
+            self.files[path], self.etags[path] = fault["change"], '"changed"'
+        if "status" in fault or path not in self.files:
+            handler.send_response(fault.get("status", 404))
+            for name, value in fault.get("headers", {}).items():
+                handler.send_header(name, value)
+            handler.send_header("Content-Length", "0")
+            handler.end_headers()
             return
         data, etag = self.files[path], self.etags.get(path, '"first"')
         start = 0
-        if byte_range and do.get("range", True) and (condition == etag or do.get("ignore_if_range")):
+        if byte_range and fault.get("range", True) and (condition == etag or fault.get("ignore_if_range")):
             start = int(re.fullmatch(r"bytes=(\d+)-", byte_range)[1])
-        to.send_response(206 if start else 200)
+        handler.send_response(206 if start else 200)
         if start:
-            to.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
-        if not do.get("chunked"):
-            to.send_header("Content-Length", str(len(data) - start))
-        if do.get("etag", True):
-            to.send_header("ETag", etag)
-        for name, value in do.get("headers", {}).items():
-            to.send_header(name, value)
-        to.end_headers()
-        to.wfile.write(data[start : start + do.get("bytes", len(data))])
-        to.wfile.flush()
-        if do.get("stall"):
+            handler.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+        handler.send_header("Content-Length", str(len(data) - start))
+        if fault.get("etag", True):
+            handler.send_header("ETag", etag)
+        for name, value in fault.get("headers", {}).items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        handler.wfile.write(data[start : start + fault.get("bytes", len(data))])
+        handler.wfile.flush()
+        if fault.get("stall"):
             self.closing.wait(20)
-        if do.get("drip"):
+        if fault.get("drip"):
             for _ in range(200):
                 if self.closing.wait(0.02):
                     break
-                to.wfile.write(b"x")
-                to.wfile.flush()
+                handler.wfile.write(b"x")
+                handler.wfile.flush()
 
 
-def pack(path, members, **how):
-    """A zip of {name or ZipInfo: bytes}."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, **how) as file:
+def pack(path, members):
+    """Write a zip file with members (name or ZipInfo, bytes) and return its path."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
         for name, data in members:
             file.writestr(name, data)
     return path
 
 
-def link(name, to):
+def link(name, target):
+    """Return a member that is a symbolic link."""
     info = zipfile.ZipInfo(name)
     info.create_system, info.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
-    return info, to
+    return info, target

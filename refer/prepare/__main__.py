@@ -67,7 +67,7 @@ def check(args: argparse.Namespace, given: Sequence[str]) -> None:
     """Verify the requested datasets and weights, or all installed datasets. ``given``: the flags that are set."""
     unused = [name for name in given if name in ("local", "mirror", "download", "again", "keep_zips", "stall", "tries")]
     if unused or args.images == "needed":
-        flag = "images needed" if not unused else {"local": "from"}.get(unused[0], unused[0])
+        flag = {"local": "from"}.get(unused[0], unused[0]) if unused else "images needed"
         raise UserError(f"--{flag} cannot be combined with --check, which installs nothing.")
     weights = parse_names("--weights", args.weights, WEIGHTS)
     datasets = parse_names("--dataset", args.dataset)

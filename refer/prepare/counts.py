@@ -10,7 +10,7 @@ from refer.refer import REFER
 
 
 class Summary(NamedTuple):
-    """What a dataset contains under one split system."""
+    """Contents of a dataset under one split system."""
 
     dataset: str
     split_by: str

@@ -25,7 +25,7 @@ LOG_INTERVAL = 15.0  # seconds between progress lines if stderr is not a termina
 
 
 class RejectedError(Exception):
-    """A source has no valid file. It is not tried again; the next source is."""
+    """A source has no valid file and is not tried again. The next source is tried instead."""
 
 
 class Hashes:

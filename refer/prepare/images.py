@@ -144,7 +144,7 @@ def image_fault(path: Path, size: tuple[int, int] | None = None) -> str:
 
 
 def describe_faults(folder: Path, faults: Mapping[str, str]) -> str:
-    """Summarize the faults that :func:`find_image_faults` found, at least one, on one line."""
+    """Return a one-line summary of faults from :func:`find_image_faults`. There must be at least one fault."""
     invalid = [name for name, fault in faults.items() if fault != "is missing"]
     missing = len(faults) - len(invalid)
     counts = [f"{missing} missing"] * bool(missing) + [f"{len(invalid)} invalid"] * bool(invalid)
@@ -258,7 +258,7 @@ def download_images(missing: Sizes, folder: Path, downloads: Path, options: Opti
     failures = dict.fromkeys(servers, 0)  # in a row
 
     def install(name: str) -> str:
-        """Install an image from the first server that has it. Return the reasons if none has; empty if installed."""
+        """Install an image from the first server that has it. Return why none has it, or an empty string."""
         reasons, target = [], downloads / name
         for server in servers:
             if failures[server] >= MAX_FAILURES:

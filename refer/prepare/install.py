@@ -78,7 +78,7 @@ def annotation_files(root: Path, dataset: str) -> list[str]:
 
 
 def missing_split_systems(root: Path, dataset: str) -> str:
-    """Return a hint about the optional refs files that a COCO dataset lacks; empty if none. Some archives lack them."""
+    """Return a hint about missing refs files of a COCO dataset that are optional; empty if none is missing."""
     names = annotation_files(root, dataset) if dataset in COCO_DATASETS else ()
     missing = [name for name in names if not Path(root, dataset, name).is_file()]
     return f"{', '.join(missing)} is not installed. To download it, use --again." if missing else ""
