@@ -1,4 +1,4 @@
-"""Images, objects and sentences of a user, as input of data.convert in the tests."""
+"""A user's images, objects and sentences, which the tests pass to data.convert."""
 
 import json
 import shutil
@@ -15,7 +15,11 @@ from data.convert.splits import SplitShares
 
 WIDTH, HEIGHT = 40, 30
 IMAGES = 12  # the last two have no sentence
-BOXES = ((2, 3, 12, 20), (18, 4, 30, 14), (5, 22, 35, 28))  # left, top, right, bottom; no sentence has the third one
+BOXES = (
+    (2, 3, 12, 20),
+    (18, 4, 30, 14),
+    (5, 22, 35, 28),
+)  # left, top, right, bottom; no sentence refers to the third box
 TEXTS = (("Bob's red box, left", "the first one"), ("the box at the right",))
 SHARES = SplitShares(val=0.2, test=0.2)
 ONLY_TRAIN = SplitShares(val=0, test=0)

@@ -1,4 +1,4 @@
-"""The meaning of RefShapes sentences, independent of the generator: a grammar, and which objects a sentence fits.
+"""The meaning of RefShapes sentences, independent of the generator: which objects a sentence refers to.
 
 An object has the attributes id, shape, color, size, share (of the image area), u and v (center as a fraction of the
 image's width and height) and hidden_by (ids).
@@ -21,47 +21,47 @@ GRAMMAR = re.compile(
 
 
 def understand(sentence, scene, strict):
-    """Return the ids of the objects of which the sentence is true. strict: clearly true, by a margin."""
+    """Return the ids of the objects of which the sentence is true; with ``strict``, true by a clear margin."""
     parts = GRAMMAR.fullmatch(sentence)
     assert parts, f"not understood: {sentence!r}"
-    found = list(scene)
+    matches = list(scene)
     if parts["color"]:
-        found = [o for o in found if o.color == parts["color"]]
+        matches = [o for o in matches if o.color == parts["color"]]
     if parts["noun"] in SHAPES:
-        found = [o for o in found if o.shape == parts["noun"]]
+        matches = [o for o in matches if o.shape == parts["noun"]]
     if parts["size"]:
         size = parts["size"].replace("big", "large")
         low, high = {"small": (0.025, 0.046), "medium": (0.046, 0.08), "large": (0.08, 0.12)}[size]
-        found = [o for o in found if o.size == size and (not strict or low < o.share < high)]
+        matches = [o for o in matches if o.size == size and (not strict or low < o.share < high)]
     if parts["place"]:
         limit = 0.4 if strict else 0.5
         edges = parts["place"].split()[2:]  # after "on the", "at the" or "in the"
-        found = [o for o in found if all(distance_from(edge, o) < limit + 1e-4 for edge in edges)]
+        matches = [o for o in matches if all(distance_from(edge, o) < limit + 1e-4 for edge in edges)]
     if parts["superlative"]:
-        found = leading(found, parts["superlative"], strict)
+        matches = leading(matches, parts["superlative"], strict)
     if parts["relation"]:
         (landmark_id,) = understand(parts["landmark"], scene, strict=False)
         assert understand(parts["landmark"], scene, strict=True) == [landmark_id]
         (landmark,) = [o for o in scene if o.id == landmark_id]
-        found = [o for o in found if o is not landmark and is_related(o, parts["relation"], landmark, strict)]
-    return [o.id for o in found]
+        matches = [o for o in matches if o is not landmark and is_related(o, parts["relation"], landmark, strict)]
+    return [o.id for o in matches]
 
 
 def distance_from(edge, o):
     return {"left": o.u, "right": 1 - o.u, "top": o.v, "bottom": 1 - o.v}[edge]
 
 
-def leading(found, superlative, strict):
+def leading(matches, superlative, strict):
     if superlative in ("biggest", "largest", "smallest"):
-        values, margin = [math.log(o.share) for o in found], math.log(1.18)
+        values, margin = [math.log(o.share) for o in matches], math.log(1.18)
     else:
-        values, margin = [o.u if superlative in ("leftmost", "rightmost") else o.v for o in found], 0.0799
+        values, margin = [o.u if superlative in ("leftmost", "rightmost") else o.v for o in matches], 0.0799
     if superlative in ("smallest", "leftmost", "topmost"):
         values = [-value for value in values]
-    best = max(range(len(found)), key=values.__getitem__)
+    best = max(range(len(matches)), key=values.__getitem__)
     others = [value for i, value in enumerate(values) if i != best]
     assert others, "a superlative of a single object"
-    return [found[best]] if not strict or values[best] - max(others) > margin else []
+    return [matches[best]] if not strict or values[best] - max(others) > margin else []
 
 
 def is_related(o, relation, landmark, strict):
@@ -82,7 +82,7 @@ def named_properties(sentence):
 
 
 def kind(sentence):
-    """What distinguishes the sentences of one ref."""
+    """Return the kind of a sentence; the sentences of a ref are of different kinds."""
     parts = GRAMMAR.fullmatch(sentence).groupdict()
     if parts["relation"]:
         return "overlap" if parts["relation"] in ("behind", "in front of") else "relation"

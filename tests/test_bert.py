@@ -1,4 +1,4 @@
-"""Tokenization as published, and where BERT's files are looked up."""
+"""Tokenization as published, and the places where BERT's files are looked up."""
 
 import threading
 
@@ -21,12 +21,12 @@ def vocabulary(tmp_path):
     return path
 
 
-def test_ids_equal_those_found_by_hand(vocabulary):
+def test_token_ids_equal_a_manual_tokenization(vocabulary):
     tokenizer = read_vocabulary(vocabulary)
     sentences = ["The Dog's leftmost Café, 2nd", "", "zebra dog", "the " * 30]
     ids, mask = tokenize(tokenizer, sentences, 10)
     words = [[TOKENS[i] for i in row] for row in ids]
-    assert words[0] == ["[CLS]", "the", "dog", "'", "s", "left", "##most", "cafe", ",", "2"]  # cut: no [SEP]
+    assert words[0] == ["[CLS]", "the", "dog", "'", "s", "left", "##most", "cafe", ",", "2"]  # truncated: no [SEP]
     assert words[1] == ["[CLS]", "[SEP]"] + ["[PAD]"] * 8
     assert words[2] == ["[CLS]", "[UNK]", "dog", "[SEP]"] + ["[PAD]"] * 6
     assert words[3] == ["[CLS]"] + ["the"] * 9
@@ -35,10 +35,10 @@ def test_ids_equal_those_found_by_hand(vocabulary):
     assert tokenize(tokenizer, [], 10)[0].shape == (0, 10)
 
 
-def test_ids_equal_those_of_the_tokenizer(vocabulary, monkeypatch):
+def test_token_ids_equal_those_of_the_tokenizer(vocabulary, monkeypatch):
     tokenizer = read_vocabulary(vocabulary)
     monkeypatch.setattr(tokenization, "SENTENCES_PER_CALL", 3)
-    # repeated, cut and empty sentences, accents, control characters, CJK, names of special tokens
+    # repeated, truncated and empty sentences, accents, control characters, CJK, names of special tokens
     sentences = ["the dog", "dog's", "the dog", "the " * 30, "", " ", "CAFÉ\u0000\t2nd", "左の dog", "[SEP] [MASK] the",
                  "the\u200bdog", "dog", "the dog"]  # fmt: skip
     ids, mask = tokenize(tokenizer, sentences, 8)
@@ -84,13 +84,13 @@ def test_hub_names_are_looked_up_in_pretrained_first(vocabulary, tmp_path, monke
     monkeypatch.setattr(files, "HUB_TIMEOUT", 0.3)
     (tmp_path / "pretrained" / "my-bert").mkdir(parents=True)
     (tmp_path / "pretrained" / "bert-base-uncased").mkdir()
-    inside = tmp_path / "pretrained" / "bert-base-uncased" / "vocab.txt"
-    beside = tmp_path / "pretrained" / "vocab.txt"
-    for place in (beside, inside):  # once both exist, the one in the model's own folder is preferred
-        place.write_text(vocabulary.read_text())
+    in_folder = tmp_path / "pretrained" / "bert-base-uncased" / "vocab.txt"
+    in_pretrained = tmp_path / "pretrained" / "vocab.txt"
+    for path in (in_pretrained, in_folder):  # if both exist, the file in the model's folder is preferred
+        path.write_text(vocabulary.read_text())
         found = resolve_bert_file("bert-base-uncased", ("vocab.txt",), flag="--bert_tokenizer")
-        assert found.resolve() == place
-    with pytest.raises(MissingFileError):  # ./pretrained itself is only for bert-base-uncased
+        assert found.resolve() == path
+    with pytest.raises(MissingFileError):  # ./pretrained itself is searched for bert-base-uncased only
         resolve_bert_file("my-bert", ("vocab.txt",), flag="--bert_tokenizer")
     (tmp_path / "pretrained" / "my-bert" / "vocab.txt").write_text(vocabulary.read_text())
     found = resolve_bert_file("my-bert", ("vocab.txt",), flag="--bert_tokenizer")

@@ -45,15 +45,15 @@ EXPECTED = [
 ]
 
 
-def test_coco_annotations_are_kept_as_they_are(source):
+def test_coco_annotations_are_not_changed(source):
     refer = by_id(source, rows_by_id()).refer
     assert expressions(refer) == EXPECTED
     again = REFER("data", "mine", "unc")
     assert again.data == refer.data
-    given = json.loads((source / "coco.json").read_text())
-    assert again.data["images"] == given["images"][:10]
-    assert again.data["annotations"] == given["annotations"][:30], "including annotations without a ref"
-    assert again.data["categories"] == given["categories"]
+    original = json.loads((source / "coco.json").read_text())
+    assert again.data["images"] == original["images"][:10]
+    assert again.data["annotations"] == original["annotations"][:30], "including annotations without a ref"
+    assert again.data["categories"] == original["categories"]
     assert [ref["ref_id"] for ref in again.data["refs"]] == list(range(20))
     assert list(again.Sents) == list(range(30))
     ref = again.Refs[2]
@@ -65,12 +65,12 @@ def test_coco_annotations_are_kept_as_they_are(source):
         "tokens": ["bobs", "red", "box", "left"],
     }  # fmt: skip
     for image in again.Imgs.values():
-        original = source / "photos" / image["file_name"]
-        assert again.get_image_path(image["id"]).read_bytes() == original.read_bytes()
+        photo = source / "photos" / image["file_name"]
+        assert again.get_image_path(image["id"]).read_bytes() == photo.read_bytes()
     assert (source / "data/mine/refs(unc).p").read_bytes()[:2] == b"\x80\x02"
 
 
-def test_masks_are_kept_pixel_by_pixel(source):
+def test_masks_are_not_changed(source):
     refer = by_mask(source, rows_by_mask()).refer
     assert expressions(refer) == EXPECTED
     annotation = refer.Anns[2]
@@ -102,7 +102,7 @@ def test_without_a_mask_column_masks_have_the_names_of_the_images(source):
     assert refer.get_image_path(1).is_file()
 
 
-def test_categories_of_masks(source):
+def test_masks_have_the_categories_of_their_rows(source):
     rows = [{**row, "category": category} for row, category in zip(rows_by_mask([1]), ("", "cup", ""), strict=True)]
     refer = by_mask(source, rows, shares=ONLY_TRAIN).refer
     assert refer.Cats == {1: "cup", 2: "object"}
@@ -219,8 +219,8 @@ def test_splits_are_assigned_by_image_and_stay_the_same(source):
     splits = splits_by_image(by_id(source, rows_by_id(), name="a").refer)
     assert set(splits.values()) == {"train", "val", "test"}
     assert splits_by_image(by_id(source, rows_by_id()[::-1], name="b").refer) == splits
-    more = splits_by_image(by_id(source, rows_by_id(range(1, 13)), name="c").refer)
-    assert {name: more[name] for name in splits} == splits, "additional images move none"
+    extended = splits_by_image(by_id(source, rows_by_id(range(1, 13)), name="c").refer)
+    assert {name: extended[name] for name in splits} == splits, "additional images do not move the others"
     assert splits_by_image(by_mask(source, rows_by_mask()).refer) == splits, "independent of the kind of objects"
     other = by_id(source, rows_by_id(), name="d", shares=SplitShares(val=0.4, test=0.3, seed=5)).refer
     assert splits_by_image(other) != splits
@@ -228,7 +228,7 @@ def test_splits_are_assigned_by_image_and_stay_the_same(source):
     assert set(splits_by_image(only_train).values()) == {"train"}
 
 
-def test_an_empty_split_is_reported_with_a_better_seed(source):
+def test_the_error_about_an_empty_split_suggests_another_seed(source):
     def error_of(name="mine", images=(1, 2, 3), seed=0):
         try:
             by_id(source, rows_by_id(images), name, shares=SplitShares(0.2, 0.2, seed), force=True)
@@ -246,7 +246,7 @@ def test_an_empty_split_is_reported_with_a_better_seed(source):
     assert error_of("few", (1, 2)).endswith("Add a column split, or change --val-share and --test-share.")
 
 
-def test_splits_of_the_file(source):
+def test_splits_can_be_given_in_the_sentence_file(source):
     names = ["train", "val", "testA", "testB", "test-hard"]
     rows = [{**row, "split": names[i // 3 % 5]} for i, row in enumerate(rows_by_id())]
     refer = by_id(source, rows).refer
@@ -256,7 +256,7 @@ def test_splits_of_the_file(source):
     assert len(refer.getRefIds(split="test")) == 12
 
 
-def test_samples_are_the_expressions(source):
+def test_samples_are_the_expressions_with_the_given_indices(source):
     refer = by_id(source, rows_by_id()).refer
     for sample, index in zip(samples(refer, [0, 2, 29]), [0, 2, 29], strict=True):
         name, mask, text = EXPECTED[index]
@@ -265,7 +265,7 @@ def test_samples_are_the_expressions(source):
         assert sample.note.endswith(name)
 
 
-def test_refs_are_plain_data(source):
+def test_refs_contain_only_plain_data(source):
     by_id(source, rows_by_id())
 
     class Plain(pickle.Unpickler):
@@ -276,7 +276,7 @@ def test_refs_are_plain_data(source):
         assert len(Plain(file).load()) == 20
 
 
-def test_words():
+def test_words_are_lowercase_and_without_punctuation():
     assert words("The LEFT candle-holder, at 12:00!") == ["the", "left", "candle", "holder", "at", "12", "00"]
     assert words("Bob’s and Ann's Äpfel") == ["bobs", "and", "anns", "äpfel"]
 

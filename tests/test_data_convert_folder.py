@@ -51,7 +51,7 @@ def test_only_converted_datasets_are_replaced(source):
     by_id(source, force=True)
 
 
-def test_links(source):
+def test_images_can_be_symbolic_links(source):
     refer = by_id(source, rows_by_id(), link=True).refer
     for image_id in refer.Imgs:
         path = refer.get_image_path(image_id)
@@ -85,7 +85,7 @@ def test_an_interruption_keeps_the_old_dataset(source, monkeypatch, error, raise
 
 
 def kill_during(source, owner, function, nth):
-    """Convert again in a process that is killed, as by kill -9, in its nth call of a function."""
+    """Convert in a process that is killed with SIGKILL in its nth call of ``owner.function``."""
 
     def run():
         original, calls = getattr(owner, function), []

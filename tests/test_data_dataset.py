@@ -125,7 +125,7 @@ def batches_of(dataset, batch_size, *, rank=0, world_size=1, **kwargs):
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(1, 1), (3, 2), (8, 3), (1000, 2)])
-def test_each_expression_is_evaluated_by_one_process_and_images_are_not_divided(make_dataset, batch_size, world_size):
+def test_each_expression_is_in_one_process_and_each_image_in_one_batch(make_dataset, batch_size, world_size):
     dataset = make_dataset()
     shares = [batches_of(dataset, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
     batches = [batch["index"].tolist() for share in shares for batch in share]
@@ -156,11 +156,11 @@ def test_a_batch_of_images_equals_its_samples(make_dataset, refer):
             assert np.array_equal(masks["union", "original"].numpy(), refer.getMask(ref_id, "union")["mask"])
 
 
-def test_batches_that_are_evaluated_already_are_left_out(make_dataset):
+def test_batches_whose_results_exist_are_left_out(make_dataset):
     dataset = make_dataset()
     batches = ImageBatches(dataset, 4).batches
     assert len(batches[1]) > 1
-    evaluated = {*batches[0], *batches[2], batches[1][0]}  # of batch 1 only a part, so it is evaluated again as a whole
+    evaluated = {*batches[0], *batches[2], batches[1][0]}  # batch 1 is incomplete, so it is evaluated again
     assert ImageBatches(dataset, 4, evaluated=evaluated).batches == [batches[1], *batches[3:]]
 
 
@@ -170,7 +170,7 @@ def test_only_the_requested_expressions_are_evaluated(make_dataset):
 
 
 def train_order(rank=0, epoch=0, first_step=0, world_size=2, batch_size=3, accum_steps=1):
-    """The micro-batches of one process over 20 samples."""
+    """Return the micro-batches of one process for 20 samples."""
     sampler = TrainBatchSampler(20, batch_size, accum_steps=accum_steps, rank=rank, world_size=world_size, seed=0)
     sampler.set_position(epoch, first_step)
     batches = list(sampler)
@@ -185,7 +185,7 @@ def test_training_samples_are_divided_among_processes_and_shuffled_in_each_epoch
     assert train_order() == train_order() != train_order(epoch=1)
 
 
-def test_a_step_has_the_same_samples_for_every_division_of_the_batch():
+def test_a_step_has_the_same_samples_however_they_are_divided():
     def steps(world_size, batch_size, accum_steps):
         shares = [
             train_order(rank, 3, world_size=world_size, batch_size=batch_size, accum_steps=accum_steps)
@@ -237,7 +237,7 @@ def test_a_training_step_is_a_list_of_normalized_micro_batches(make_dataset, wor
         assert all(torch.equal(batch[name], before[name]) for name in before)
 
 
-def test_too_few_training_samples_for_one_step(make_dataset):
+def test_too_few_training_samples_for_one_step_are_reported(make_dataset):
     dataset = make_dataset(draw_seed=0)
     with pytest.raises(UserError) as caught:
         train_loader(dataset, batch_size=len(dataset), world_size=2)
@@ -259,7 +259,7 @@ def test_missing_images_are_reported_before_the_first_sample(make_dataset, tmp_p
         dataset.check_images()
 
 
-def test_missing_and_corrupt_images_are_named(tmp_path):
+def test_errors_about_missing_and_corrupt_images_name_the_file(tmp_path):
     path = tmp_path / "corrupt.jpg"
     with pytest.raises(UserError, match=r"^No such image: .*corrupt\.jpg\.$"):
         read_image(path)
@@ -271,7 +271,7 @@ def test_missing_and_corrupt_images_are_named(tmp_path):
             read_image(path)
 
 
-def test_an_image_that_does_not_have_the_size_in_its_annotation(tmp_path, make_dataset):
+def test_an_image_whose_size_differs_from_its_annotation_is_reported(tmp_path, make_dataset):
     dataset = make_dataset()
     other = tmp_path / dataset.image_path(0).name
     Image.new("RGB", (11, 13)).save(other)
@@ -289,8 +289,8 @@ def test_gray_transparent_and_cmyk_images_are_converted_to_rgb(tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "kind"), [(np.uint16, "16-bit image (mode I;16)"), (np.float32, "32-bit image (mode F)")]
 )
-def test_images_of_more_than_8_bits_are_refused(tmp_path, dtype, kind):
-    """Pillow would clip them at 255: nearly all white, or nearly all black."""
+def test_images_of_more_than_8_bits_per_channel_are_rejected(tmp_path, dtype, kind):
+    """Pillow would clip their values at 255, so they would be nearly white or nearly black."""
     path = tmp_path / "deep.tiff"
     Image.fromarray(np.linspace(0, 1, 80).reshape(8, 10).astype(dtype)).save(path)
     with pytest.raises(UserError) as caught:
@@ -298,7 +298,7 @@ def test_images_of_more_than_8_bits_are_refused(tmp_path, dtype, kind):
     assert str(caught.value) == f"{path} is a {kind}. Convert it to 8 bits per channel."
 
 
-def test_shared_list():
+def test_a_shared_list_returns_equal_items():
     items = [(), (1, -(2**70), 0.1, float("inf"), None, True), ("naïve", [[1, 2.5], {"counts": "a\0b"}])]
     shared = SharedList(items)
     assert list(shared) == items
@@ -311,18 +311,15 @@ def test_shared_list():
 
 
 def tensors_of(value):
-    """All tensors in an object's attributes."""
+    """Return all tensors in an object's attributes."""
     if isinstance(value, torch.Tensor):
         return [value]
-    return (
-        [tensor for attribute in vars(value).values() for tensor in tensors_of(attribute)]
-        if hasattr(value, "__dict__")
-        else []
-    )
+    attributes = vars(value).values() if hasattr(value, "__dict__") else ()
+    return [tensor for attribute in attributes for tensor in tensors_of(attribute)]
 
 
 def test_workers_share_annotations_and_tokens(make_dataset):
-    """Everything that grows with the split is in shared tensors, for forked and for newly started workers."""
+    """All data that grows with the split is in shared tensors, for forked and for spawned workers."""
     dataset = make_dataset("train", draw_seed=0)
     samples = [dataset[index] for index in range(3)]
     pickled = bytes(ForkingPickler.dumps(dataset))  # sent to a new worker; contains handles instead of tensors
@@ -340,17 +337,17 @@ def test_workers_share_annotations_and_tokens(make_dataset):
 
 
 def test_refs_of_excluded_images_are_left_out(make_dataset):
-    everything = make_dataset("train", draw_seed=0)
-    excluded = {everything.expressions[0].image_id, everything.expressions[-1].image_id}
+    whole = make_dataset("train", draw_seed=0)
+    excluded = {whole.expressions[0].image_id, whole.expressions[-1].image_id}
     rest = make_dataset("train", draw_seed=0, excluded_images=excluded)
-    kept = [expression for expression in everything.expressions if expression.image_id not in excluded]
+    kept = [expression for expression in whole.expressions if expression.image_id not in excluded]
     assert list(rest.expressions) == kept
-    assert 0 < len(rest) == len({expression.ref_id for expression in kept}) < len(everything)
-    ref_ids = [everything.expressions[everything.expression_of(index)].ref_id for index in range(len(everything))]
-    assert torch.equal(rest[0]["mask"], everything[ref_ids.index(kept[0].ref_id)]["mask"])
+    assert 0 < len(rest) == len({expression.ref_id for expression in kept}) < len(whole)
+    ref_ids = [whole.expressions[whole.expression_of(index)].ref_id for index in range(len(whole))]
+    assert torch.equal(rest[0]["mask"], whole[ref_ids.index(kept[0].ref_id)]["mask"])
 
 
-def test_a_segmentation_that_is_nested_too_deeply(make_dataset, refer):
+def test_a_segmentation_that_is_nested_too_deeply_is_reported(make_dataset, refer):
     nested = []
     for _ in range(5000):
         nested = [nested]

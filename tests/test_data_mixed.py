@@ -1,4 +1,4 @@
-"""Training on the union of several datasets without any image of their evaluation splits."""
+"""Training on several datasets, without the images of their evaluation splits."""
 
 import json
 import pickle
@@ -93,7 +93,7 @@ def test_samples_equal_those_of_the_single_datasets(root, make_train):
 
 
 def test_images_are_equal_by_file_or_by_coco_number(root, tmp_path):
-    """Links are followed. Other equal names in two folders do not make images equal."""
+    """Links are followed. Files of the same name in two folders are different images, except for COCO images."""
 
     def keys(name, own_images, *file_names):
         folder = tmp_path / name
@@ -112,16 +112,18 @@ def test_images_are_equal_by_file_or_by_coco_number(root, tmp_path):
     copied = keys("copied", True, "part/000000000009.jpg", "COCO_val2014_000000000034.jpg", "photo.jpg", "a/photo.jpg")
     assert copied[0] == coco[0]
     assert len(set(coco + copied)) == 5
-    elsewhere = keys("elsewhere", True, "photo.jpg", "12.jpg")
-    assert not set(elsewhere) & set(copied)
+    other = keys("elsewhere", True, "photo.jpg", "12.jpg")
+    assert not set(other) & set(copied)
     shared = keys("shared", False, "odd.jpg")
     assert shared == keys("also_shared", False, "odd.jpg")
     assert REFER(root, "refshapes").image_keys() == REFER(root, "other", "own").image_keys()
 
 
-def test_every_split_but_train_is_an_evaluation_split(root):
+def test_every_split_except_train_is_an_evaluation_split(root):
     refer = REFER(root, "refshapes")
-    images = {split: {refer.Refs[one]["image_id"] for one in refer.getRefIds(split=split)} for split in refer.splits()}
+    images = {
+        split: {refer.Refs[ref_id]["image_id"] for ref_id in refer.getRefIds(split=split)} for split in refer.splits()
+    }
     assert evaluation_images(refer) == images["val"] | images["testA"] | images["testB"]
 
 
@@ -139,8 +141,8 @@ def test_train_py_logs_the_mixture(root, small_config, tmp_path, run_here):
     assert "SPLIT_BY: unc,own" in config
 
     run = tmp_path / "checkpoints/mix/last.pth"
-    more = run_here("train.py", "--resume", run, "--steps", "3", "--log_dir", tmp_path / "models", check=True)
-    assert "0 in both" in more.err
+    resumed = run_here("train.py", "--resume", run, "--steps", "3", "--log_dir", tmp_path / "models", check=True)
+    assert "0 in both" in resumed.err
     failed = run_here("test.py", "--resume", run, "--dataset", "refshapes,other", "--refer_data_root", root)
     assert (failed.status, failed.err.count("\n")) == (2, 1)
     assert "'refshapes,other' names several datasets. Pass one." in failed.err
@@ -148,8 +150,8 @@ def test_train_py_logs_the_mixture(root, small_config, tmp_path, run_here):
 
 def test_train_py_warns_if_evaluation_images_are_in_train(root, small_config, tmp_path, run_here):
     refs = REFER(root, "refshapes").data["refs"]
-    one = next(ref for ref in refs if ref["split"] == "train")
-    one["split"] = "val"
+    moved = next(ref for ref in refs if ref["split"] == "train")
+    moved["split"] = "val"
     folder = tmp_path / "leaks"
     shutil.copytree(root / "other", folder, symlinks=True)
     (folder / "refs(own).p").write_bytes(pickle.dumps(refs, protocol=2))
@@ -172,7 +174,7 @@ def test_train_py_warns_if_evaluation_images_are_in_train(root, small_config, tm
         (["--dataset", "refshapes,two"], "--splitBy first or --splitBy own\\. .* --splitBy unc,first"),
     ],
 )
-def test_mistakes(root, small_config, tmp_path, run_here, flags, message):
+def test_mistakes_are_reported_in_one_line(root, small_config, tmp_path, run_here, flags, message):
     done = run_here("train.py", "--cfg", small_config, "--refer_data_root", root, "--output-dir", tmp_path, *flags)
     assert done.status == 2
     assert done.err.count("\n") == 1
@@ -181,7 +183,7 @@ def test_mistakes(root, small_config, tmp_path, run_here, flags, message):
 
 @pytest.mark.parametrize("form", ["{}.png", "{:012d}.jpg"])
 def test_copies_of_an_image_under_other_names_are_recognized(root, make_train, tmp_path, form):
-    """Two datasets made of the same images, each with its own copies; in one case with names like COCO's."""
+    """The datasets have their own copies of the same images, in one case with names like those of COCO images."""
     (tmp_path / "refshapes").symlink_to(root / "refshapes")
     folder = tmp_path / "copied"
     (folder / "images").mkdir(parents=True)
@@ -197,18 +199,18 @@ def test_copies_of_an_image_under_other_names_are_recognized(root, make_train, t
     assert [(part.kept.images, part.removed.images) for part in report.parts] == [(20, 4), (20, 10)]
 
 
-def test_two_datasets_that_number_the_same_images_differently(root, make_train, tmp_path):
+def test_copies_with_other_numbers_are_recognized_by_content(root, make_train, tmp_path):
     """The contents are compared, and evaluation images whose files are missing are reported."""
     for name, first in (("refshapes", 0), ("copied", 500)):
         folder = tmp_path / name
         (folder / "images").mkdir(parents=True)
-        whose = "refshapes" if first == 0 else "other"
-        instances = json.loads((root / whose / "instances.json").read_text())
+        original = "refshapes" if first == 0 else "other"
+        instances = json.loads((root / original / "instances.json").read_text())
         for number, image in enumerate(instances["images"], first):
             shutil.copy(root / "refshapes/images" / image["file_name"], folder / f"images/{number:012d}.jpg")
             image["file_name"] = f"{number:012d}.jpg"
         (folder / "instances.json").write_text(json.dumps(instances))
-        for refs in (root / whose).glob("refs(*).p"):
+        for refs in (root / original).glob("refs(*).p"):
             shutil.copy(refs, folder)
     refers = [REFER(tmp_path, "refshapes"), REFER(tmp_path, "copied", "own")]
     _, report = mix(refers, make_train)
@@ -221,7 +223,7 @@ def test_two_datasets_that_number_the_same_images_differently(root, make_train, 
     assert report.lines()[-1].startswith("The files of 3 evaluation images are missing")
 
 
-def test_no_training_image_is_left(root, make_train, tmp_path):
+def test_a_mixture_without_training_images_is_reported(root, make_train, tmp_path):
     (tmp_path / "refshapes").symlink_to(root / "refshapes")
     refs = REFER(root, "refshapes").data["refs"]
     for name, train in (("refshapes", True), ("swapped", False)):

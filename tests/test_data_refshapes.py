@@ -79,7 +79,7 @@ def full(tmp_path_factory):
     return read(write_refshapes(root, level="full", seed=3, **counts))
 
 
-# ----------------------------------------------------------------------------------------------- the sentences
+# the sentences
 
 
 def example(number, shape="circle", color="red", size="small", share=0.035, u=0.5, v=0.5, hidden_by=()):
@@ -88,7 +88,7 @@ def example(number, shape="circle", color="red", size="small", share=0.035, u=0.
     )
 
 
-def test_the_tests_own_semantics_reject_wrong_sentences():
+def test_the_semantics_of_these_tests_reject_wrong_sentences():
     scene = [
         example(1, u=0.2),
         example(2, u=0.45),
@@ -146,7 +146,7 @@ def test_all_kinds_of_sentences_occur(basic, full):
         assert only_position < 0.25 * total
 
 
-# --------------------------------------------------------------------------------------------- scenes and images
+# scenes and images
 
 
 def test_no_object_is_tiny_or_huge(basic, full):
@@ -210,7 +210,7 @@ def color_name(rgb):
     hue, saturation, value = colorsys.rgb_to_hsv(*(channel / 255 for channel in rgb))
     assert saturation > 0.45
     assert value > 0.45
-    hues = {"red": 0, "yellow": 53, "green": 124, "cyan": 184, "blue": 228, "purple": 287, "red again": 360}
+    hues = {"red": 0, "yellow": 53, "green": 124, "cyan": 184, "blue": 228, "purple": 287, "red (360°)": 360}
     return min(hues, key=lambda name: abs(hues[name] - 360 * hue)).split()[0]
 
 
@@ -263,7 +263,7 @@ def test_generation_is_deterministic():
     assert render(scene)[0].tobytes() == render(scene)[0].tobytes()
 
 
-# --------------------------------------------------------------------------------------------------- the splits
+# the splits
 
 
 def test_refs_are_in_the_refer_layout(basic, full):
@@ -291,7 +291,7 @@ def test_refs_are_in_the_refer_layout(basic, full):
         assert len(data.images) == len(list((data.folder / "images").iterdir()))
 
 
-def test_counts(basic):
+def test_the_recorded_counts_are_correct(basic):
     info = json.loads((basic.folder / "refshapes.json").read_text())
     assert info["images"] == {"train": 120, "val": 320, "testA": 50, "testB": 50}
     for split in info["images"]:
@@ -303,7 +303,7 @@ def test_counts(basic):
     assert info["refs"]["val"] > 0.9 * sum(len(basic.scenes[i]) for i in val_images)  # most objects are referred to
 
 
-def test_splits(basic, full):
+def test_splits_contain_the_intended_objects(basic, full):
     for data in (basic, full):
         scene_splits, targets = {}, {}
         for ref in data.refs:
@@ -316,11 +316,11 @@ def test_splits(basic, full):
         for target, scene in targets["testA"]:
             assert sum(o.shape == target.shape for o in scene) > 1, "testA: another object has the same shape"
         assert {(target.color, target.shape) for target, _ in targets["testB"]} == HELD_OUT
-        elsewhere = itertools.chain(*(scene for split in ("train", "val", "testA") for _, scene in targets[split]))
-        assert {(o.color, o.shape) for o in elsewhere} == set(itertools.product(COLORS, SHAPES)) - HELD_OUT
+        other_objects = itertools.chain(*(scene for split in ("train", "val", "testA") for _, scene in targets[split]))
+        assert {(o.color, o.shape) for o in other_objects} == set(itertools.product(COLORS, SHAPES)) - HELD_OUT
 
 
-def test_vocabulary(basic, full):
+def test_every_word_is_one_token_of_the_vocabulary(basic, full):
     from transformers import BertTokenizer
 
     assert (basic.folder / "vocab.txt").read_bytes() == (full.folder / "vocab.txt").read_bytes()

@@ -1,4 +1,4 @@
-"""python -m data.refshapes: the same settings give the same bytes, and no folder is incomplete or lost."""
+"""python -m data.refshapes: equal settings give identical files, and no dataset is left incomplete or lost."""
 
 import json
 import subprocess
@@ -33,14 +33,14 @@ def tiny(tmp_path_factory):
     return SimpleNamespace(folder=root / "new" / "root" / "refshapes", out=done.stdout, err=done.stderr)
 
 
-def test_same_settings_same_bytes(tiny, tmp_path):
+def test_equal_settings_give_identical_files(tiny, tmp_path):
     first = contents(tiny.folder)
     assert len(first) == 12 + 4
     assert contents(write_refshapes(tmp_path / "a", **TINY)) == first
     other = contents(write_refshapes(tmp_path / "b", seed=1, **TINY))
     assert all(other[name] != first[name] for name in first if name != "vocab.txt")
-    more = contents(write_refshapes(tmp_path / "c", **{**TINY, "train_images": 1, "val_images": 6}))
-    assert {n: b for n, b in more.items() if n in first and n.endswith("jpg")}.items() <= first.items()
+    other_sizes = contents(write_refshapes(tmp_path / "c", **{**TINY, "train_images": 1, "val_images": 6}))
+    assert {n: b for n, b in other_sizes.items() if n in first and n.endswith("jpg")}.items() <= first.items()
 
 
 def test_the_command_reports_counts_and_path(tiny):
