@@ -30,11 +30,7 @@ def add_arguments(parser: Parser) -> None:
     add("--resume", metavar="FILE", help="checkpoint: released, or written by train.py")
     add_protocol_flags(parser)
     add("--json", metavar="FILE", help="write the metrics: a list with an object per split and protocol")
-    add(
-        "--predictions",
-        metavar="FILE",
-        help="write results and masks as JSON lines; an interrupted evaluation continues",
-    )
+    add("--predictions", metavar="FILE", help="write results and masks as JSON lines; can be interrupted and continued")
     add("--shuffle_sentences", action="store_true", help="control experiment: permute the sentences within the split")
     add("--baselines", action="store_true", help="also evaluate two baselines that ignore the sentence")
     add("--vis", metavar="DIR", help="draw image, target mask and prediction of some expressions")
@@ -98,7 +94,7 @@ def main() -> None:
             results = evaluate(model, dataset, protocols, setup, keep_masks=drawn, sink=file)
             on_main(functools.partial(summary.add, dataset, results))
             if args.json:
-                on_main(lambda: summary.write_json(args.json))  # after every split, not only at the end
+                on_main(lambda: summary.write_json(args.json))  # after every split, in case a later one fails
             if args.vis:
                 maps = compute_maps(model, dataset, drawn) if args.vis_maps else None
                 drawings = [ModelResult("prediction", dataset, results[protocols[0].name], protocols[0].gt_mask, maps)]

@@ -44,7 +44,7 @@ class _Switch(argparse.Action):
 def get_parser(script: str, description: str, add_arguments: Callable[[Parser], None]) -> Parser:
     """Return the parser of ``train`` or ``test`` with its options and the arguments added by ``add_arguments``.
 
-    test.py also accepts the flags of train.py; :func:`unused_flags` returns those that it ignores.
+    test.py also accepts the flags of train.py and ignores them; see :func:`unused_flags`.
     """
     parser = Parser(prog=f"{script}.py", description=description)
     parser.add_argument("--cfg", metavar="FILE", help="YAML file with configuration keys; flags override it")
@@ -78,7 +78,7 @@ def _add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
 
 
 def unused_flags(args: argparse.Namespace) -> list[str]:
-    """Return the flags that were given but belong to the other script."""
+    """Return the given flags that only the other script uses."""
     return [name.removeprefix("unused ") for name in vars(args) if name.startswith("unused ")]
 
 
@@ -90,7 +90,7 @@ def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) ->
         base: dotted keys, such as the saved configuration of a resumed run.
 
     Returns:
-        the checked configuration, and the keys set by the YAML file or a flag with the name of that file or flag.
+        the checked configuration, and {key: YAML file or flag that set it}.
 
     Raises:
         UserError: an unknown key, a value of another type or outside its range, or conflicting settings.

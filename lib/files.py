@@ -84,8 +84,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary folder that replaces the folder ``path`` if the block succeeds.
 
-    ``path`` never has incomplete content, even if the process is killed. If that happens between the two renames of a
-    replacement, ``path`` is missing, and the next call restores the old folder first.
+    ``path`` never has incomplete content, even if the process is killed. If it is killed between the two renames,
+    ``path`` is missing until the next call, which restores the old folder.
 
     Raises:
         UserError: the folder is not writable, the disk is full, or another process is writing the same folder.
@@ -112,6 +112,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
 
 
 def _restore(path: Path, old: Path) -> None:
+    """Rename the old folder back if ``path`` does not exist."""
     if old.exists() and not os.path.lexists(path):
         old.rename(path)
 

@@ -48,8 +48,8 @@ def get_parser() -> Parser:
         default="all",
         help="first: only the first expression of each object; applied before --sentence, --words and --ids",
     )
-    add("--precision_at", metavar="X,X", help="the X of P@X (0.5,0.6,0.7,0.8,0.9)")
-    add("--strict", action="store_true", help="P@X counts IoU > X instead of IoU ≥ X")
+    add("--precision_at", metavar="X,X", help="IoU thresholds X of P@X (0.5,0.6,0.7,0.8,0.9)")
+    add("--strict", action="store_true", help="count IoU > X for P@X, instead of IoU ≥ X")
     add("--gt_mask", choices=MASK_MODES, help="compare the stored masks with target masks of this kind")
     add("--refer_data_root", default=str(ROOT), metavar="DIR", help="dataset folder, for --gt_mask (%(default)s)")
     for name, switch in SWITCHES.items():
