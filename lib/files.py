@@ -1,6 +1,5 @@
 """Reading and writing files safely: checksums, atomic writes, checks before long computations. Imports no torch."""
 
-import fcntl
 import hashlib
 import os
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lib.errors import UserError
+from lib.locks import lock
 
 METRICS_FILE = "metrics.jsonl"  # in the log folder of a training run
 
@@ -92,49 +92,29 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     new, old = path.with_name(f".{path.name}.part"), path.with_name(f".{path.name}.old")
-    with translate_write_errors(path):
+    busy = f"Another process is writing {path}"
+    with translate_write_errors(path), lock(path.with_name(f".{path.name}.lock"), busy):
         new.mkdir(parents=True, exist_ok=True)
-        with locked(new):
-            try:
-                _restore(path, old)
-                shutil.rmtree(old, ignore_errors=True)
-                for stale in new.iterdir():  # left by a process that was killed while writing
-                    shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
-                yield new
-                if path.exists():
-                    path.rename(old)
-                new.rename(path)
-                shutil.rmtree(old, ignore_errors=True)
-            except BaseException:
-                _restore(path, old)
-                shutil.rmtree(new, ignore_errors=True)
-                raise
+        try:
+            _restore(path, old)
+            shutil.rmtree(old, ignore_errors=True)
+            for stale in new.iterdir():  # left by a process that was killed while writing
+                shutil.rmtree(stale) if stale.is_dir() and not stale.is_symlink() else stale.unlink()
+            yield new
+            if path.exists():
+                path.rename(old)
+            new.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            _restore(path, old)
+            shutil.rmtree(new, ignore_errors=True)
+            raise
 
 
 def _restore(path: Path, old: Path) -> None:
     """Rename the old folder back if ``path`` does not exist."""
     if old.exists() and not os.path.lexists(path):
         old.rename(path)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Lock an existing folder during the block. UserError: another process has locked it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Between open() and flock(), another process may have finished and renamed the folder.
-            busy = not folder.exists() or not os.path.samestat(os.fstat(descriptor), os.stat(folder))
-        except BlockingIOError:
-            busy = True
-        except OSError:  # a file system without locks
-            busy = False
-        if busy:
-            raise UserError(f"Another process is writing {folder}. Wait until it has finished.")
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lib.errors import UserError
-from lib.files import translate_write_errors
 
 _descriptors: set[int] = set()  # of the locks that this process holds
 
@@ -32,8 +31,10 @@ def lock(path: str | Path, busy: str) -> Iterator[None]:
         UserError: another process holds the lock, or the file cannot be written.
     """
     path = Path(path)
-    with translate_write_errors(path):
+    try:
         descriptor = _acquire(path, busy)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from error
     _descriptors.add(descriptor)
     _close_in_forked_children()
     try:

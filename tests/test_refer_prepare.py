@@ -11,7 +11,7 @@ from PIL import Image
 from published_set import COUNTS, FOLDER, IMAGES, H, W, image_name, requested
 
 from lib.errors import UserError
-from lib.files import locked
+from lib.locks import lock
 from refer.prepare.archives import Archive
 from refer.refer import REFER
 
@@ -285,7 +285,7 @@ def test_intact_images_of_the_user_are_never_lost(server, prepare, tmp_path, ima
 
 def test_two_commands_do_not_work_in_the_same_folder(server, prepare, tmp_path):
     (tmp_path / "data").mkdir()
-    with locked(tmp_path / "data"):
+    with lock(tmp_path / "data" / ".lock", "busy"):
         assert f"Another process is writing {tmp_path}/data" in prepare(status=2).err
 
 

@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from lib.cli import LOGGER
 from lib.errors import UserError
-from lib.files import check_writable, file_sha256, fsync, locked, translate_write_errors, write_text
+from lib.files import check_writable, file_sha256, fsync, translate_write_errors, write_text
+from lib.locks import lock
 
 DOWNLOADS = "downloads"  # folder in the data root and in pretrained/, removed when it is empty
 HASHES_FILE = "hashes.json"
@@ -133,7 +134,7 @@ def locked_hashes(folder: Path) -> Iterator[Hashes]:
         UserError: another process holds the lock, the folder is not writable, or ``hashes.json`` is corrupt.
     """
     check_writable(folder / HASHES_FILE)
-    with locked(folder):
+    with lock(folder / ".lock", f"Another process is writing {folder}"):
         try:
             yield Hashes(folder)
         finally:
