@@ -1,12 +1,14 @@
 """Shared by all commands: argument parser, suggestions for typos, exit statuses. Imports no torch."""
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
 import re
 import select
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -14,6 +16,7 @@ from typing import Any, NoReturn
 from lib.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PIPE, EXIT_STOPPED, StoppedError, UserError
 
 LOGGER = logging.getLogger("crossvlt")
+STORE_TIMEOUT = 10  # seconds
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,6 +52,7 @@ def run_command(main: Callable[[], None]) -> None:
     75 stopped by a signal with everything saved; 130 Ctrl-C with nothing to save; 141 stdout was closed by its reader.
     A mistake found before the processes have joined a group is printed by one process per node.
     """
+    _open_closed_streams()
     status = 0
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
@@ -56,29 +60,37 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()  # a closed pipe must raise here, not while the interpreter shuts down
     except UserError as error:
-        status = EXIT_MISTAKE
+        status, text = EXIT_MISTAKE, f"{prefix}error: {_message(error)}"
+        _register_failure(text)
         if os.environ.get("LOCAL_RANK", rank) == "0" or _distributed() is not None:
-            report(f"{prefix}error: {_message(error)}")
+            report(text)
     except StoppedError as error:
         status = EXIT_STOPPED
         if rank == "0":
             report(str(error))
     except KeyboardInterrupt:
         status = EXIT_INTERRUPTED
+        _register_failure(f"{prefix}interrupted")
         report("interrupted")
     except SystemExit as error:  # --help, or a process whose error another one reports
         status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if status:
+            _register_failure(f"{prefix}ended with exit status {status}")
     except Exception as error:
+        text = "".join(f"{prefix}{line}" for line in traceback.format_exc().splitlines(True))
         if isinstance(error, BrokenPipeError) and _stdout_is_closed():
             status = EXIT_PIPE
         elif _distributed() is None:
+            _log(text)
             raise
         else:
             status = EXIT_BUG
-            if is_lost_process(error):
-                report(f"{prefix}ended because another process failed first; see the error of that process")
+            first = _register_failure(text)
+            if first is None or not _is_communication_error(error):
+                report(text)
             else:
-                report("".join(f"{prefix}{line}" for line in traceback.format_exc().splitlines(True)))
+                report(f"{prefix}ended because another process failed first; see the error of that process")
+                _log(f"The first error of a process:\n{first}")
     distributed = _distributed()
     if distributed is not None:
         if status not in (0, EXIT_STOPPED):
@@ -89,6 +101,13 @@ def run_command(main: Callable[[], None]) -> None:
         distributed.destroy_process_group()
     if status:
         sys.exit(status)
+
+
+def _open_closed_streams() -> None:
+    """Connect stdout and stderr to /dev/null if the shell has closed them, as in ``command >&-``."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # takes the number of the closed descriptor
 
 
 def _distributed() -> Any:
@@ -110,13 +129,40 @@ def _stdout_is_closed() -> bool:
 def report(text: str) -> None:
     """Print the reason why a command ends to stderr, and append it to the run's log file if there is one."""
     print(text, file=sys.stderr)
+    _log(text)
+
+
+def _log(text: str) -> None:
+    """Append a text to the run's log file, which only the main process has."""
     for handler in LOGGER.handlers:
         if isinstance(handler, logging.FileHandler):
             handler.handle(LOGGER.makeRecord(LOGGER.name, logging.ERROR, "", 0, text.rstrip(), (), None))
 
 
-def is_lost_process(error: Exception) -> bool:
-    """Return whether a collective operation failed because another process has ended."""
+def _register_failure(text: str) -> str | None:
+    """Register that this process fails. Return the text of the process that failed first, or None for the first one.
+
+    The processes agree through the store of their group. Where the store cannot be reached, because the process that
+    hosts it has died, every process counts as the first one: its error is printed in full.
+    """
+    distributed = _distributed()
+    if distributed is None:
+        return None
+    answers: list[str] = []
+
+    def exchange() -> None:
+        with contextlib.suppress(Exception):
+            store = distributed.distributed_c10d._get_default_store()
+            answers.append(store.compare_set("first failure", "", text).decode())
+
+    thread = threading.Thread(target=exchange, daemon=True)
+    thread.start()
+    thread.join(STORE_TIMEOUT)  # an unreachable machine does not answer
+    return answers[0] if answers and answers[0] != text else None
+
+
+def _is_communication_error(error: Exception) -> bool:
+    """Return whether a collective operation failed, as on all processes that wait for one that has ended."""
     distributed = sys.modules.get("torch.distributed")
     return (distributed is not None and isinstance(error, distributed.DistError)) or (
         isinstance(error, RuntimeError) and re.search(r"gloo|[Cc]onnection (closed|reset)", str(error)) is not None

@@ -1,5 +1,8 @@
 """lib.cli: suggestions for typos, and how a command ends."""
 
+import os
+import signal
+import socket
 import subprocess
 import sys
 
@@ -8,8 +11,33 @@ import torch
 from conftest import PROCESS_ENVIRONMENT, ROOT
 
 import utils
-from lib.cli import Parser, did_you_mean, is_lost_process, run_command
+from lib.cli import Parser, did_you_mean, run_command
 from lib.errors import MissingFileError, StoppedError, UserError
+
+
+@pytest.fixture
+def two_processes(tmp_path, monkeypatch):
+    """Return a function that runs a main function in two processes, and returns their statuses and stderr."""
+
+    def run(main):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+        children = []
+        for rank in range(2):
+            child = os.fork()  # much faster than a new interpreter
+            if child == 0:
+                os.environ.update(MASTER_ADDR="localhost", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
+                sys.stderr = open(tmp_path / f"stderr_{rank}", "w")
+                try:
+                    run_command(main)
+                finally:
+                    os._exit(99)
+            children.append(child)
+        statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        return statuses, "".join((tmp_path / f"stderr_{rank}").read_text() for rank in range(2))
+
+    return run
 
 
 def test_typos_get_a_suggestion():
@@ -47,12 +75,23 @@ def test_exit_statuses_and_printed_messages(raised, status, printed, capsys):
     assert capsys.readouterr().err == printed
 
 
-def test_bugs_keep_their_traceback():
-    def main():
-        raise ValueError("a bug")
+def have_a_bug():
+    raise ValueError("a bug")
 
+
+def test_bugs_keep_their_traceback():
     with pytest.raises(ValueError, match="a bug"):
-        run_command(main)
+        run_command(have_a_bug)
+
+
+def test_closed_standard_streams_are_replaced(monkeypatch):
+    """As in ``command >&- 2>&-``."""
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    run_command(lambda: print("not visible"))
+    with pytest.raises(SystemExit) as exit_info:
+        run_command(lambda: Parser(prog="tool").parse_args(["--unknown"]))
+    assert exit_info.value.code == 2
 
 
 @pytest.mark.parametrize("output", ["print('line'), input()", "[print('line', flush=True) for _ in range(100_000)]"])
@@ -102,11 +141,56 @@ def test_the_log_file_contains_why_the_run_ended(tmp_path):
 
     with pytest.raises(SystemExit):
         run_command(main)
+    with pytest.raises(ValueError, match="a bug"):
+        run_command(have_a_bug)
     utils.set_up_logging()
-    assert (tmp_path / "train.log").read_text().endswith("ERROR error: the disk is full\n")
+    log = (tmp_path / "train.log").read_text()
+    assert "ERROR error: the disk is full\n" in log
+    assert log.endswith("ValueError: a bug\n")
 
 
-def test_errors_caused_by_a_lost_process_are_recognized():
-    assert is_lost_process(RuntimeError("[../gloo/transport/tcp/pair.cc:1] Connection closed by peer [::1]"))
-    assert is_lost_process(torch.distributed.DistBackendError("NCCL error"))
-    assert not is_lost_process(RuntimeError("a bug"))
+def has_a_bug(rank):
+    if rank == 1:
+        raise ValueError("a bug")
+    utils.gather(rank)
+
+
+def receives_a_fault_of_the_network(rank):
+    raise torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error")
+
+
+def is_killed_if_main(rank):
+    if rank == 0:  # hosts the store, too
+        os.kill(os.getpid(), signal.SIGKILL)
+    utils.gather(rank)
+
+
+FOLLOWED = "ended because another process failed first; see the error of that process"
+
+
+@pytest.mark.parametrize(
+    ("behavior", "whole", "short", "logged"),
+    [
+        (has_a_bug, "[rank 1] ValueError: a bug", 1, "[rank 1] ValueError: a bug"),
+        (receives_a_fault_of_the_network, "DistBackendError: NCCL error: remote process exited", 1, "NCCL error: remote"),
+        (is_killed_if_main, "[rank 1] RuntimeError: ", 0, None),
+    ],
+)  # fmt: skip
+def test_the_first_error_of_several_processes_is_printed_in_full(
+    behavior, whole, short, logged, two_processes, tmp_path
+):
+    """The other processes print one line, and the log of the main process contains the first error."""
+
+    def main():
+        rank = utils.init_distributed("cpu").rank
+        utils.set_up_logging(rank, tmp_path / "train.log")
+        utils.gather(rank)
+        behavior(rank)
+
+    statuses, printed = two_processes(main)
+    assert statuses == ([-signal.SIGKILL, 1] if behavior is is_killed_if_main else [1, 1])
+    assert printed.count("Traceback") == 1
+    assert whole in printed
+    assert printed.count(FOLLOWED) == short
+    if logged:
+        assert logged in (tmp_path / "train.log").read_text()
