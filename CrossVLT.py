@@ -4,6 +4,7 @@ Shapes: B batch size, H×W image size, N tokens, T text width, A width of the al
 channels of vision stage i = 0…3, whose map has h×w = H/2^(i+2) × W/2^(i+2) positions.
 """
 
+import reprlib
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 from bert.language_encoder import LanguageStage1, VisionToLanguageStage, bert_config, initialize_language
 from lib.fusion import FUSION_LAYERS, padding_bias
 from lib.seg_decoder import SegDecoder
-from lib.variants import BERT_VOCAB_SIZE, FUSIONS, NUM_STAGES, SWIN_VARIANTS
+from lib.variants import BERT_VOCAB_SIZE, FUSIONS, NUM_STAGES, SIZE_RANGES, SWIN_VARIANTS
 from lib.vision_encoder import PATCH_SIZE, VisionStage, initialize_vision
 
 
@@ -184,7 +185,20 @@ def build_crossvlt(
     depths = tuple(variant["depths"] if depths is None else depths)
     num_heads = tuple(variant["num_heads"] if num_heads is None else num_heads)
     window_size = variant["window_size"] if window_size is None else window_size
-    _check_sizes(embed_dim, depths, num_heads, window_size)
+    _check_sizes(
+        window_size=window_size,
+        embed_dim=embed_dim,
+        depths=depths,
+        num_heads=num_heads,
+        text_dim=text_dim,
+        text_layers=text_layers,
+        text_heads=text_heads,
+        vocab_size=vocab_size,
+        align_dim=align_dim,
+    )
+    for name, rate in (("drop_path_rate", drop_path_rate), ("text_dropout", text_dropout)):
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, not {rate}.")
 
     vision_to_language, language_to_vision = FUSIONS[fusion]
     rates = [drop_path_rate * k / max(1, sum(depths) - 1) for k in range(sum(depths))]
@@ -231,16 +245,17 @@ def build_crossvlt(
     return model
 
 
-def _check_sizes(embed_dim: int, depths: tuple[int, ...], num_heads: tuple[int, ...], window_size: int) -> None:
-    if len(depths) != NUM_STAGES or len(num_heads) != NUM_STAGES:
-        raise ValueError(f"depths and num_heads must have {NUM_STAGES} entries each, not {depths} and {num_heads}.")
-    if window_size < 2 or min(depths) < 1 or min(num_heads) < 1:
-        raise ValueError(
-            "window_size must be at least 2, every depth and number of heads at least 1, "
-            f"not {window_size}, {depths} and {num_heads}."
-        )
-    for i, heads in enumerate(num_heads):
-        if (embed_dim * 2**i) % heads:
-            raise ValueError(
-                f"The {embed_dim * 2**i} channels of stage {i} cannot be divided into {heads} equal heads."
-            )
+def _check_sizes(**sizes: int | tuple[int, ...]) -> None:
+    """Raise a ValueError unless all sizes are integers within their ranges and fit each other."""
+    for name, size in sizes.items():
+        smallest, largest = SIZE_RANGES[name]
+        per_stage = name in ("depths", "num_heads")
+        if per_stage and len(size) != NUM_STAGES:
+            raise ValueError(f"{name} must have {NUM_STAGES} entries, not {reprlib.repr(size)}.")
+        if not all(type(item) is int and smallest <= item <= largest for item in (size if per_stage else [size])):
+            kind = "integers" if per_stage else "an integer"
+            raise ValueError(f"{name} must be {kind} from {smallest} to {largest}, not {reprlib.repr(size)}.")
+    for i, heads in enumerate(sizes["num_heads"]):
+        channels = sizes["embed_dim"] * 2**i
+        if channels % heads:
+            raise ValueError(f"The {channels} channels of stage {i} cannot be divided into {heads} equal heads.")

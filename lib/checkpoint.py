@@ -5,6 +5,7 @@ python -m lib.checkpoint FILE        print what a checkpoint contains
 
 import argparse
 import re
+import reprlib
 import shutil
 import warnings
 import zipfile
@@ -21,7 +22,16 @@ from torch import nn
 from lib.cli import Parser, run_command
 from lib.errors import MissingFileError, UserError
 from lib.files import atomic_write
-from lib.state_dict import PREFIX, StateDict, adapt_to_model, has_prefix, infer_model_config, load_strictly, repair_keys
+from lib.state_dict import (
+    PREFIX,
+    StateDict,
+    adapt_to_model,
+    describe_unusable_weights,
+    has_prefix,
+    infer_model_config,
+    load_strictly,
+    repair_keys,
+)
 
 # Entries that a file must have besides the weights, so that a run can resume from it.
 RESUMABLE = (
@@ -42,6 +52,8 @@ RESUMABLE = (
     "meters",  # means since the last log line
     "skipped",  # number of steps that fp16 skipped
 )
+# Arguments of build_crossvlt that follow from the shapes of the weights.
+SIZES = ("window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size", "align_dim")
 # Parts of the model that a pretrained file must contain, as patterns of keys.
 SWIN_PART = r"backbone\.(0\.patch_embed|\d\.layers\.(blocks|downsample))\..*"
 BERT_PART = r"lang_stage1\.(embeddings|encoder\.layer)\..*"
@@ -64,17 +76,25 @@ class Checkpoint:
         Raises:
             UserError: the file does not contain a CrossVLT.
         """
-        if "model_config" in self.extra:
-            saved = self.extra["model_config"]
-            if not isinstance(saved, dict) or not {"swin_type", "window_size", "vocab_size"} <= set(saved):
-                raise UserError(f"{self.path} is not a checkpoint of CrossVLT: its model_config has other keys.")
-            return saved
         try:
-            return infer_model_config(self.state_dict)
+            inferred = infer_model_config(self.state_dict)
         except (KeyError, IndexError, ValueError, StopIteration) as error:
             raise UserError(
                 f"{self.path} is not a checkpoint of CrossVLT: its keys or shapes do not fit any model."
             ) from error
+        if "model_config" not in self.extra:
+            return inferred
+        saved = self.extra["model_config"]
+        if not isinstance(saved, dict) or not {"swin_type", "window_size", "vocab_size"} <= set(saved):
+            raise UserError(f"{self.path} is not a checkpoint of CrossVLT: its model_config has other keys.")
+        for name in SIZES:
+            size = list(saved[name]) if isinstance(saved.get(name), tuple) else saved.get(name)
+            if size is not None and repr(size) != repr(inferred[name]):
+                raise UserError(
+                    f"{self.path} is corrupt: its model_config has {name} {reprlib.repr(size)}, but its weights have "
+                    f"{inferred[name]}."
+                )
+        return saved
 
     @property
     def is_resumable(self) -> bool:
@@ -96,10 +116,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     Raises:
         MissingFileError: the file does not exist.
-        UserError: the file is corrupt, contains another class, or has no state dict.
+        UserError: the file is corrupt, contains another class or tensors without values, or has no state dict.
     """
     path = Path(path)
     content = _load_file(path)
+    _check_tensors(content, path)
     form, state_dict, extra = "inference", content, {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         form = "training" if "model_config" in content else "released training"
@@ -126,7 +147,8 @@ def _load_file(path: Path) -> Any:
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # warnings about files of other programs, which are rejected below
-            return torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped files share their memory among the processes of a machine. Old files are not archives.
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except SafetensorError as error:
         raise UserError(f"{path} is corrupt or not a safetensors file: {error}.") from error
     except Exception as error:  # torch.load raises many classes for corrupt or other files
@@ -140,6 +162,22 @@ def _load_file(path: Path) -> Any:
         if "weights_only" in str(error):  # PyTorch suggests disabling it, which would execute code from the file
             reason = "unknown format"
         raise UserError(f"{path} is corrupt or not a PyTorch file: {reason}.") from error
+
+
+def _check_tensors(content: Any, path: Path) -> None:
+    """Raise a UserError unless all tensors in (nested) lists and dicts are dense and have values."""
+    remaining, visited = [("", content)], set()
+    while remaining:
+        name, item = remaining.pop()
+        if isinstance(item, torch.Tensor):
+            if item.layout != torch.strided or item.device.type != "cpu" or item.is_quantized:
+                kind = "quantized" if item.is_quantized else str(item.layout).removeprefix("torch.")
+                kind = "without values" if item.device.type == "meta" else kind
+                raise UserError(f"{path} is rejected: its entry {name} is a tensor of an unsupported kind ({kind}).")
+        elif isinstance(item, dict | list | tuple) and id(item) not in visited:
+            visited.add(id(item))
+            entries = item.items() if isinstance(item, dict) else enumerate(item)
+            remaining += [(f"{name}.{key}".lstrip("."), value) for key, value in entries]
 
 
 def _verify_checksums(path: Path) -> None:
@@ -238,6 +276,7 @@ def describe(checkpoint: Checkpoint) -> str:
         "window": config["window_size"],
         "fusion": config.get("fusion", "cross"),
         "parameters": f"{parameters / 1e6:.1f} M in {len(checkpoint.state_dict)} entries",
+        "weights": describe_unusable_weights(checkpoint.state_dict) or "finite",
         "temp": " ".join(f"{temperature:.4f}" for temperature in temperatures) or "none",
         "epoch": epoch,
         "best oIoU": "unknown" if extra.get("best_oIoU") is None else f"{float(extra['best_oIoU']):.2f}",

@@ -107,7 +107,9 @@ def _open_closed_streams() -> None:
     """Connect stdout and stderr to /dev/null if the shell has closed them, as in ``command >&-``."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # takes the number of the closed descriptor
+            setattr(
+                sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+            )  # takes the number of the closed descriptor
 
 
 def _distributed() -> Any:

@@ -72,7 +72,7 @@ def adapt_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
 
 
 def load_strictly(model: nn.Module, state_dict: StateDict, source: str, part: str = r".*") -> None:
-    """Load a state dict. All keys and shapes must be equal, except for missing ``OPTIONAL_KEYS``.
+    """Load a state dict of finite weights. All keys and shapes must be equal, except for missing ``OPTIONAL_KEYS``.
 
     Args:
         model: not wrapped.
@@ -81,7 +81,8 @@ def load_strictly(model: nn.Module, state_dict: StateDict, source: str, part: st
         part: pattern of the model's keys that the state dict must contain. Other entries of the model are not changed.
 
     Raises:
-        UserError: a key is missing or unexpected, or has another shape. The model is not changed.
+        UserError: a key is missing or unexpected, or has another shape; or a weight is NaN, infinite or not a
+            floating-point number. The model is not changed.
     """
     expected = {key: value for key, value in model.state_dict().items() if re.fullmatch(part, key)}
     problems = {
@@ -96,7 +97,23 @@ def load_strictly(model: nn.Module, state_dict: StateDict, source: str, part: st
     if any(problems.values()):
         parts = [f"{len(keys)} {problem} ({_first_keys(keys)})" for problem, keys in problems.items() if keys]
         raise UserError(f"{source} does not fit the model. Keys: {'; '.join(parts)}.")
+    problem = describe_unusable_weights({key: state_dict[key] for key in expected if key in state_dict})
+    if problem:
+        raise UserError(f"{source} has unusable weights: {problem}.")
     model.load_state_dict(state_dict, strict=False)
+
+
+def describe_unusable_weights(state_dict: StateDict) -> str:
+    """Name the weights that are NaN, infinite or not floating-point numbers. Empty if there are none.
+
+    BatchNorm's counters (``num_batches_tracked``) are integers.
+    """
+    weights = {key: value for key, value in state_dict.items() if not key.endswith("num_batches_tracked")}
+    not_floating = [f"{key}: {value.dtype}" for key, value in weights.items() if not value.is_floating_point()]
+    not_finite = [key for key, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    parts = [f"{len(not_floating)} not floating-point ({_first_keys(not_floating)})"] * bool(not_floating)
+    parts += [f"{len(not_finite)} NaN or infinite ({_first_keys(not_finite)})"] * bool(not_finite)
+    return "; ".join(parts)
 
 
 def _first_keys(keys: list[str]) -> str:

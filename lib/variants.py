@@ -35,3 +35,17 @@ FUSIONS = {
     "vision": (False, True),
     "late": (False, False),
 }
+
+# Smallest and largest value of each integer argument of build_crossvlt. The largest ones are far beyond all known
+# models; without them, a wrong value could take unlimited memory or time.
+SIZE_RANGES = {
+    "window_size": (2, 1024),
+    "embed_dim": (1, 4096),
+    "depths": (1, 1000),
+    "num_heads": (1, 4096),
+    "text_dim": (1, 16384),
+    "text_layers": (1, 1000),
+    "text_heads": (1, 1024),
+    "vocab_size": (1, 10_000_000),
+    "align_dim": (1, 16384),
+}

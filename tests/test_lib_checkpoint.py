@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 
 import pytest
 import torch
@@ -236,6 +237,91 @@ def test_a_flipped_bit_in_a_saved_checkpoint_is_detected(tmp_path):
     (tmp_path / "last.pth").write_bytes(content)
     with pytest.raises(UserError, match=r"last\.pth is corrupt: wrong checksum of its entry .*data/0"):
         read_checkpoint(tmp_path / "last.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: weight.flatten()[0].fill_(float("nan")), r"1 NaN or infinite \(backbone\.0\.norm0\.weight\)"),
+        (lambda weight: weight.flatten()[0].fill_(-float("inf")), r"1 NaN or infinite \(backbone\.0\.norm0\.weight\)"),
+        (lambda weight: weight.to(torch.int8), r"1 not floating-point \(backbone\.0\.norm0\.weight: torch\.int8\)"),
+        (lambda weight: weight.bool(), r"1 not floating-point \(backbone\.0\.norm0\.weight: torch\.bool\)"),
+    ],
+)  # fmt: skip
+def test_unusable_weights_are_named(tmp_path, small_model, monkeypatch, capsys, change, message):
+    model = small_model()
+    state_dict = {key: value.clone() for key, value in model.state_dict().items()}
+    changed = change(state_dict["backbone.0.norm0.weight"])
+    if not changed.is_floating_point():
+        state_dict["backbone.0.norm0.weight"] = changed
+    path = tmp_path / "bad.pth"
+    save_checkpoint(path, {"model": state_dict, "model_config": model.config})
+    with pytest.raises(UserError, match=rf"bad\.pth has unusable weights: {message}\.$"):
+        load_weights(model, path)
+    with pytest.raises(UserError, match=message):
+        rebuild(read_checkpoint(path), build_crossvlt)
+    described = run_in_process(main, ["lib.checkpoint", path], monkeypatch, capsys)
+    assert re.search(rf"^weights    {message}$", described.out, re.MULTILINE)
+
+
+def test_half_precision_weights_can_be_loaded(tmp_path, small_model):
+    torch.save({key: value.half() for key, value in small_model().state_dict().items()}, tmp_path / "half.pth")
+    load_weights(small_model(), tmp_path / "half.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize(
+    ("tensor", "kind"),
+    [
+        (lambda: torch.eye(3).to_sparse(), "sparse_coo"),
+        (lambda: torch.eye(3).to_sparse_csr(), "sparse_csr"),
+        (lambda: torch.zeros(3, device="meta"), "without values"),
+    ],
+)
+def test_tensors_of_other_kinds_are_rejected(tmp_path, tensor, kind):
+    weight = {"model": {"weight": torch.zeros(3)}}
+    for content, name in (
+        ({"weight": tensor()}, "weight"),
+        ({**weight, "optimizer": {"state": {0: [tensor()]}}}, r"optimizer\.state\.0\.0"),
+    ):
+        torch.save(content, tmp_path / "other.pth")
+        message = rf"other\.pth is rejected: its entry {name} is a tensor of an unsupported kind \({kind}\)\.$"
+        with pytest.raises(UserError, match=message):
+            read_checkpoint(tmp_path / "other.pth")
+
+
+def test_a_list_that_contains_itself_can_be_read(tmp_path):
+    recursive = []
+    recursive.append(recursive)
+    torch.save({"model": {"weight": torch.zeros(3)}, "metrics": recursive}, tmp_path / "recursive.pth")
+    assert read_checkpoint(tmp_path / "recursive.pth").state_dict["weight"].shape == (3,)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("depths", 1e9), ("depths", [10**9] * 4), ("depths", [1, -2, 1, 1]), ("depths", "1111"), ("embed_dim", -32),
+        ("embed_dim", 10**12), ("num_heads", []), ("window_size", 10**9), ("text_dim", 1.5), ("text_layers", 10**9),
+        ("vocab_size", -1), ("align_dim", {}), ("embed_dim", torch.zeros(3)),
+    ],
+)  # fmt: skip
+def test_a_model_config_that_contradicts_the_weights_is_rejected(tmp_path, small_model, name, value):
+    model = small_model()
+    torch.save({"model": model.state_dict(), "model_config": {**model.config, name: value}}, tmp_path / "last.pth")
+    with pytest.raises(UserError, match=rf"last\.pth is corrupt: its model_config has {name} .*, but its weights have"):
+        rebuild(read_checkpoint(tmp_path / "last.pth"), build_crossvlt)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("text_heads", -2), ("text_heads", None), ("drop_path_rate", -1.0), ("text_dropout", float("nan")),
+     ("fusion", []), ("swin_type", 3), ("drop_path_rate", "0.3")],
+)  # fmt: skip
+def test_a_model_config_with_other_wrong_values_is_rejected(tmp_path, small_model, name, value):
+    model = small_model()
+    torch.save({"model": model.state_dict(), "model_config": {**model.config, name: value}}, tmp_path / "last.pth")
+    with pytest.raises(UserError, match=r"last\.pth: cannot build a model from its model_config: "):
+        rebuild(read_checkpoint(tmp_path / "last.pth"), build_crossvlt)
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):

@@ -28,7 +28,7 @@ def two_processes(tmp_path, monkeypatch):
             child = os.fork()  # much faster than a new interpreter
             if child == 0:
                 os.environ.update(MASTER_ADDR="localhost", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
-                sys.stderr = open(tmp_path / f"stderr_{rank}", "w")
+                sys.stderr = (tmp_path / f"stderr_{rank}").open("w")  # noqa: SIM115
                 try:
                     run_command(main)
                 finally:
@@ -155,8 +155,8 @@ def has_a_bug(rank):
     utils.gather(rank)
 
 
-def receives_a_fault_of_the_network(rank):
-    raise torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error")
+def receives_a_fault(rank):
+    raise torch.distributed.DistBackendError("NCCL error: network error")
 
 
 def is_killed_if_main(rank):
@@ -172,7 +172,7 @@ FOLLOWED = "ended because another process failed first; see the error of that pr
     ("behavior", "whole", "short", "logged"),
     [
         (has_a_bug, "[rank 1] ValueError: a bug", 1, "[rank 1] ValueError: a bug"),
-        (receives_a_fault_of_the_network, "DistBackendError: NCCL error: remote process exited", 1, "NCCL error: remote"),
+        (receives_a_fault, "DistBackendError: NCCL error: network error", 1, "NCCL error: network error"),
         (is_killed_if_main, "[rank 1] RuntimeError: ", 0, None),
     ],
 )  # fmt: skip

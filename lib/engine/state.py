@@ -3,7 +3,7 @@
 import logging
 import random
 from collections.abc import Iterator
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,7 +142,8 @@ class TrainState:
         saved = checkpoint.extra
         for group, current in zip(saved["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
             group["fused"] = current["fused"]  # depends on the device, which may have changed
-        self.optimizer.load_state_dict(saved["optimizer"])
+        # On a CPU, the optimizer would keep these tensors, which are mapped from the file.
+        self.optimizer.load_state_dict(deepcopy(saved["optimizer"]))
         self.scheduler.load_state_dict(saved["scheduler"])
         for group, base_lr, factor in zip(
             self.optimizer.param_groups, self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True
