@@ -108,8 +108,8 @@ def main() -> None:
         run.begin(state)
 
         for _ in state.remaining_epochs():
-            train_one_epoch(ddp_model, criterion, train_loader, state, run)
             with run.saving_on_stop(state):
+                train_one_epoch(ddp_model, criterion, train_loader, state, run)
                 result = validate(state.eval_model, val_set, eval_setup)
             run.end_epoch(state, result, draw=partial(draw_validation, val_set, result))
     LOGGER.info("Done. Best oIoU %.2f on %s: %s", state.best_oIoU, cfg.DATA.SPLIT, run.checkpoints.folder / BEST)

@@ -3,6 +3,7 @@
 import gc
 import itertools
 import signal
+import threading
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ from data.dataset_refer_bert import ReferDataset
 from data.image_batches import ImageBatches
 from data.mixed import MixedDataset
 from data.transforms import normalize_images
-from lib.errors import UserError
+from lib.errors import LostWorkerError, UserError
 from utils import derive_seed
 
 Batch = dict[str, Any]
@@ -61,14 +62,14 @@ class DeviceBatches:
     """A loader's batches on the model's device. Images and masks are transferred as uint8.
 
     Each batch is the loader's dict with ``image`` as normalized float32 and ``mask``, if present, as int64. ``index``
-    stays on the CPU.
+    stays on the CPU. If a worker process dies, the iteration raises a LostWorkerError.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
         self.loader, self.device = loader, device
 
     def __iter__(self) -> Iterator[Batch]:
-        for batch in self.loader:
+        for batch in _watched(self.loader):
             moved = self._moved({name: value for name, value in batch.items() if name != "index"})
             moved["image"] = normalize_images(moved["image"])
             if "mask" in moved:
@@ -84,6 +85,34 @@ class DeviceBatches:
 
     def __len__(self) -> int:
         return len(self.loader)
+
+
+def _watched(loader: DataLoader) -> Iterator[Batch]:
+    """Yield the loader's batches. LostWorkerError: a worker process has died."""
+    iterator = None
+    handler = signal.getsignal(signal.SIGCHLD) or signal.SIG_DFL
+    try:
+        iterator = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            # PyTorch's handler would raise in the middle of an optimizer step or of a save; next() raises as well.
+            signal.signal(signal.SIGCHLD, handler)
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            yield batch
+    except Exception as error:
+        lost = [worker for worker in getattr(iterator, "_workers", []) if worker.exitcode]
+        if not lost:
+            raise
+        code = lost[0].exitcode
+        reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        raise LostWorkerError(
+            f"A data-loading worker (process {lost[0].pid}) {reason}. The usual causes are too little host memory "
+            f"(SIGKILL) and a full /dev/shm (SIGBUS). Lower --workers (now {loader.num_workers}) or --batch-size, or "
+            "provide more memory (for a container also --shm-size)."
+        ) from error
 
 
 class TrainLoader:

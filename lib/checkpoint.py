@@ -248,9 +248,10 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     with atomic_write(path) as temporary:
         try:
             torch.save(content, temporary)
-        except RuntimeError as error:  # PyTorch's writer does not say that the disk is full
-            if "CUDA" in str(error):
+        except RuntimeError as error:
+            if not re.search("inline_container|PytorchStreamWriter|iostream", str(error)):
                 raise
+            # PyTorch's writer does not say that the disk is full.
             free = shutil.disk_usage(temporary.parent).free / 2**20
             raise UserError(f"Cannot write {path}. Is the disk full? {free:.0f} MiB are free.") from error
 

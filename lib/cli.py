@@ -107,9 +107,8 @@ def _open_closed_streams() -> None:
     """Connect stdout and stderr to /dev/null if the shell has closed them, as in ``command >&-``."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(
-                sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
-            )  # takes the number of the closed descriptor
+            descriptor = os.open(os.devnull, os.O_WRONLY)  # the number of the closed stream, the smallest free one
+            setattr(sys, name, os.fdopen(descriptor, "w"))
 
 
 def _distributed() -> Any:

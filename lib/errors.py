@@ -15,5 +15,9 @@ class MissingFileError(UserError, FileNotFoundError):
     """A file or folder that the user has to provide does not exist."""
 
 
+class LostWorkerError(UserError):
+    """A data-loading worker was killed, usually because memory is too small."""
+
+
 class StoppedError(Exception):
     """The program was stopped by a signal after saving its work."""

@@ -324,6 +324,15 @@ def test_a_model_config_with_other_wrong_values_is_rejected(tmp_path, small_mode
         rebuild(read_checkpoint(tmp_path / "last.pth"), build_crossvlt)
 
 
+def test_other_errors_while_saving_are_not_taken_for_a_full_disk(tmp_path, monkeypatch):
+    def fail(content, path):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match=r"killed by signal"):
+        save_checkpoint(tmp_path / "last.pth", {"epoch": 2})
+
+
 def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "last.pth", {"epoch": 1})
     before = (tmp_path / "last.pth").read_bytes()

@@ -28,7 +28,7 @@ def two_processes(tmp_path, monkeypatch):
             child = os.fork()  # much faster than a new interpreter
             if child == 0:
                 os.environ.update(MASTER_ADDR="localhost", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
-                sys.stderr = (tmp_path / f"stderr_{rank}").open("w")  # noqa: SIM115
+                sys.stderr = (tmp_path / f"stderr_{rank}").open("w")
                 try:
                     run_command(main)
                 finally:

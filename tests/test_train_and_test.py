@@ -1,9 +1,14 @@
 """train.py and test.py as a user runs them, end to end on generated data."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from data.dataset_refer_bert import ReferDataset
 
 
 @pytest.fixture
@@ -51,6 +56,25 @@ def test_the_saved_config_can_be_trained_again(trained, run_here, tmp_path):
 def test_training_with_torch_distributed_launch(run_script, train_flags, tmp_path):
     run_script("train.py", *train_flags, "--steps", 1, "--model_id", "old", processes=2, launcher="launch")
     assert (tmp_path / "checkpoints" / "old" / "best.pth").exists()
+
+
+def test_a_lost_worker_ends_the_training_saved(run_here, train_flags, tmp_path, monkeypatch):
+    main_process, load_image = os.getpid(), ReferDataset.load_image
+
+    def load_or_die(dataset, index):
+        if os.getpid() != main_process and dataset.draw_seed is not None and int(dataset._epoch) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return load_image(dataset, index)
+
+    flags = [*train_flags, "--workers", 1, "--model_id", "lost", "--epochs", 2]
+    monkeypatch.setattr(ReferDataset, "load_image", load_or_die)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+    lost = run_here("train.py", *flags)
+    step = entries(tmp_path / "checkpoints" / "lost" / "last.pth")["step"]
+    assert step > 0
+    (line,) = [line for line in lost.err.splitlines() if line.startswith("error: ")]
+    assert (lost.status, "was killed by SIGKILL" in line) == (2, True)
+    assert f"Everything up to step {step} is saved in {tmp_path}/checkpoints/lost: continue with --auto_resume." in line
 
 
 def test_default_model_id_names_dataset_and_model(run_here, train_flags, tmp_path):

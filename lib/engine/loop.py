@@ -38,8 +38,9 @@ def train_one_epoch(
         run: logs, saves checkpoints and stops the training.
 
     Raises:
-        StoppedError: a signal was received; everything is saved.
-        UserError: a loss is inf or nan, an image is unreadable, or the disk or the GPU's memory is full.
+        StoppedError: a signal was received.
+        UserError: a loss is inf or nan, an image is unreadable, a data-loading worker has died, or the disk or the
+            GPU's memory is full.
     """
     run.begin_epoch(state)
     model.train()

@@ -19,7 +19,7 @@ from lib.engine.checkpoints import BEST, LAST, CheckpointFolder, numbered
 from lib.engine.journal import Journal, write_environment
 from lib.engine.signals import StopSignals
 from lib.engine.state import Meter, TrainState, random_states, seed_everything
-from lib.errors import StoppedError, UserError
+from lib.errors import LostWorkerError, StoppedError, UserError
 from lib.evaluation import EvaluationResult
 from lib.files import write_text
 from lib.metrics import METRIC_NAMES
@@ -138,11 +138,25 @@ class Run:
 
     @contextmanager
     def saving_on_stop(self, state: TrainState) -> Iterator[None]:
-        """Save a checkpoint if a signal stops the block, which is a validation."""
+        """Save a checkpoint if the block is stopped by a signal or loses a data-loading worker.
+
+        With several processes, a lost worker ends the run without saving, because the others cannot take part.
+        """
         try:
             yield
-        except StoppedError:
-            self.stop(state)
+        except StoppedError as error:
+            self.save(state, ends_epoch=False)
+            raise StoppedError(
+                f"{self.signals.received or 'Signal to another process'}: stopped at step {state.step}, everything is "
+                f"saved in {self.checkpoints.folder}. Run the same command with --auto_resume to continue."
+            ) from error
+        except LostWorkerError as error:
+            saved = "The last checkpoint is"
+            if self.distributed.world_size == 1:
+                self.save(state, ends_epoch=False)
+                saved = f"Everything up to step {state.step} is saved"
+            folder = self.checkpoints.folder
+            raise LostWorkerError(f"{error} {saved} in {folder}: continue with --auto_resume.") from error
 
     def begin_epoch(self, state: TrainState) -> None:
         """Prepare logging. Seed all random generators, unless the run continues within the epoch."""
@@ -163,7 +177,7 @@ class Run:
         """Log the step, save a checkpoint if one is due, and stop if a signal was received by any process.
 
         Raises:
-            StoppedError: after saving.
+            StoppedError: :meth:`saving_on_stop` saves.
         """
         is_last = state.remaining_steps() == 0
         self._bar.update()
@@ -173,7 +187,7 @@ class Run:
             self._log_step(state, num_samples)
         stop, save = self._stop_and_save(state.step)
         if stop:
-            self.stop(state)
+            raise StoppedError
         if is_last:  # the checkpoint after the validation follows
             self._bar.close()
         elif save:
@@ -235,14 +249,6 @@ class Run:
         content = {**self.constants, **state.state_dict(), "random": gather(random_states())}
         on_main(lambda: self.checkpoints.save(content, ends_epoch=ends_epoch))
         self._saved_at = time.monotonic()
-
-    def stop(self, state: TrainState) -> NoReturn:
-        """Save a checkpoint and raise StoppedError."""
-        self.save(state, ends_epoch=False)
-        raise StoppedError(
-            f"{self.signals.received or 'Signal to another process'}: stopped at step {state.step}, everything is "
-            f"saved in {self.checkpoints.folder}. Run the same command with --auto_resume to continue."
-        )
 
     def report_non_finite(self, error: NonFiniteError, state: TrainState, micro_batches: Sequence[Batch]) -> NoReturn:
         """Save the batches and weights that led to inf or nan, then raise a UserError on the main process."""
