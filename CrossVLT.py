@@ -1,7 +1,7 @@
 """CrossVLT: a Swin and a BERT encoder that exchange features at every stage by cross-attention (paper, figure 2).
 
-Shapes: B batch size, H×W image size, N tokens, T text width, A width of the alignment space, C = embed_dim·2^i
-channels of vision stage i = 0…3, whose map has h×w = H/2^(i+2) × W/2^(i+2) positions.
+Shapes: B batch size, H×W image size, N tokens, T text width, A width of the alignment space. Vision stage i = 0…3 has
+C = embed_dim·2^i channels and a map of h×w = H/2^(i+2) × W/2^(i+2) positions.
 """
 
 import reprlib
@@ -36,10 +36,11 @@ class CrossVLT(nn.Module):
 
     def __init__(self, vision_stages: list[nn.Module], language_stages: list[nn.Module], decoder: nn.Module) -> None:
         super().__init__()
+        # The names of the published state dict.
         self.backbone = nn.ModuleList(vision_stages)
         self.lang_stage1, self.lang_stage2, self.lang_stage3, self.lang_stage4 = language_stages
         self.classifier = decoder
-        self.temp = nn.Parameter(torch.ones(NUM_STAGES))
+        self.temp = nn.Parameter(torch.ones(NUM_STAGES))  # temperature of each stage's similarity map
         self.config: dict = {}  # arguments of build_crossvlt, defaults included; saved in checkpoints
 
     def forward(
@@ -56,7 +57,8 @@ class CrossVLT(nn.Module):
             images: [B, 3, H, W], normalized, in the model's dtype; H or W must be more than 32.
             input_ids: [B, N] token ids, [CLS] first, padded with 0.
             attention_mask: [B, N], 1 on tokens and 0 on padding.
-            return_similarities: compute the alignment's similarity maps. None: in training mode only.
+            return_similarities: whether to compute the similarity maps of the alignment losses. None: only in training
+                mode.
 
         Raises:
             ValueError: the images are too small.
@@ -72,7 +74,7 @@ class CrossVLT(nn.Module):
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Apply the first stage's Swin blocks: [B, 3, H, W] → [B, H/4, W/4, C].
 
-        They depend on the image only, so that evaluation computes them once for all sentences of an image.
+        The result depends only on the image, so evaluation computes it once for all sentences of an image.
         """
         height, width = images.shape[-2:]
         coarsest = PATCH_SIZE * 2 ** (NUM_STAGES - 1)
@@ -124,7 +126,10 @@ class CrossVLT(nn.Module):
 
     @property
     def language_stages(self) -> tuple[nn.Module, ...]:
-        """The four language stages without the word embeddings. Each has ``layer`` (BERT layers) and ``proj``."""
+        """The four language stages, without the word embeddings.
+
+        Each has ``layer``, its BERT layers, and ``proj``, the projection to the alignment space.
+        """
         return self.lang_stage1.encoder, self.lang_stage2, self.lang_stage3, self.lang_stage4
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -140,7 +145,7 @@ class CrossVLT(nn.Module):
 
 
 def similarity_map(pixels: torch.Tensor, sentence: torch.Tensor) -> torch.Tensor:
-    """Return the cosine similarity of each position [B, h, w, A] and its sentence [B, A]: [B, 1, h, w]."""
+    """Return the cosine similarity of each position of ``pixels`` [B, h, w, A] to ``sentence`` [B, A]: [B, 1, h, w]."""
     return F.cosine_similarity(pixels, sentence[:, None, None, :], dim=-1)[:, None]
 
 
@@ -163,15 +168,16 @@ def build_crossvlt(
     """Build a CrossVLT with randomly initialized weights. Reads no file.
 
     Args:
-        swin_type: a name in ``lib.variants.SWIN_VARIANTS``, which has the defaults of the next four.
-        window_size, embed_dim, depths, num_heads: of the Swin encoder (depths and num_heads: one per stage).
-        drop_path_rate: of the last Swin block; it increases linearly from 0 in the first one.
-        fusion: a name in ``lib.variants.FUSIONS``: ``cross`` (published) or an ablation, ``vision`` (no
-            vision-to-language attention) or ``late`` (in addition, language-to-vision fusion in the last stage only).
+        swin_type: a name in ``lib.variants.SWIN_VARIANTS``, which provides the defaults of the Swin sizes below.
+        window_size, embed_dim, depths, num_heads: sizes of the Swin encoder; depths and num_heads have one entry per
+            stage.
+        drop_path_rate: drop path rate of the last Swin block. The rate increases linearly from 0 in the first block.
+        fusion: a name in ``lib.variants.FUSIONS``: ``cross`` (published), or an ablation: ``vision`` has no
+            vision-to-language attention; ``late`` has only the language-to-vision fusion of the last stage.
         text_dim, text_heads, text_dropout: width, heads and dropout of every language layer.
         text_layers: BERT layers in language stage 1. Stages 2 to 4 have two layers each.
         vocab_size: rows of the word embedding.
-        align_dim: A, width of the space in which pixels and sentence are aligned.
+        align_dim: A, width of the space in which positions and sentences are compared.
 
     Raises:
         ValueError: an unknown name, or sizes that do not fit each other.

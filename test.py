@@ -38,7 +38,11 @@ def add_arguments(parser: Parser) -> None:
     add("--vis_maps", action="store_true", help="also draw the four alignment maps")
     add("--vis_compare", metavar="A,B", help="instead of --resume: draw several checkpoints side by side")
     add("--table", action="store_true", help="instead of --resume: reproduce the paper's table")
-    add("--checkpoints", metavar="DIR", help="for --table: folder with best_<set>.pth, or a YAML file of set: file")
+    add(
+        "--checkpoints",
+        metavar="DIR",
+        help="for --table: folder with best_<dataset>.pth, or YAML file with lines dataset: file",
+    )
     add("--table_dir", metavar="DIR", default="models/table", help="for --table: folder of the results (%(default)s)")
     add("--image", metavar="FILE", help="instead of a dataset: segment this image")
     add("--sentence", metavar="TEXT", help="for --image: the object to segment")

@@ -3,7 +3,7 @@
     torchrun --nproc_per_node 2 train.py --cfg configs/refcoco.yaml             # the published recipe, two GPUs
     python train.py --cfg configs/one_24gb_gpu.yaml --dataset refcoco           # one GPU, the published global batch
     python train.py --dataset refcoco,refcoco+,refcocog --splitBy unc,unc,umd   # the union of several datasets
-    python train.py --cfg configs/refcoco.yaml --model_id mine --auto_resume    # start, or resume after an interruption
+    python train.py --cfg configs/refcoco.yaml --model_id mine --auto_resume    # start the run, or resume it
     python train.py --resume checkpoints/<model_id>/last.pth                    # resume from a file
 
     # the command of the published code
@@ -12,7 +12,7 @@
 
 Output: <output-dir>/<model_id>/{best,last}.pth and models/<model_id>/{train.log, metrics.jsonl, config.yaml,
 environment.json, tensorboard/}. Exit status: 0 success; 1 a bug or a process that died; 2 a user's mistake; 75 stopped
-by a signal (SIGTERM, SIGINT, SIGUSR1) with everything saved.
+by a signal (SIGTERM, SIGINT, SIGUSR1) after saving a checkpoint.
 """
 
 from functools import partial
@@ -53,7 +53,7 @@ def main() -> None:
 
     # A user's mistakes are reported before any folder is created.
     set_up_logging(launched_rank())
-    cfg, start = load_recipe(args)  # defaults < YAML < flags; when resuming, the saved recipe is the default
+    cfg, start = load_recipe(args)  # start: the weights or checkpoint to start from
     tokenizer = load_tokenizer(cfg.PRETRAINED.TOKENIZER)
     train_set, val_set = build_datasets(cfg, tokenizer)
 
@@ -84,10 +84,11 @@ def main() -> None:
         LOGGER.info(message)
         return
 
-    constants = {  # entries of every checkpoint besides the state
+    constants = {  # saved in every checkpoint together with the state
         "model_config": model.config,
         "config": flatten(cfg),
         "vocabulary": fingerprint(tokenizer),
+        # The division of the global batch.
         "share": [distributed.world_size, cfg.BATCH_SIZE, start.accum_steps],
     }
     with Run.open(cfg, distributed, constants, start.resumed) as run:
@@ -103,7 +104,7 @@ def main() -> None:
         run.log_expected_times(
             state, time_training(ddp_model, criterion, first_batch, cfg.TRAIN.AMP), validation_seconds
         )
-        if start.resumed and state.epoch_step:
+        if start.resumed and state.epoch_step:  # the run continues within an epoch
             restore_random_states(start.resumed.extra["random"][distributed.rank])
         run.begin(state)
 

@@ -21,7 +21,7 @@ from lib.errors import EXIT_MISTAKE, UserError
 LOGGER = logging.getLogger("crossvlt")
 LEVEL_COLORS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
-_cpu_group: dist.ProcessGroup | None = None  # set by init_distributed; None: the default group is a gloo group itself
+_cpu_group: dist.ProcessGroup | None = None  # set by init_distributed; None: the default group uses gloo
 
 
 class Distributed(NamedTuple):
@@ -52,7 +52,8 @@ def init_distributed(device: str = "auto", *, tf32: bool = False) -> Distributed
 
     Args:
         device: ``auto`` (CUDA if available), ``cpu``, ``cuda`` or, for a single process, ``cuda:N``.
-        tf32: allow TF32 matrix products and convolutions on GPUs: faster, but outside the golden numbers' tolerance.
+        tf32: allow TF32 matrix products and convolutions on GPUs. Faster, but outside the tolerance of the tests that
+                compare with the published network.
 
     Raises:
         UserError: the device does not exist, or there are more processes than GPUs.
@@ -68,7 +69,7 @@ def init_distributed(device: str = "auto", *, tf32: bool = False) -> Distributed
         global _cpu_group
         backend = "nccl" if selected.type == "cuda" else "gloo"
         store, rank, world_size = next(rendezvous("env://"))
-        # torchrun --max-restarts reuses its store: without a prefix, keys of the previous processes would be read.
+        # torchrun --max-restarts reuses its store. Without a prefix, this process would read keys of earlier processes.
         store = dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         device_id = selected if backend == "nccl" else None
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, device_id=device_id)
@@ -92,7 +93,7 @@ def _select_device(device: str, local_rank: int, world_size: int) -> torch.devic
     if world_size > 1 and selected.index is not None:
         raise UserError(f"--device {device}: with several processes, each one uses its own GPU. Use --device cuda.")
     index = local_rank if selected.index is None else selected.index
-    # The same condition on every process of a node, so that the main process reports it.
+    # All processes of a node check the same condition, so the main process reports the error.
     needed = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if selected.index is None else index + 1
     if needed > torch.cuda.device_count():
         raise UserError(f"{needed} GPUs needed, {torch.cuda.device_count()} available. Start one process per GPU.")
@@ -100,7 +101,7 @@ def _select_device(device: str, local_rank: int, world_size: int) -> torch.devic
 
 
 def gather(item: Any) -> list[Any]:
-    """Return every process's item, ordered by rank, on every process."""
+    """Return a list of the items of all processes, ordered by rank, on every process."""
     if not dist.is_initialized():
         return [item]
     items: list[Any] = [None] * dist.get_world_size()
@@ -117,7 +118,7 @@ def on_main(function: Callable[[], Any]) -> Any:
     """Call ``function`` on the main process only and return its result on every process.
 
     Raises:
-        UserError: on the main process, if ``function`` raised it; the other processes exit silently with status 2.
+        UserError: on the main process, if ``function`` raised one. The other processes exit silently with status 2.
     """
     result, error = None, None
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -134,7 +135,7 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 
 def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
-    """Call ``function`` on every process. Return its result and the first error message (UserError) or ""."""
+    """Call ``function`` on every process. Return its result, and the first UserError of any process as text or ""."""
     result, reason = None, ""
     try:
         result = function()
@@ -146,7 +147,8 @@ def attempt(function: Callable[[], Any]) -> tuple[Any, str]:
 def sum_over_processes(values: list[float]) -> list[float]:
     """Return the element-wise sums over all processes, in float64, identical on every process.
 
-    The values are exchanged between CPUs, without synchronizing with a GPU. All processes must pass equally many.
+    The values are exchanged between CPUs, without synchronizing with a GPU. All processes must pass the same number of
+    values.
     """
     if not dist.is_initialized():
         return values
@@ -190,8 +192,8 @@ class _LogFile(logging.FileHandler):
 def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
     """Configure the project's logger: stderr (warnings only on ranks above 0) and, on the main process, ``file``.
 
-    Debug lines (progress) go to the file and to a redirected stderr, but not to a terminal, which shows a bar instead.
-    Lines logged before the call with ``file`` are written to the file first.
+    Debug lines (progress) go to the file and to a redirected stderr. They do not go to a terminal, which shows a
+    progress bar instead. If an earlier call had no ``file``, the lines logged since then are written to the file first.
     """
     history = next((handler for handler in LOGGER.handlers if isinstance(handler, _History)), None) or _History()
     for handler in LOGGER.handlers:
@@ -228,7 +230,7 @@ def derive_seed(*parts: int | str) -> int:
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause the garbage collector while millions of records are created. This halves the time."""
+    """Pause the garbage collector in this block. This halves the time to create millions of records."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -1,6 +1,6 @@
 """Referring expressions as samples of image, token ids and target mask.
 
-Shapes: S img_size, N max_tokens; H×W an image's own size.
+Shapes: S = img_size, N = max_tokens, H×W an image's own size.
 """
 
 import itertools
@@ -39,7 +39,7 @@ class Expression(NamedTuple):
 
 
 class ReferDataset(Dataset):
-    """A split of a REFER dataset. All sentences are tokenized at once; images and masks are decoded on demand.
+    """A split of a REFER dataset. Sentences are tokenized in advance, images and masks decoded on demand.
 
     The dataset copies the annotations that it needs from ``refer``, which can be deleted afterwards.
 
@@ -53,8 +53,8 @@ class ReferDataset(Dataset):
             one of the object's sentences is drawn at random in each epoch. The draw depends only on this seed, the
             epoch and the index. If None, the dataset has one sample per sentence, which
             :class:`data.image_batches.ImageBatches` requires.
-        shuffle_seed: seed for permuting the sentences within the split, which tests whether a model uses the language
-            at all. If None, the sentences are not permuted.
+        shuffle_seed: seed for permuting the sentences within the split, to test whether a model uses them. If None,
+            the sentences are not permuted.
         excluded_images: ids of images whose refs are left out.
 
     A sample is a dict:
@@ -81,7 +81,7 @@ class ReferDataset(Dataset):
         self.annotation_files = (refer.refs_path, refer.instances_path)
         self.image_dir, self.img_size = refer.image_dir, img_size
         self.draw_seed = draw_seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # running workers see changes
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that running workers see changes
         with gc_paused():
             excluded = set(excluded_images)
             refs = [ref for ref in refer.loadRefs(refer.getRefIds(split=split)) if ref["image_id"] not in excluded]
@@ -103,7 +103,7 @@ class ReferDataset(Dataset):
                 ) from error
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch, which determines the sentences that are drawn."""
+        """Set the epoch. The random draw of sentences depends on it."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -122,7 +122,7 @@ class ReferDataset(Dataset):
         }
 
     def expression_of(self, index: int) -> int:
-        """Return the index in ``expressions`` of a sample's sentence, which depends on the epoch if it is drawn."""
+        """Return the index of a sample's sentence in ``expressions``. With ``draw_seed``, it depends on the epoch."""
         if self.draw_seed is None:
             return index
         first, end = self._bounds[index : index + 2].tolist()
@@ -159,7 +159,7 @@ class ReferDataset(Dataset):
             )
 
     def check_images(self) -> None:
-        """Raise a UserError if image files of the split are missing. Called before the first epoch."""
+        """Raise a UserError if image files of the split are missing. train.py calls this before the first epoch."""
         paths = [self.image_dir / name for name in sorted(set(self._file_names))]
         existing = {
             folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in {p.parent for p in paths}
@@ -173,10 +173,10 @@ class ReferDataset(Dataset):
 
 
 class SharedList(Sequence[Item]):
-    """Immutable list stored in two tensors, which DataLoader workers share instead of copying.
+    """Immutable list stored in two tensors. DataLoader workers share them instead of copying them.
 
-    A worker process that only reads a Python object still writes its reference count, so the operating system copies
-    the memory page. After an epoch, each worker would have its own copy of nearly all annotations.
+    A worker process that only reads a Python object still changes its reference count, so the operating system copies
+    the memory page. With a Python list, after an epoch, each worker would have its own copy of nearly all annotations.
 
     Args:
         items: anything that can be pickled.

@@ -1,8 +1,8 @@
-"""Reading and preprocessing of images.
+"""Read and preprocess images.
 
 Preprocessing is exactly as published: Pillow's bilinear resize to a square, then normalization by ImageNet's mean and
-standard deviation. Images are transferred to the model's device as uint8 and normalized there, which transfers a
-quarter of the bytes and gives the same float32 values.
+standard deviation. Images are copied to the model's device as uint8 and normalized there. This copies a quarter of the
+bytes and gives the same float32 values.
 """
 
 from collections.abc import Iterator
@@ -21,11 +21,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @contextmanager
 def open_image_file(path: Path, kind: str = "image", file_format: str | None = None) -> Iterator[Image.Image]:
-    """Open an image file, and raise Pillow's errors within the block as UserErrors that name the file.
+    """Open an image file. Pillow's errors within the block become UserErrors that name the file.
 
     Args:
         path: path of the file.
-        kind: name of such an image in error messages.
+        kind: what error messages call the file, such as ``mask``.
         file_format: the only accepted format, such as PNG; None: all formats.
 
     Raises:
@@ -55,7 +55,7 @@ def read_image(path: Path) -> Image.Image:
 
 
 def check_depth(image: Image.Image, path: Path) -> None:
-    """Raise a UserError for an image of 16 or 32 bits per channel, whose values Pillow would clip instead of scale."""
+    """Raise a UserError if an image has 16 or 32 bits per channel: Pillow would clip the values, not scale them."""
     if image.mode.startswith(("I", "F")):
         bits = 16 if "16" in image.mode else 32
         raise UserError(f"{path} is a {bits}-bit image (mode {image.mode}). Convert it to 8 bits per channel.")
@@ -68,7 +68,7 @@ def resize_image(image: Image.Image, size: int) -> torch.Tensor:
 
 def normalize_images(images: torch.Tensor) -> torch.Tensor:
     """Scale images, uint8 [..., 3, H, W], to [0, 1] and normalize them: float32, on the same device."""
-    # The divisor is a tensor, because CUDA replaces a division by a Python number by a product with the rounded 1/255.
+    # The divisor is a tensor: on CUDA, PyTorch divides by a Python number by multiplying by its rounded reciprocal.
     divisor = torch.full((), 255.0, device=images.device)
     return TF.normalize(images.to(torch.float32).div_(divisor), IMAGENET_MEAN, IMAGENET_STD, inplace=True)
 

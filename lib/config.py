@@ -70,24 +70,25 @@ def _add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
         kind = type(option.default)
         metavar = None if option.choices else option.metavar or {int: "N", float: "X"}.get(kind, "NAME")
         kwargs |= {"type": kind, "choices": option.choices, "metavar": metavar}
+        # Show the default, unless the help text already states one.
         if option.default not in ("", 0) and "(default" not in text and "(test.py" not in text:
             text += f" (default: {option.default})"
-    if not is_used:
+    if not is_used:  # accepted, hidden from --help, and returned by unused_flags
         kwargs["dest"], text = f"unused {names[0]}", argparse.SUPPRESS
     parser.add_argument(*names, help=text, **kwargs)
 
 
 def unused_flags(args: argparse.Namespace) -> list[str]:
-    """Return the given flags that only the other script uses."""
+    """Return the flags on the command line that only the other script uses."""
     return [name.removeprefix("unused ") for name in vars(args) if name.startswith("unused ")]
 
 
 def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) -> tuple[CfgNode, dict[str, str]]:
-    """Combine the defaults, ``base``, the YAML file and the flags; the later ones override the earlier ones.
+    """Combine the defaults, ``base``, the YAML file and the flags; later ones override earlier ones.
 
     Args:
         args: parsed by the parser of :func:`get_parser`.
-        base: dotted keys, such as the saved configuration of a resumed run.
+        base: values by dotted key, such as the saved configuration of a resumed run.
 
     Returns:
         the checked configuration, and {key: YAML file or flag that set it}.
@@ -115,7 +116,7 @@ def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) ->
 
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
-    """Set a dotted key. UserError: there is no such key, or the value has another type."""
+    """Set a dotted key. Raise a UserError if there is no such key or the value has another type."""
     known = {option.key: option.default for option in OPTIONS}
     if key not in known:
         raise UserError(f"{source}: unknown key {key}.{did_you_mean(key, list(known))}")
@@ -137,15 +138,15 @@ def _coerce(value: Any, default: Any, name: str) -> Any:
 
 
 def _check_conflicts(cfg: CfgNode, given: dict[str, str]) -> None:
-    """Check settings that exclude each other; the message names the flags or the file that set them."""
+    """Raise a UserError that names two settings, and where they were set, if they exclude each other."""
     if cfg.PRETRAINED.FROM_SCRATCH and cfg.PRETRAINED.INIT_FROM:
         _raise_conflict("PRETRAINED.FROM_SCRATCH", "PRETRAINED.INIT_FROM", given, remedy="--no-from_scratch")
-    if cfg.TRAIN.TRAIN_TEMPERATURE and not cfg.TRAIN.ALIGNMENT:  # only the alignment losses depend on them
+    if cfg.TRAIN.TRAIN_TEMPERATURE and not cfg.TRAIN.ALIGNMENT:  # only the alignment losses depend on the temperatures
         _raise_conflict("TRAIN.TRAIN_TEMPERATURE", "TRAIN.ALIGNMENT", given, remedy="--no-train_temperature")
     if given.get("TRAIN.EPOCHS") == "--epochs":
         if given.get("TRAIN.STEPS") == "--steps":
             raise UserError("--epochs conflicts with --steps: both set the length of the training. Drop one of them.")
-        cfg.TRAIN.STEPS = 0  # otherwise the steps of the YAML file or of the resumed run would win
+        cfg.TRAIN.STEPS = 0  # otherwise TRAIN.STEPS of the YAML file or of the resumed run would override --epochs
 
 
 def _raise_conflict(first: str, second: str, given: dict[str, str], *, remedy: str) -> None:
@@ -158,7 +159,7 @@ def _raise_conflict(first: str, second: str, given: dict[str, str], *, remedy: s
 
 
 def _setting(key: str, given: dict[str, str]) -> str:
-    """Return how a message names a setting: the flag that set it, or the key and its file."""
+    """Return the name of a setting for messages: the flag that set it, or the key and its file."""
     source = given.get(key, "the saved configuration")
     return source if source.startswith("--") else f"{key} of {source}"
 
@@ -184,7 +185,7 @@ def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
 def read_config_file(path: str, including: tuple[Path, ...] = ()) -> dict[str, tuple[Any, str]]:
     """Read a YAML file and return {dotted key: (value, path of the file that sets it)}.
 
-    The file named by ``_BASE_`` (relative to the including file) provides the keys that this one does not set.
+    ``_BASE_`` names another YAML file, relative to this one, that provides the keys that this file does not set.
 
     Args:
         path: of the YAML file.
@@ -214,12 +215,12 @@ def read_config_file(path: str, including: tuple[Path, ...] = ()) -> dict[str, t
 
 
 def datasets_of(cfg: CfgNode) -> list[tuple[str, str]]:
-    """Return (dataset, splitBy) of each configured dataset; training validates on the first one."""
+    """Return (dataset, splitBy) of each configured dataset. Training validates on the first one."""
     return list(zip(cfg.DATA.NAME.split(","), cfg.DATA.SPLIT_BY.split(","), strict=True))
 
 
 def divide_batch(cfg: CfgNode, given: dict[str, str], world_size: int) -> int:
-    """Return the number of forward passes to accumulate per process and step; set ``TRAIN.GLOBAL_BATCH``.
+    """Return the number of forward passes per process and optimizer step, and set ``TRAIN.GLOBAL_BATCH``.
 
     Raises:
         UserError: the global batch is not divisible by the samples of one forward pass of all processes.
@@ -266,7 +267,8 @@ def model_keywords(cfg: CfgNode, window_size: int) -> dict[str, Any]:
 def tokenizer_name(cfg: CfgNode, vocab_size: int) -> str:
     """Return the name or path of the configured tokenizer.
 
-    The default is BERT's. On RefShapes, it is RefShapes' vocabulary unless the model has BERT's word embedding.
+    The default is BERT's tokenizer. For RefShapes, it is the vocabulary of RefShapes if the model is trained from
+    scratch or if its vocabulary size is not BERT's.
     """
     if cfg.PRETRAINED.TOKENIZER:
         return cfg.PRETRAINED.TOKENIZER
@@ -279,7 +281,7 @@ def options_table() -> str:
     """Return the Markdown text of docs/options.md."""
     intro = (
         "All options of train.py and test.py. A YAML file (`--cfg`) overrides the defaults; flags override the YAML. "
-        "Booleans can be unset by a flag `--no-...`. This page is generated from lib/options.py by `make docs`."
+        "A flag `--no-...` sets a boolean to false. This page is generated from lib/options.py by `make docs`."
     )
     rows = ["| key | flags | default | meaning | scripts | may change on resume |", "|---|---|---|---|---|---|"]
     for option in OPTIONS:

@@ -18,7 +18,7 @@ from utils import init_distributed
 
 
 def segment_image(args: Any) -> None:
-    """Write the overlay and the mask of ``--sentence`` in ``--image``, at the image's own size.
+    """Segment the object that ``--sentence`` refers to in ``--image``. Write overlay and mask in the image's size.
 
     Args:
         args: the parsed flags of test.py: ``resume``, ``image``, ``sentence``, ``out``, ``threshold``.

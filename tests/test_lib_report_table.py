@@ -112,7 +112,7 @@ def test_a_row_is_read_from_its_result_file(tmp_path):
 
 
 def test_checkpoints_are_found_in_a_folder(tmp_path):
-    with pytest.raises(MissingFileError, match=r"no best_<set>\.pth for any of refcoco, refcoco\+, refcocog"):
+    with pytest.raises(MissingFileError, match=r"no best_<dataset>\.pth for any of refcoco, refcoco\+, refcocog"):
         find_checkpoints(tmp_path)
     (tmp_path / "refcocog").mkdir()
     for name in ("best_refcoco.pth", "refcoco.pth", "best_refcoco+.pth", "refcocog/best.pth"):
@@ -129,10 +129,10 @@ def test_checkpoints_are_listed_in_a_yaml_file(tmp_path):
     for content, message in (
         ("refcoc: a.pth", "unknown dataset 'refcoc'\\. Did you mean refcoco"),
         ("refcoco: b.pth", "refcoco: no file"),
-        ("- a.pth", "is not a YAML file of `set: file`"),
-        ("refcoco: [1]", "is not a YAML file of `set: file`"),
-        ("a: b: c", "is not a YAML file of `set: file`"),
-        ("", "is not a YAML file of `set: file`"),
+        ("- a.pth", "is not a YAML file with lines `dataset: file`"),
+        ("refcoco: [1]", "is not a YAML file with lines `dataset: file`"),
+        ("a: b: c", "is not a YAML file with lines `dataset: file`"),
+        ("", "is not a YAML file with lines `dataset: file`"),
     ):
         listed.write_text(content)
         with pytest.raises(UserError, match=message):

@@ -25,12 +25,12 @@ class Objects(NamedTuple):
     """The objects of a sentence file."""
 
     instances: dict[str, list[Record]]  # images, annotations and categories, as in instances.json
-    annotation_ids: list[int]  # one per row
+    annotation_ids: list[int]  # one per row of the sentence file
     warnings: list[str]
 
 
 class ImageSizes:
-    """Sizes of the images in a folder. Each image is decoded once, so that corrupt files are found."""
+    """Sizes of the images in a folder. Each image is decoded once, which finds corrupt files."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -38,7 +38,7 @@ class ImageSizes:
         self._orientations: dict[str, int] = {}  # of images that viewers flip or rotate
 
     def __getitem__(self, name: str) -> tuple[int, int]:
-        """Return the width and height of an image as stored. UserError: it is missing, corrupt or too large."""
+        """Return an image's width and height as stored. Raise a UserError if it is missing, corrupt or too large."""
         if name not in self._sizes:
             self._sizes[name] = self._read(name)
         return self._sizes[name]
@@ -48,7 +48,7 @@ class ImageSizes:
         with open_image_file(path) as image:
             check_depth(image, path)
             size, orientation = image.size, image.getexif().get(ORIENTATION, 1)
-            image.draft(None, (1, 1))  # read a JPEG to its end, but decode it at an eighth of its size
+            image.draft(None, (1, 1))  # for a JPEG: read the whole file, but decode it at an eighth of its size
             image.load()
         if max(size) > MAX_SIDE or size[0] * size[1] > MAX_PIXELS:
             limits = f"{MAX_SIDE} pixels per side and {MAX_PIXELS:,} in total"
@@ -82,7 +82,7 @@ class ImageSizes:
 
 
 def coco_objects(rows: list[Row], instances_path: Path, sizes: ImageSizes) -> Objects:
-    """Look up the annotations that the rows refer to. All annotations of the images in the rows are kept.
+    """Look up the annotations that the rows refer to. Keep all annotations of the images in the rows.
 
     Raises:
         UserError: an image or annotation does not exist; an annotation belongs to another image; an image does not have
@@ -128,31 +128,31 @@ def coco_objects(rows: list[Row], instances_path: Path, sizes: ImageSizes) -> Ob
 
 
 def mask_objects(rows: list[Row], masks: Path, sizes: ImageSizes) -> Objects:
-    """Create an annotation for each mask. A row without a mask name refers to the PNG with the name of its image.
+    """Create an annotation for each mask. The default mask of a row is the PNG with the name of its image.
 
     Raises:
-        UserError: an image or mask is missing or corrupt; a mask is empty or has another size than its image; an
+        UserError: an image or mask is missing or corrupt; a mask is empty or differs in size from its image; an
             object has two categories.
     """
     images: dict[str, Record] = {}
     annotations: dict[tuple[str, str], Record] = {}  # by image and mask
-    categories: dict[int, str] = {}  # by annotation
+    categories: dict[int, str] = {}  # by annotation id
     coverage: dict[str, float] = {}  # fraction of the image that each mask covers
     annotation_ids = []
     for row in tqdm(rows, "masks", unit="row", disable=None):
-        name = row.object or str(Path(row.image).with_suffix(".png"))
+        mask_name = row.object or str(Path(row.image).with_suffix(".png"))
         with located(row.location):
             _check_file_name(row.image, "image", sizes.folder)
-            _check_file_name(name, "mask", masks)
+            _check_file_name(mask_name, "mask", masks)
             width, height = sizes[row.image]
             if row.image not in images:
                 image_id = len(images) + 1
                 images[row.image] = {"id": image_id, "file_name": row.image, "width": width, "height": height}
-            if (row.image, name) not in annotations:
-                mask = read_mask(masks / name)
-                sizes.check(row.image, mask.shape[::-1], f"the mask {masks / name}")
-                coverage[name] = float(mask.mean())
-                annotations[row.image, name] = {
+            if (row.image, mask_name) not in annotations:
+                mask = read_mask(masks / mask_name)
+                sizes.check(row.image, mask.shape[::-1], f"the mask {masks / mask_name}")
+                coverage[mask_name] = float(mask.mean())
+                annotations[row.image, mask_name] = {
                     "id": len(annotations) + 1,
                     "image_id": images[row.image]["id"],
                     "bbox": _bounding_box(mask),
@@ -160,10 +160,12 @@ def mask_objects(rows: list[Row], masks: Path, sizes: ImageSizes) -> Objects:
                     "iscrowd": 0,
                     "segmentation": encode_mask(mask),
                 }
-            annotation_id = annotations[row.image, name]["id"]
+            annotation_id = annotations[row.image, mask_name]["id"]
             if row.category and categories.setdefault(annotation_id, row.category) != row.category:
                 other = categories[annotation_id]
-                raise UserError(f"the category of the mask {name} is {row.category}, but {other} in an earlier row.")
+                raise UserError(
+                    f"the category of the mask {mask_name} is {row.category}, but {other} in an earlier row."
+                )
         annotation_ids.append(annotation_id)
     category_ids: dict[str, int] = {}
     for annotation in annotations.values():
@@ -180,8 +182,8 @@ def mask_objects(rows: list[Row], masks: Path, sizes: ImageSizes) -> Objects:
 def read_mask(path: Path) -> np.ndarray:
     """Read a PNG as a mask, bool [H, W].
 
-    The object is where the gray value, the palette index or any of the colors is not 0. Transparency is ignored. Other
-    formats are rejected, because their compression may change pixel values.
+    A pixel belongs to the object if its gray value, palette index or any color value is not 0. Transparency is ignored.
+    Other formats are rejected, because their compression may change pixel values.
 
     Raises:
         UserError: the file is missing, is not a PNG, or contains no object.

@@ -17,18 +17,18 @@ GAP = 3  # smallest distance in pixels between two objects that do not overlap
 
 
 class Stamp(NamedTuple):
-    """An object drawn in the smallest box of whole pixels that has a margin of one pixel on each side."""
+    """An object drawn in the smallest box of whole pixels that leaves a margin of one pixel on each side."""
 
     corners: np.ndarray  # float [N, 2], x and y relative to the top left corner of the box
-    coverage: Image.Image  # w×h, 255 where the object covers the whole pixel
-    mask: np.ndarray  # bool [h, w], pixels of which at least half is covered
+    coverage: Image.Image  # w×h, share of each pixel that the object covers; 255: the whole pixel
+    mask: np.ndarray  # bool [h, w], whether the object covers at least half of the pixel
     dilated: np.ndarray  # bool [h + 2 GAP, w + 2 GAP], ``mask`` grown by GAP pixels in all directions
     centroid: tuple[float, float]  # x and y of ``mask``
     area: int  # pixels in ``mask``
 
 
 def stamp_of(obj: SceneObject) -> Stamp:
-    """Return the drawn object. Its position and the objects that cover it do not matter."""
+    """Return the stamp of an object. It depends only on the object's shape, side and angle."""
     return _stamp(obj.shape, obj.side, obj.angle)
 
 
@@ -94,7 +94,7 @@ def render(scene: Scene) -> tuple[Image.Image, list[np.ndarray]]:
     gradient = rows[:, None] + columns
     canvas = np.stack([gradient + (gray + offset) for offset in (red, green, blue)], axis=2)
     image = Image.fromarray(canvas.astype(np.uint8))
-    for obj in sorted(scene.objects, key=lambda obj: not obj.hidden_by):  # partly hidden objects first
+    for obj in sorted(scene.objects, key=lambda obj: not obj.hidden_by):  # draw partly hidden objects first
         image.paste(obj.rgb, (obj.left, obj.top), stamp_of(obj).coverage)
     noise = rng.integers(-5, 6, size=canvas.shape, dtype=np.int8)
     image = Image.fromarray((np.asarray(image, np.int16) + noise).clip(0, 255).astype(np.uint8))

@@ -19,7 +19,10 @@ Position = tuple[int, int]  # top and left of an object's box
 
 
 def generate_scene(seed: int, split: str, index: int, level: str) -> Scene:
-    """Return the scene with this index. At least one of its targets can be described unambiguously."""
+    """Return the scene with this index in a split. At least one of its targets can be described unambiguously.
+
+    Level ``basic``: no object overlaps another. Level ``full``: two objects may overlap.
+    """
     rng = random_stream(seed, split, index, level, purpose=0)
     while True:
         width, height = rng.integers(96, 129, size=2).tolist()
@@ -30,7 +33,7 @@ def generate_scene(seed: int, split: str, index: int, level: str) -> Scene:
         placed = _place_objects(rng, objects, (height, width), overlap)
         if placed is None:
             continue
-        order = rng.permutation(len(placed)).tolist()  # otherwise the order would depend on size and depth
+        order = rng.permutation(len(placed)).tolist()  # otherwise the order would reveal sizes and overlaps
         shuffled = (
             replace(placed[i], hidden_by=tuple(order.index(front) for front in placed[i].hidden_by)) for i in order
         )
@@ -42,12 +45,12 @@ def generate_scene(seed: int, split: str, index: int, level: str) -> Scene:
 def _choose_objects(rng: np.random.Generator, split: str, level: str, image_area: int) -> list[SceneObject]:
     """Return 3 to 6 objects without positions.
 
-    A scene has few colors and shapes, so that one property alone is often ambiguous. In most scenes of level basic,
-    however, all colors are different.
+    A scene has few colors and shapes, so a single property often matches several objects. However, in most scenes of
+    level basic, all objects have different colors.
     """
     count = choose(rng, {3: 0.1, 4: 0.3, 5: 0.35, 6: 0.25})
     pairs = _choose_pairs(rng, split, level, count)
-    shares = [1.0]
+    shares = [1.0]  # of the image area, per object; drawn until their sum is small enough
     while sum(shares) > MAX_TOTAL_SHARE:
         sizes = [choose(rng, {"small": 1, "medium": 1.2, "large": 1.8}) for _ in range(count)]
         lowest, highest = zip(*(SIZES[size] for size in sizes), strict=True)
@@ -81,7 +84,7 @@ def _choose_pairs(rng: np.random.Generator, split: str, level: str, count: int) 
 def _make_colors_distinct(
     rng: np.random.Generator, pairs: list[tuple[str, str]], shapes: list[str]
 ) -> list[tuple[str, str]]:
-    """Return the pairs with distinct colors: each repetition of a color is replaced by an unused color."""
+    """Return the pairs with distinct colors. Each repetition of a color is replaced by an unused color."""
     unused = [list(COLORS)[i] for i in rng.permutation(len(COLORS))]
     for color, _ in pairs:
         if color in unused:
@@ -91,7 +94,7 @@ def _make_colors_distinct(
     for color, shape in pairs:
         if color in seen:
             color = unused.pop()
-            if (color, shape) in HELD_OUT:  # a new pair must not be a held-out one
+            if (color, shape) in HELD_OUT:  # the new pair must not be held out: change its shape, too
                 others = [other for other in (*shapes, *SHAPES[:2]) if (color, other) not in HELD_OUT]
                 shape = others[0]
         seen.add(color)
@@ -104,10 +107,11 @@ def _place_objects(
 ) -> list[SceneObject] | None:
     """Return the objects with positions inside an image of shape (H, W), at least GAP pixels apart.
 
-    With ``overlap``, the second object covers a part of the first one. None is returned if there is no room for all.
+    With ``overlap``, the second object covers a part of the first one. Return None if there is no room for all objects.
     """
-    unsorted = 2 if overlap else 0
-    objects = objects[:unsorted] + sorted(objects[unsorted:], key=lambda obj: -obj.area)  # large objects need more room
+    # Large objects need more room and are placed first, but the two that overlap come before them.
+    num_overlapping = 2 if overlap else 0
+    objects = objects[:num_overlapping] + sorted(objects[num_overlapping:], key=lambda obj: -obj.area)
     placed: list[SceneObject] = []
     # Pixels within GAP of the objects placed so far. The array extends GAP pixels beyond the image on each side.
     occupied = np.zeros((image_shape[0] + 2 * GAP, image_shape[1] + 2 * GAP), bool)
@@ -147,7 +151,7 @@ def _free_position(
     height, width = mask.shape
     image_shape = (occupied.shape[0] - 2 * GAP, occupied.shape[1] - 2 * GAP)
     positions = _random_positions(rng, mask, image_shape, FREE_TRIES)
-    if placed:  # discard positions close to another object before the slower comparison of pixels
+    if placed:  # discard positions near other objects first, because comparing pixels is slower
         min_distance = np.array([(obj.side + other.side) / 2 + GAP for other in placed])
         dy = positions[:, :1] + height / 2 - [other.cy for other in placed]
         dx = positions[:, 1:] + width / 2 - [other.cx for other in placed]
@@ -161,7 +165,7 @@ def _free_position(
 def _overlapping_position(
     rng: np.random.Generator, obj: SceneObject, rear: SceneObject, image_shape: tuple[int, int]
 ) -> Position | None:
-    """Return a random position at which the object hides a fraction of ``rear`` within HIDDEN_SHARE, or None."""
+    """Return a random position at which the object hides a share of ``rear`` within HIDDEN_SHARE, or None."""
     mask, rear_mask = stamp_of(obj).mask, full_mask(rear, image_shape)
     height, width = mask.shape
     for top, left in _random_positions(rng, mask, image_shape, OVERLAP_TRIES).tolist():
@@ -174,7 +178,7 @@ def _overlapping_position(
 
 
 def _partly_hidden(rear: SceneObject, front: SceneObject, image_shape: tuple[int, int]) -> SceneObject:
-    """Return ``rear`` with the properties of the part that ``front``, the object with index 1, does not cover."""
+    """Return ``rear``, updated for the part that stays visible behind ``front``, the object with index 1."""
     visible = full_mask(rear, image_shape) & ~full_mask(front, image_shape)
     cx, cy = centroid(visible)
     share = int(np.count_nonzero(visible)) / stamp_of(rear).area

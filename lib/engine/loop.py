@@ -22,13 +22,13 @@ from lib.engine.state import TrainState
 from lib.errors import UserError
 from utils import on_main, sum_over_processes
 
-MAX_CONSECUTIVE_SKIPS = 50  # so many halvings of the loss scale should have been enough
+MAX_CONSECUTIVE_SKIPS = 50  # each skip halves the loss scale; if 50 do not help, the scale is not the cause
 
 
 def train_one_epoch(
     model: nn.Module, criterion: CrossVLTCriterion, loader: TrainLoader, state: TrainState, run: Run
 ) -> None:
-    """Train until the end of the epoch or of the training. An interrupted epoch continues at its next step.
+    """Train to the end of the epoch, or to the last step of the run. An interrupted epoch continues at its next step.
 
     Args:
         model: ``state.model``, possibly wrapped in DistributedDataParallel.
@@ -50,7 +50,7 @@ def train_one_epoch(
             losses = optimizer_step(model, criterion, micro_batches, state)
         except NonFiniteError as error:
             run.report_non_finite(error, state, micro_batches)
-        except torch.OutOfMemoryError as error:  # the first update allocates AdamW's state
+        except torch.OutOfMemoryError as error:
             raise UserError(out_of_memory_message(loader.sampler.batch_size)) from error
         state.count_step(losses)
         run.after_step(state, losses, num_samples=sum(len(batch["index"]) for batch in micro_batches))
@@ -62,27 +62,27 @@ def train_one_epoch(
 def optimizer_step(
     model: nn.Module, criterion: CrossVLTCriterion, micro_batches: Sequence[Batch], state: TrainState
 ) -> dict[str, float]:
-    """One optimizer step over the micro-batches of all processes.
+    """Take one optimizer step on the micro-batches of all processes.
 
     Args:
         model: ``state.model``, possibly wrapped in DistributedDataParallel.
         criterion: the losses.
-        micro_batches: of this process: dicts with ``image`` [B, 3, S, S], ``input_ids`` and ``attention_mask`` [B, N]
-            and ``mask`` [B, S, S].
+        micro_batches: those of this process, dicts with ``image`` [B, 3, S, S], ``input_ids`` and ``attention_mask``
+            [B, N], and ``mask`` [B, S, S].
         state: updated in place: weights, optimizer, schedule, scaler and moving average.
 
     Returns:
         the criterion's terms, averaged over all processes (``alignment`` as ``alignment1`` to ``alignment4``), the
-        learning rate ``lr``, and ``grad_norm`` before clipping. If fp16 overflowed and the loss scale was lowered,
-        only ``skipped``: 1.
+        learning rate ``lr``, and ``grad_norm``, the norm before clipping. If fp16 overflowed, the step is skipped and
+        the result is only {``skipped``: 1}.
 
     Raises:
-        NonFiniteError: on every process, if a loss or the gradient is inf or nan on any of them.
+        NonFiniteError: on every process, if a loss or the gradient is inf or nan on any of them (not with fp16).
         UserError: fp16 skipped ``MAX_CONSECUTIVE_SKIPS`` steps in a row.
     """
     optimizer, scaler, recipe = state.optimizer, state.scaler, state.recipe
     optimizer.zero_grad(set_to_none=True)
-    # A forward pass that overflows in fp16 must not remain in BatchNorm's running statistics.
+    # If fp16 overflows, the forward pass must not change BatchNorm's running statistics.
     saved_buffers = [buffer.clone() for buffer in model.buffers()] if scaler.is_enabled() else []
     names, losses = accumulate_gradients(model, criterion, micro_batches, state)
 
@@ -103,7 +103,7 @@ def optimizer_step(
         scaler.step(optimizer)
     scaler.update()
     with warnings.catch_warnings():
-        # A skipped step counts as a step. PyTorch would warn that the optimizer has not started yet.
+        # The schedule also advances in a skipped step. If the first step is skipped, PyTorch would warn about this.
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.* before .*optimizer.step", category=UserWarning)
         state.scheduler.step()
     if num_bad:
@@ -122,8 +122,8 @@ def accumulate_gradients(
 ) -> tuple[list[str], torch.Tensor]:
     """Backpropagate the mean loss over the micro-batches.
 
-    The published code normalizes each forward pass's cross-entropy by its own class weights. With GLOBAL_NORM all
-    micro-batches and processes share one normalizer, so that the gradient does not depend on how samples are divided.
+    The published code normalizes each forward pass's cross-entropy by its own class weights. With GLOBAL_NORM, all
+    micro-batches and processes share one normalizer, and the gradient does not depend on how samples are divided.
 
     Returns:
         the names of the criterion's terms, ``loss`` first, and their means over the micro-batches [num_terms]. The
@@ -160,7 +160,7 @@ def compute_losses(
 
 
 def _skip(model: nn.Module, saved_buffers: list[torch.Tensor], state: TrainState) -> None:
-    """Restore the buffers after fp16 overflowed; give up if that happens in too many steps in a row."""
+    """Restore the buffers after an overflow in fp16. Raise a UserError after too many overflows in a row."""
     with torch.no_grad():
         for buffer, saved in zip(model.buffers(), saved_buffers, strict=True):
             buffer.copy_(saved)
@@ -177,14 +177,14 @@ def _skip(model: nn.Module, saved_buffers: list[torch.Tensor], state: TrainState
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Copy rank 0's buffers to all processes: BatchNorm's running statistics, where they are not synchronized."""
+    """Copy rank 0's buffers, such as BatchNorm's running statistics, to all processes."""
     if dist.is_initialized():
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
 
 
 def out_of_memory_message(batch_size: int) -> str:
-    """Return what to do when a training step does not fit into the GPU's memory."""
+    """Return the error message for a training step that does not fit into the GPU's memory."""
     return (
         f"The GPU's memory is too small for a batch of {batch_size}. Use --amp bf16 or --grad_checkpoint, or lower "
         "--batch-size and keep the global batch with --accum-steps."

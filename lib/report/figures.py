@@ -1,4 +1,4 @@
-"""Figures of evaluated expressions: a panel per expression, several models side by side, a contact sheet."""
+"""Figures of evaluated expressions: one panel per expression, several models side by side, contact sheets."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -23,13 +23,13 @@ from utils import on_main
 
 
 class ModelResult(NamedTuple):
-    """A model's results on a split; ``result`` holds the masks of the expressions to draw."""
+    """A model's results on a split. ``result`` contains the masks of the expressions to draw."""
 
     name: str
     dataset: ReferDataset
     result: EvaluationResult
-    gt_mask: str = "paper"  # which target masks are drawn
-    maps: Mapping[int, list[np.ndarray]] | None = None  # alignment maps of the expressions to draw, by index
+    gt_mask: str = "paper"  # how overlapping polygons of a target are drawn, as in lib.protocols
+    maps: Mapping[int, list[np.ndarray]] | None = None  # alignment maps by index of the expression
 
 
 def compute_maps(model: nn.Module, dataset: ReferDataset, indices: Sequence[int]) -> dict[int, list[np.ndarray]]:
@@ -43,7 +43,7 @@ def compute_maps(model: nn.Module, dataset: ReferDataset, indices: Sequence[int]
 
 
 def draw_expression(models: Sequence[ModelResult], index: int) -> Image.Image:
-    """Return image, target mask and each model's prediction for one expression."""
+    """Return a panel of the image, the target mask and each model's prediction for one expression."""
     dataset = models[0].dataset
     expression = dataset.expressions[index]
     predictions = [
@@ -61,7 +61,7 @@ def draw_expression(models: Sequence[ModelResult], index: int) -> Image.Image:
 
 
 def draw_validation(dataset: ReferDataset, result: EvaluationResult) -> dict[str, Image.Image]:
-    """Draw the expressions whose masks a validation kept. Return the images by their names in TensorBoard."""
+    """Draw the expressions whose masks are in ``result``. Return the images by their names in TensorBoard."""
     models = [ModelResult("prediction", dataset, result)]
     return {f"val/{number}": draw_expression(models, index) for number, index in enumerate(sorted(result.masks))}
 
@@ -101,24 +101,24 @@ def compare_models(args: Any) -> None:
         raise UserError(f"--protocol {args.protocol}: --vis_compare draws under one protocol. Choose one of them.")
     refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     datasets = [loaded.open_splits(refer, refer.choose_splits(cfg.DATA.SPLIT)) for loaded in checkpoints]
-    drawn = {split: spread_indices(len(dataset), args.vis_num) for split, dataset in datasets[0].items()}
+    indices_of = {split: spread_indices(len(dataset), args.vis_num) for split, dataset in datasets[0].items()}
     results: dict[str, list[ModelResult]] = defaultdict(list)
     with start_evaluation(cfg) as setup:
         on_main(lambda: check_writable(folder / "sheet.png"))
         for name, loaded, splits in zip(distinct_names(paths), checkpoints, datasets, strict=True):
             model = loaded.build_model(setup.dist.device)
             for split, dataset in splits.items():
-                indices, (protocol,) = drawn[split], loaded.protocols
+                indices, (protocol,) = indices_of[split], loaded.protocols
                 found = evaluate(model, dataset, [protocol], setup, indices=indices, keep_masks=indices)
                 maps = compute_maps(model, dataset, indices) if args.vis_maps else None
                 results[split].append(ModelResult(name, dataset, found[protocol.name], protocol.gt_mask, maps))
-        sheets = on_main(lambda: [draw_split(results[split], drawn[split], folder) for split in results])
+        sheets = on_main(lambda: [draw_split(results[split], indices_of[split], folder) for split in results])
         if setup.dist.is_main:
             print("\n".join(map(str, sheets)))
 
 
 def distinct_names(paths: Sequence[str]) -> list[str]:
-    """Return a different name for each path: the file's stem, or folder/stem if stems repeat, or else the path."""
+    """Return distinct names for the paths: their stems; if these repeat, folder/stem; otherwise the paths."""
     for names in (
         [Path(path).stem for path in paths],
         [f"{Path(path).parent.name}/{Path(path).stem}" for path in paths],

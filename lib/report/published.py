@@ -11,14 +11,14 @@ from lib.metrics import METRIC_NAMES
 
 
 class PublishedRow(NamedTuple):
-    """A row of the paper's table, in percent, in the order of METRIC_NAMES."""
+    """A row of the paper's table."""
 
     title: str
     dataset: str
     split_by: str
     split: str
-    values: tuple[float, ...]
-    doubtful: tuple[str, ...] = ()  # metrics that equal those published for another method
+    values: tuple[float, ...]  # in percent, in the order of METRIC_NAMES
+    doubtful: tuple[str, ...] = ()  # metrics whose values equal those published for another method
 
     @property
     def file_name(self) -> str:
@@ -41,15 +41,15 @@ PUBLISHED = (
 # fmt: on
 DATASETS = tuple(dict.fromkeys(row.dataset for row in PUBLISHED))
 DOUBTFUL_NOTE = (
-    "† equals the value published for another method. In this row only the overall IoU is a reliable reference."
+    "† equals the value published for another method. In this row, only the overall IoU is a reliable reference."
 )
 
 
 def choose_rows(dataset: str | None, split_by: str | None, splits: str | None) -> list[PublishedRow]:
-    """Return the published rows that match the flags; None: not given.
+    """Return the published rows that match the flags. A flag that was not given is None and matches all rows.
 
     Raises:
-        UserError: no row matches, or a split is in none of them.
+        UserError: no row matches, or none of the matching rows has one of the splits.
     """
     rows = [row for row in PUBLISHED if dataset in (None, row.dataset) and split_by in (None, row.split_by)]
     names = [name.strip() for name in (splits or "all").split(",") if name.strip()]
@@ -68,8 +68,8 @@ def find_checkpoints(source: str | Path) -> dict[str, Path]:
     """Return the checkpoint of each dataset of the table.
 
     Args:
-        source: a folder with best_<set>.pth, <set>.pth or <set>/best.pth, or a YAML file of ``set: file`` with paths
-            relative to itself.
+        source: a folder with best_<dataset>.pth, <dataset>.pth or <dataset>/best.pth, or a YAML file with lines
+            ``dataset: file``, whose paths are relative to the YAML file.
 
     Raises:
         MissingFileError, UserError: there is no such folder or file, it names an unknown dataset or a missing file, or
@@ -84,7 +84,7 @@ def find_checkpoints(source: str | Path) -> dict[str, Path]:
             if first is not None:
                 found[name] = first
         if not found:
-            raise MissingFileError(f"--checkpoints {source}: no best_<set>.pth for any of {', '.join(DATASETS)}.")
+            raise MissingFileError(f"--checkpoints {source}: no best_<dataset>.pth for any of {', '.join(DATASETS)}.")
         return found
     try:
         entries = yaml.safe_load(source.read_text(encoding="utf-8"))
@@ -92,9 +92,9 @@ def find_checkpoints(source: str | Path) -> dict[str, Path]:
         raise MissingFileError(f"--checkpoints {source}: no such folder or file.") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"--checkpoints {source} is not a YAML file of `set: file` ({reason}).") from error
+        raise UserError(f"--checkpoints {source} is not a YAML file with lines `dataset: file` ({reason}).") from error
     if not isinstance(entries, dict) or not entries or not all(isinstance(path, str) for path in entries.values()):
-        raise UserError(f"--checkpoints {source} is not a YAML file of `set: file`.")
+        raise UserError(f"--checkpoints {source} is not a YAML file with lines `dataset: file`.")
     for name, path in entries.items():
         if name not in DATASETS:
             raise UserError(f"--checkpoints {source}: unknown dataset {name!r}.{did_you_mean(str(name), DATASETS)}")

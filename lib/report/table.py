@@ -1,4 +1,4 @@
-"""Reproduce the paper's table: evaluate its rows, and write our numbers next to the published ones in four formats."""
+"""Reproduce the paper's table: evaluate its rows and write our numbers next to the paper's in four formats."""
 
 import csv
 import functools
@@ -29,7 +29,7 @@ LOG = logging.getLogger("crossvlt")
 
 
 class MeasuredRow(NamedTuple):
-    """A published row with our metrics under a protocol, or with the reason why there are none."""
+    """A published row with our metrics under a protocol, or with the reason why it was not measured."""
 
     published: PublishedRow
     protocol: str = ""  # empty if the row was not measured
@@ -46,10 +46,11 @@ def reproduce_table(args: Any) -> None:
     Rows that an earlier run has finished are read from their result files.
 
     Args:
-        args: the parsed flags of test.py; ``checkpoints`` and ``table_dir`` name the input and output folders.
+        args: the parsed flags of test.py; ``checkpoints`` names the input (a folder or YAML file), ``table_dir`` the
+            output folder.
 
     Raises:
-        UserError: no row matches the flags or can be measured, or a file cannot be written.
+        UserError: no row matches the flags, no row can be measured, or a file cannot be written.
     """
     flags, folder = vars(args), Path(args.table_dir)
     checkpoints = find_checkpoints(args.checkpoints)
@@ -68,7 +69,7 @@ def reproduce_table(args: Any) -> None:
 
 
 def _with_dataset(args: Any, row: PublishedRow) -> Any:
-    """Return the flags with the dataset and split system of a row."""
+    """Return a copy of the flags with the dataset and splitBy of a row."""
     changed = copy(args)
     vars(changed).update({"DATA.NAME": row.dataset, "DATA.SPLIT_BY": row.split_by})
     return changed
@@ -91,7 +92,8 @@ def _measure_dataset(
     if reason:
         return [MeasuredRow(row, reason=reason) for row in published]
     loaded, refer = found
-    build_model = functools.cache(lambda: loaded.build_model(setup.dist.device))  # only if a row needs it
+    # Built once, and only if a row needs it.
+    build_model = functools.cache(lambda: loaded.build_model(setup.dist.device))
     rows = []
     for row in published:
         rows += _measure_row(row, loaded, refer, build_model, Path(args.table_dir), setup)
@@ -130,15 +132,15 @@ def measured_rows(published: PublishedRow, path: Path) -> list[MeasuredRow]:
     for protocol in (settings["name"] for settings in header["protocols"]):
         selected = [line for line in lines if line["protocol"] == protocol]
         counts = counts_of(selected)
-        found = intervals([line["image_id"] for line in selected], counts)
+        bounds = intervals([line["image_id"] for line in selected], counts)
         rows.append(
-            MeasuredRow(published, protocol, compute_metrics(counts), found, len(selected), header["checkpoint"])
+            MeasuredRow(published, protocol, compute_metrics(counts), bounds, len(selected), header["checkpoint"])
         )
     return rows
 
 
 def write_tables(rows: list[MeasuredRow], folder: Path) -> list[Path]:
-    """Write table.md, table.tex, table.csv and table.json, and return their paths. UserError: no row was measured."""
+    """Write table.md, .tex, .csv and .json, and return their paths. Raise a UserError if no row was measured."""
     protocols = list(dict.fromkeys(row.protocol for row in rows if row.protocol))
     if not protocols:
         reasons = dict.fromkeys(row.reason.removesuffix(".") for row in rows)
@@ -173,7 +175,7 @@ def latex_table(rows: list[MeasuredRow], protocol: str) -> str:
 
 
 def csv_table(rows: list[MeasuredRow]) -> str:
-    """Return a line per row, protocol and metric."""
+    """Return the table as CSV: one line per row, protocol and metric."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
@@ -193,7 +195,7 @@ def csv_table(rows: list[MeasuredRow]) -> str:
 
 
 def json_table(rows: list[MeasuredRow]) -> str:
-    """Return a list with an object per row and protocol."""
+    """Return the table as JSON: a list with one object per row and protocol."""
     entries = []
     for row in rows:
         published = row.published
@@ -224,7 +226,7 @@ def _of_protocol(rows: list[MeasuredRow], protocol: str) -> list[MeasuredRow]:
 
 
 def _cells(rows: list[MeasuredRow], protocol: str, corner: str) -> list[list[str]]:
-    """Return a header row and, for each row, lines with our metrics, the paper's, and the difference."""
+    """Return the table's cells: a header, then for each row our metrics, the paper's metrics and the difference."""
     cells = [[corner, "", *METRIC_NAMES]]
     for row in _of_protocol(rows, protocol):
         published = dict(zip(METRIC_NAMES, row.published.values, strict=True))
@@ -242,5 +244,5 @@ def _notes(rows: list[MeasuredRow], protocol: str) -> list[str]:
     shown = _of_protocol(rows, protocol)
     notes = [DOUBTFUL_NOTE] if any(row.published.doubtful for row in shown) else []
     if protocol != "paper":
-        notes.append("The paper uses its own protocol, so that differences come from both protocol and model.")
+        notes.append("The paper uses another protocol, so differences come from both protocol and model.")
     return notes + [f"{row.published.title}: {row.reason}" for row in shown if row.reason]

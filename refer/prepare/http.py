@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 from refer.prepare.files import RejectedError
 
 CHUNK = 1 << 18  # bytes
-MIN_BYTES = 1024  # a connection that delivers less within ``stall`` seconds is closed
+MIN_BYTES = 1024  # a connection that delivers fewer bytes within ``stall`` seconds is closed
 
 
 class ConnectionLostError(Exception):
-    """An attempt failed, and another one may succeed. ``wait``: seconds to wait, as requested by the server."""
+    """An attempt failed, and another one may succeed. ``wait``: seconds that the server asks the client to wait."""
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -25,12 +25,17 @@ class ConnectionLostError(Exception):
 
 
 class VersionChangedError(ConnectionLostError):
-    """The file on the server is not the one that was partially downloaded. The download has to start again."""
+    """The file on the server has changed since a part of it was downloaded. The download has to start again."""
 
 
 @contextmanager
 def open_url(url: str, headers: Mapping[str, str], stall: float) -> Iterator[http.client.HTTPResponse]:
     """Yield the response to a GET request after following redirects.
+
+    Args:
+        url: an http or https address.
+        headers: added to the request.
+        stall: seconds without data after which the connection counts as lost.
 
     Raises:
         ConnectionLostError: no data for ``stall`` seconds, a lost connection, or a temporary error of the server.
@@ -61,7 +66,7 @@ def open_url(url: str, headers: Mapping[str, str], stall: float) -> Iterator[htt
 
 
 def read_chunks(response: http.client.HTTPResponse, stall: float) -> Iterator[bytes]:
-    """Yield the response body as it arrives. ConnectionLostError: the connection is lost or stalls."""
+    """Yield the response body as it arrives. Raise a ConnectionLostError if the connection is lost or stalls."""
     start, received = time.monotonic(), 0
     while True:
         try:
@@ -79,12 +84,12 @@ def read_chunks(response: http.client.HTTPResponse, stall: float) -> Iterator[by
 
 
 def parse_number(text: str | None) -> int | None:
-    """Return the value of a header, or None if it is not a non-negative integer."""
+    """Return a header's value as an integer, or None if the header is missing or contains anything but digits."""
     return int(text) if text and len(text) < 20 and text.isascii() and text.isdigit() else None
 
 
 class RedirectHandler(urllib.request.HTTPRedirectHandler):
-    """Follow redirects from HTTP to HTTP and to HTTPS, and no others."""
+    """Follow redirects to HTTPS, and redirects from HTTP to HTTP. Reject all others."""
 
     http_error_308 = urllib.request.HTTPRedirectHandler.http_error_302  # missing in Python 3.10
 
