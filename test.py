@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lib import config
 from lib.cli import Parser, run_command
+from lib.files import Kind
 from lib.protocols import add_protocol_flags
 
 LOG = logging.getLogger("crossvlt")
@@ -26,27 +27,29 @@ LOG = logging.getLogger("crossvlt")
 
 def add_arguments(parser: Parser) -> None:
     """Add the flags that are not configuration keys."""
-    add = parser.add_argument
-    add("--resume", metavar="FILE", help="checkpoint: released, or written by train.py")
+    add, add_input, add_output = parser.add_argument, parser.add_input, parser.add_output
+    add_input("--resume", metavar="FILE", help="checkpoint: released, or written by train.py")
     add_protocol_flags(parser)
-    add("--json", metavar="FILE", help="write the metrics: a list with an object per split and protocol")
-    add("--predictions", metavar="FILE", help="write results and masks as JSON lines; can be interrupted and continued")
+    json_help = "write the metrics: a list with an object per split and protocol"
+    add_output("--json", kind=Kind.JSON_LIST, metavar="FILE", help=json_help)
+    predictions_help = "write results and masks as JSON lines; can be interrupted and continued"
+    add_output("--predictions", kind=Kind.JSON_LINES, metavar="FILE", help=predictions_help)
     add("--shuffle_sentences", action="store_true", help="control experiment: permute the sentences within the split")
     add("--baselines", action="store_true", help="also evaluate two baselines that ignore the sentence")
-    add("--vis", metavar="DIR", help="draw image, target mask and prediction of some expressions")
+    vis_help = "draw image, target mask and prediction of some expressions"
+    add_output("--vis", kind=Kind.FOLDER, metavar="DIR", help=vis_help)
     add("--vis-num", "--vis_num", metavar="K", type=int, default=16, help="number of expressions to draw (%(default)s)")
     add("--vis_maps", action="store_true", help="also draw the four alignment maps")
-    add("--vis_compare", metavar="A,B", help="instead of --resume: draw several checkpoints side by side")
+    add_input("--vis_compare", metavar="A,B", help="instead of --resume: draw several checkpoints side by side")
     add("--table", action="store_true", help="instead of --resume: reproduce the paper's table")
-    add(
-        "--checkpoints",
-        metavar="DIR",
-        help="for --table: folder with best_<dataset>.pth, or YAML file with lines dataset: file",
-    )
-    add("--table_dir", metavar="DIR", default="models/table", help="for --table: folder of the results (%(default)s)")
-    add("--image", metavar="FILE", help="instead of a dataset: segment this image")
+    checkpoints_help = "for --table: folder with best_<dataset>.pth, or YAML file with lines dataset: file"
+    add_input("--checkpoints", metavar="DIR", help=checkpoints_help)
+    table_help = "for --table: folder of the results (%(default)s)"
+    add_output("--table_dir", kind=Kind.FOLDER, metavar="DIR", default="models/table", help=table_help)
+    add_input("--image", metavar="FILE", help="instead of a dataset: segment this image")
     add("--sentence", metavar="TEXT", help="for --image: the object to segment")
-    add("--out", metavar="PNG", help="for --image: file of the overlay; the mask is written beside it")
+    out_help = "for --image: file of the overlay; the mask is written beside it"
+    add_output("--out", kind=Kind.PNG, metavar="PNG", help=out_help)
 
 
 def main() -> None:
@@ -84,9 +87,9 @@ def main() -> None:
     refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     splits = refer.choose_splits(cfg.DATA.SPLIT)
     datasets = loaded.open_splits(refer, splits, shuffle_sentences=args.shuffle_sentences)
-    outputs = [path for path in (args.json, args.predictions, args.vis and Path(args.vis, "sheet.png")) if path]
+    outputs = {args.json: Kind.JSON_LIST, args.predictions: Kind.JSON_LINES, args.vis: Kind.FOLDER}
     with start_evaluation(cfg, keeps_results=bool(args.predictions)) as setup:
-        on_main(lambda: [check_writable(path) for path in outputs])
+        on_main(lambda: [check_writable(path, kind) for path, kind in outputs.items() if path])
         settings = loaded.settings(datasets, shuffle_sentences=args.shuffle_sentences)
         file = ResultFile(args.predictions, settings) if args.predictions else None
         if file:

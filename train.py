@@ -23,9 +23,7 @@ from lib.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "--resume", metavar="FILE", help="continue a run from its last.pth with its saved configuration"
-    )
+    parser.add_input("--resume", metavar="FILE", help="continue a run from its last.pth with its saved configuration")
     parser.add_argument(
         "--auto_resume",
         action="store_true",

@@ -30,7 +30,7 @@ from data.transforms import normalize_images
 from lib.cli import Parser, run_command
 from lib.errors import UserError
 from lib.evaluation import EvalSetup, evaluate
-from lib.files import write_text
+from lib.files import Kind, write_text
 from lib.protocols import PAPER
 from lib.report.results import ResultFile
 from lib.variants import SWIN_VARIANTS
@@ -233,7 +233,7 @@ def get_parser() -> Parser:
         "--images", type=int, default=REFCOCO_VAL.images, help="for --scale: number of images (default: 1500)"
     )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", metavar="FILE", help="also write the output to this file")
+    parser.add_output("--out", kind=Kind.TEXT, metavar="FILE", help="also write the output to this file")
     return parser
 
 

@@ -25,7 +25,7 @@ import torch
 from data.refshapes.dataset import write_refshapes
 from lib.cli import Parser, run_command
 from lib.errors import UserError
-from lib.files import write_text
+from lib.files import Kind, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -177,7 +177,7 @@ def get_parser() -> Parser:
     parser.add_argument("--kills", type=int, default=20, help="number of runs to kill (default: 20)")
     parser.add_argument("--processes", type=int, default=2, help="processes per run (default: 2)")
     parser.add_argument("--seed", type=int, default=0, help="random seed of the kills (default: 0)")
-    parser.add_argument("--out", metavar="FILE", help="also write the table to this file")
+    parser.add_output("--out", kind=Kind.TEXT, metavar="FILE", help="also write the table to this file")
     return parser
 
 

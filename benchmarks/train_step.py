@@ -36,7 +36,7 @@ from lib.engine.loop import optimizer_step
 from lib.engine.precision import autocast, compile_blocks
 from lib.engine.state import TrainState, build_train_state
 from lib.errors import EXIT_MISTAKE, UserError
-from lib.files import check_writable, write_text
+from lib.files import Kind, check_writable, write_text
 from lib.options import MIN_IMAGE_SIZE
 from lib.variants import MAX_TOKENS, SWIN_VARIANTS
 from utils import init_distributed
@@ -268,7 +268,7 @@ def get_parser() -> Parser:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 2], metavar="B", help="default: 1 2")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--steps", type=int, default=5, help="timed steps (default: 5)")
-    parser.add_argument("--out", metavar="FILE", help="also write the report to this file")
+    parser.add_output("--out", kind=Kind.TEXT, metavar="FILE", help="also write the report to this file")
     parser.add_argument("--job", metavar="JSON", help=argparse.SUPPRESS)
     return parser
 
@@ -282,7 +282,7 @@ def main() -> None:
     if min(*args.batch_sizes, args.steps) < 1 or args.img_size < MIN_IMAGE_SIZE:
         raise UserError(f"--batch_sizes and --steps must be at least 1, --img_size at least {MIN_IMAGE_SIZE}.")
     if args.out:
-        check_writable(args.out)
+        check_writable(args.out, Kind.TEXT)
     lines = []
     for line in report(args):
         print(line, flush=True)

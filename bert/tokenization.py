@@ -9,6 +9,7 @@ from transformers import BertTokenizer
 
 from bert.files import resolve_bert_file
 from lib.errors import UserError
+from lib.files import protect
 from lib.variants import BERT, BERT_VOCAB_SIZE
 
 SENTENCES_PER_CALL = 8192  # limits the memory of the tokenizer's results
@@ -39,6 +40,7 @@ def read_vocabulary(path: str | Path) -> BertTokenizer:
         tokens = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a BERT vocabulary: it is not a UTF-8 text file.") from error
+    protect(path)
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
         raise UserError(f"{path} is not a BERT vocabulary: {', '.join(missing)} is missing.")

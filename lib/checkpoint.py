@@ -21,7 +21,7 @@ from torch import nn
 
 from lib.cli import Parser, run_command
 from lib.errors import MissingFileError, UserError
-from lib.files import atomic_write
+from lib.files import atomic_write, protect
 from lib.state_dict import (
     PREFIX,
     StateDict,
@@ -142,6 +142,7 @@ def _load_file(path: Path) -> Any:
         raise MissingFileError(f"{path} is a folder, not a checkpoint file.")
     if not path.is_file():
         raise MissingFileError(f"Checkpoint file {path} does not exist.")
+    protect(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
@@ -288,7 +289,7 @@ def describe(checkpoint: Checkpoint) -> str:
 
 def get_parser() -> Parser:
     parser = Parser(prog="python -m lib.checkpoint", description="Print what a checkpoint contains.")
-    parser.add_argument("file", metavar="FILE", help="checkpoint of this project, or released with the paper")
+    parser.add_input("file", metavar="FILE", help="checkpoint of this project, or released with the paper")
     return parser
 
 

@@ -10,20 +10,40 @@ import select
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from lib.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PIPE, EXIT_STOPPED, StoppedError, UserError
+from lib.files import Kind, check_replaceable, protect, protecting_inputs
 
 LOGGER = logging.getLogger("crossvlt")
 STORE_TIMEOUT = 10  # seconds
 
 
 class Parser(argparse.ArgumentParser):
-    """ArgumentParser that accepts no abbreviations and suggests the right name for a mistyped flag."""
+    """ArgumentParser that accepts no abbreviations and suggests the right name for a mistyped flag.
+
+    It knows which arguments are files: :meth:`parse_args` protects the inputs and checks that no output replaces one of
+    them.
+
+    Attributes:
+        inputs: the arguments that name files or folders which the command reads.
+        outputs: those that name files or folders which it writes, with their kinds.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        self.inputs: list[argparse.Action] = []
+        self.outputs: list[tuple[argparse.Action, Kind]] = []
+
+    def add_input(self, *names: str, **kwargs: Any) -> None:
+        """Add an argument that names one or several files or folders to read."""
+        self.inputs.append(self.add_argument(*names, **kwargs))
+
+    def add_output(self, *names: str, kind: Kind, **kwargs: Any) -> None:
+        """Add an argument that names a file of this kind, or a folder, to write."""
+        self.outputs.append((self.add_argument(*names, **kwargs), kind))
 
     def option_names(self) -> list[str]:
         return [name for action in self._actions for name in action.option_strings]
@@ -32,10 +52,20 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"Unknown flag {unknown[0]}." + did_you_mean(unknown[0].split("=")[0], self.option_names()))
+        protect(*(path for action in self.inputs for path in _values(parsed, action) if os.path.isfile(path)))
+        for action, kind in self.outputs:
+            for path in _values(parsed, action):
+                check_replaceable(path, kind)
         return parsed
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}{'' if message.endswith(('.', '?')) else '.'} See --help.")
+
+
+def _values(parsed: argparse.Namespace, action: argparse.Action) -> Iterator[str | Path]:
+    """Yield the paths that an argument was given, none if it was not given."""
+    value = getattr(parsed, action.dest, None)
+    yield from filter(None, value if isinstance(value, list) else [value])
 
 
 def did_you_mean(name: str, candidates: Sequence[str]) -> str:
@@ -57,7 +87,8 @@ def run_command(main: Callable[[], None]) -> None:
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
     try:
-        main()
+        with protecting_inputs():
+            main()
         sys.stdout.flush()  # a closed pipe must raise here, not while the interpreter shuts down
     except UserError as error:
         status, text = EXIT_MISTAKE, f"{prefix}error: {_message(error)}"

@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from lib.cli import Parser, did_you_mean
 from lib.errors import MissingFileError, UserError
+from lib.files import Kind, protect
 from lib.options import OPTIONS, Option
 from lib.variants import BERT
 from refer.datasets import parse_datasets
@@ -47,7 +48,7 @@ def get_parser(script: str, description: str, add_arguments: Callable[[Parser], 
     test.py also accepts the flags of train.py and ignores them; see :func:`unused_flags`.
     """
     parser = Parser(prog=f"{script}.py", description=description)
-    parser.add_argument("--cfg", metavar="FILE", help="YAML file with configuration keys; flags override it")
+    parser.add_input("--cfg", metavar="FILE", help="YAML file with configuration keys; flags override it")
     add_arguments(parser)
     for option in OPTIONS:
         if option.flags:
@@ -75,7 +76,11 @@ def _add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
             text += f" (default: {option.default})"
     if not is_used:  # accepted, hidden from --help, and returned by unused_flags
         kwargs["dest"], text = f"unused {names[0]}", argparse.SUPPRESS
-    parser.add_argument(*names, help=text, **kwargs)
+    if is_used and option.path == "output":
+        parser.add_output(*names, kind=Kind.FOLDER, help=text, **kwargs)
+    else:
+        add = parser.add_input if is_used and option.path == "input" else parser.add_argument
+        add(*names, help=text, **kwargs)
 
 
 def unused_flags(args: argparse.Namespace) -> list[str]:
@@ -198,6 +203,7 @@ def read_config_file(path: str, including: tuple[Path, ...] = ()) -> dict[str, t
         raise UserError(f"--cfg {path}: the file includes itself through {BASE_KEY}.")
     try:
         with open(path, encoding="utf-8") as file:
+            protect(path)
             tree = yaml.safe_load(file)
     except OSError as error:
         raise MissingFileError(f"--cfg {path}: {error.strerror}.") from error

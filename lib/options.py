@@ -32,6 +32,7 @@ class Option:
         may_change_on_resume: whether a resumed run may change it. The others keep the values saved in the checkpoint.
         constant: the value that a flag without argument sets (booleans have ``--x`` and ``--no-x`` instead).
         metavar: placeholder of the flag's argument.
+        path: ``input`` or ``output`` if the value names a file or folder that is read or written.
     """
 
     key: str
@@ -47,6 +48,7 @@ class Option:
     may_change_on_resume: bool = False
     constant: Any = None
     metavar: str | None = None
+    path: str = ""
 
     @property
     def flag_names(self) -> tuple[str, ...]:
@@ -97,6 +99,7 @@ OPTIONS = (
         BOTH,
         may_change_on_resume=True,
         metavar="DIR",
+        path="input",
     ),
     Option(
         "DATA.IMG_SIZE",
@@ -157,8 +160,16 @@ OPTIONS = (
         "ImageNet Swin file (default: by Swin type, in ./pretrained)",
         "--pretrained_swin_weights",
         metavar="FILE",
+        path="input",
     ),
-    Option("PRETRAINED.BERT", BERT, "BERT weights: a file, a folder or a Hub name", "--ck_bert", metavar="BERT"),
+    Option(
+        "PRETRAINED.BERT",
+        BERT,
+        "BERT weights: a file, a folder or a Hub name",
+        "--ck_bert",
+        metavar="BERT",
+        path="input",
+    ),
     Option(
         "PRETRAINED.TOKENIZER",
         "",
@@ -167,10 +178,16 @@ OPTIONS = (
         BOTH,
         may_change_on_resume=True,
         metavar="BERT",
+        path="input",
     ),
     Option("PRETRAINED.FROM_SCRATCH", False, "start from random weights instead of pretrained files", "--from_scratch"),
     Option(
-        "PRETRAINED.INIT_FROM", "", "start a new run from the weights of a checkpoint", "--init_from", metavar="FILE"
+        "PRETRAINED.INIT_FROM",
+        "",
+        "start a new run from the weights of a checkpoint",
+        "--init_from",
+        metavar="FILE",
+        path="input",
     ),
     Option(
         "PRETRAINED.DDP_TRAINED",
@@ -275,6 +292,7 @@ OPTIONS = (
         "--output-dir",
         may_change_on_resume=True,
         metavar="DIR",
+        path="output",
     ),
     Option(
         "LOG_DIR",
@@ -283,6 +301,7 @@ OPTIONS = (
         "--log_dir",
         may_change_on_resume=True,
         metavar="DIR",
+        path="output",
     ),
     Option(
         "MODEL_ID",

@@ -11,14 +11,17 @@ from pathlib import Path
 
 from lib.cli import Parser, run_command
 from lib.errors import UserError
-from lib.files import check_writable
+from lib.files import Kind, check_writable
 
 
 def get_parser() -> Parser:
     parser = Parser(prog="python -m lib.plot", description=__doc__)
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="folder of a run, such as models/<model_id>, or its metrics.jsonl")
-    add("--out", metavar="FILE", help="the PNG (default for a single run: curves.png in its folder)")
+    parser.add_input(
+        "runs", nargs="+", metavar="RUN", help="folder of a run, such as models/<model_id>, or its metrics.jsonl"
+    )
+    parser.add_output(
+        "--out", kind=Kind.PNG, metavar="FILE", help="the PNG (default for a single run: curves.png in its folder)"
+    )
     return parser
 
 
@@ -32,8 +35,8 @@ def main() -> None:
     if not args.out and len(files) > 1:
         raise UserError("Several runs were given. Choose the file of their figure with --out FILE.")
     out = Path(args.out) if args.out else files[0].with_name("curves.png")
-    check_writable(out, inputs=files)
     runs = {name: read_metrics(file) for name, file in zip(run_names(files), files, strict=True)}
+    check_writable(out, Kind.PNG)
     save_png(draw_curves(runs), out, dpi=DPI)
     print(out)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from lib.cli import Parser, run_command
 from lib.errors import MissingFileError, UserError
-from lib.files import check_writable, write_text
+from lib.files import Kind, check_writable, write_text
 from lib.protocols import SWITCHES
 from lib.tables import to_text
 from lib.variants import MASK_MODES
@@ -34,14 +34,16 @@ def get_parser() -> Parser:
 
     parser = Parser(prog="python -m lib.rescore", description=__doc__)
     add = parser.add_argument
-    add("files", nargs="*", metavar="FILE", help="result files")
-    add("--compare", nargs=2, metavar=("A", "B"), help="compare two result files on the expressions that both have")
+    parser.add_input("files", nargs="*", metavar="FILE", help="result files")
+    parser.add_input(
+        "--compare", nargs=2, metavar=("A", "B"), help="compare two result files on the expressions that both have"
+    )
     add("--most", type=int, default=10, metavar="N", help="with --compare: print the N most changed expressions (10)")
     add("--split", metavar="NAMES", help="only these splits, such as val,testA")
     add("--protocol", metavar="NAMES", help="only these protocols, by their names in the files")
     add("--sentence", metavar="REGEX", help="only expressions that match this regular expression, ignoring case")
     add("--words", metavar="MIN-MAX", help="only expressions with this number of words; MIN- has no upper limit")
-    add("--ids", metavar="TXT", help="only expressions whose sent_id is a line of this file")
+    parser.add_input("--ids", metavar="TXT", help="only expressions whose sent_id is a line of this file")
     add(
         "--sentences",
         choices=("all", "first"),
@@ -51,13 +53,15 @@ def get_parser() -> Parser:
     add("--precision_at", metavar="X,X", help="IoU thresholds X of P@X (0.5,0.6,0.7,0.8,0.9)")
     add("--strict", action="store_true", help="count IoU > X for P@X, instead of IoU ≥ X")
     add("--gt_mask", choices=MASK_MODES, help="compare the stored masks with target masks of this kind")
-    add("--refer_data_root", default=str(ROOT), metavar="DIR", help="dataset folder, for --gt_mask (%(default)s)")
+    parser.add_input(
+        "--refer_data_root", default=str(ROOT), metavar="DIR", help="dataset folder, for --gt_mask (%(default)s)"
+    )
     for name, switch in SWITCHES.items():
         if switch.needs_model:
             add(f"--{name}", help="must equal the value in the file", **switch.flag_options())
     add("--draws", type=int, default=2000, help="number of bootstrap draws (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the bootstrap (%(default)s)")
-    add("--json", metavar="OUT", help="also write the printed results as JSON")
+    parser.add_output("--json", kind=Kind.JSON_OBJECT, metavar="OUT", help="also write the printed results as JSON")
     return parser
 
 
@@ -68,7 +72,6 @@ def main() -> None:
     from lib.metrics import THRESHOLDS, metric_names
     from lib.report import analysis
     from lib.report.intervals import Scoring
-    from lib.report.results import settings_path
     from refer.refer import REFER
     from utils import set_up_logging
 
@@ -82,10 +85,6 @@ def main() -> None:
     filters = analysis.Filters(**_parse_filters(args))
     thresholds = THRESHOLDS if args.precision_at is None else _parse_thresholds(args.precision_at)
     scoring = Scoring(thresholds, args.strict, args.draws, args.seed)
-    if args.json:
-        inputs = [*paths, *map(settings_path, paths)]
-        check_writable(args.json, inputs=[*inputs, args.ids] if args.ids else inputs)
-
     files = [analysis.load_results(path) for path in paths]
     analysis.check_names("--split", filters.splits, {results.path: results.splits for results in files})
     analysis.check_names("--protocol", filters.protocols, {results.path: results.protocols for results in files})
@@ -95,6 +94,8 @@ def main() -> None:
     if args.gt_mask:
         get_refer = functools.cache(functools.partial(REFER, args.refer_data_root))
         files = [analysis.evaluate_masks(results, args.gt_mask, get_refer) for results in files]
+    if args.json:
+        check_writable(args.json, Kind.JSON_OBJECT)
     warnings = [results.warning for results in files if results.warning]
     if args.compare:
         warnings += analysis.setting_differences(*files)

@@ -11,7 +11,7 @@ from bert.tokenization import tokenize
 from data.transforms import preprocess_image, read_image
 from lib.errors import MissingFileError
 from lib.evaluation import predict
-from lib.files import check_writable
+from lib.files import Kind, check_writable
 from lib.inference import load_for_evaluation
 from lib.visualize import overlay, save_image
 from utils import init_distributed
@@ -30,9 +30,9 @@ def segment_image(args: Any) -> None:
     mask_path = overlay_path.with_name(f"{overlay_path.stem}_mask.png")
     if not image_path.is_file():
         raise MissingFileError(f"--image {image_path}: no such file.")
-    for path in (overlay_path, mask_path):
-        check_writable(path, suffix=".png", inputs=[image_path])
     loaded = load_for_evaluation(args, args.resume)
+    for path in (overlay_path, mask_path):
+        check_writable(path, Kind.PNG)
     image = ImageOps.exif_transpose(read_image(image_path))  # "left" means left in the image as displayed
     ids, attention_mask = tokenize(loaded.tokenizer, [args.sentence], loaded.cfg.DATA.MAX_TOKENS)
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lib.errors import UserError
+from lib.files import protect
 from refer.annotations import Record, read_instances, read_refs
 from refer.datasets import COCO_DATASETS, PUBLISHED_COUNTS, Counts, check_dataset, image_folder
 from refer.masks import Segmentation, is_number
@@ -55,6 +56,7 @@ class REFER:
         folder = Path(data_root, dataset)
         self.instances_path, self.refs_path = folder / "instances.json", folder / f"refs({splitBy}).p"
         self.image_dir = image_folder(data_root, dataset)
+        protect(self.instances_path, self.refs_path, self.image_dir)
         with gc_paused():
             refs = read_refs(self.refs_path)
             self.data: dict[str, list[Record]] = {"refs": refs, **read_instances(self.instances_path)}

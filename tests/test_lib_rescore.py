@@ -1,7 +1,6 @@
 """python -m lib.rescore on one or several files: metrics, filters, and the messages for mistakes."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -192,14 +191,3 @@ def test_corrupt_files_are_reported(run_rescore, tmp_path):
         file.write_text("".join(content))
         with pytest.raises(UserError, match=message):
             run_rescore(file)
-
-
-def test_inputs_are_not_overwritten(tmp_path, monkeypatch):
-    file, ids = write_results(tmp_path / "a.jsonl"), tmp_path / "ids.txt"
-    ids.write_text("101\n")
-    for path in (f"{tmp_path}/../{tmp_path.name}/a.jsonl", settings_path(file), ids):
-        content = ids.parent.joinpath(path).read_bytes()
-        monkeypatch.setattr(sys, "argv", ["rescore", str(file), "--ids", str(ids), "--json", str(path)])
-        with pytest.raises(UserError, match="it is one of the input files"):
-            rescore.main()
-        assert ids.parent.joinpath(path).read_bytes() == content

@@ -122,7 +122,7 @@ def test_init_from_starts_from_the_weights_of_a_checkpoint(trained, run_here, tr
         (["--cfg", "{cfg}", "--ddp_trained_weights"], "--ddp_trained_weights requires a checkpoint"),
         (["--resume", "{last}", "--window12"], "MODEL.WINDOW_SIZE is 4 in its recipe, not 12"),
         (["--cfg", "{cfg}", "--warmup_steps", "10000"], "--warmup_steps 10000"),
-        (["--cfg", "{cfg}", "--log_dir", "{tmp}/corrupt.pth"], "Cannot create the folder"),
+        (["--cfg", "{cfg}", "--log_dir", "{tmp}/corrupt.pth"], "corrupt.pth: it is a file, not a folder"),
         (["--dataset", "refcoco"], "not found. Download them with `python -m refer.prepare --weights swin_base` (from https://"),
         (["--dataset", "refcoco"], "or train with --from_scratch."),
         (["--dataset", "refcoc"], "Did you mean refcoco?"),

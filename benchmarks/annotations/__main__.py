@@ -11,16 +11,16 @@ from pathlib import Path
 
 from lib.cli import Parser, run_command
 from lib.errors import UserError
-from lib.files import write_text
+from lib.files import Kind, write_text
 
 
 def get_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.annotations", description=__doc__)
-    parser.add_argument("--bert_tokenizer", metavar="BERT", help="vocabulary (default: a generated one)")
+    parser.add_input("--bert_tokenizer", metavar="BERT", help="vocabulary (default: a generated one)")
     parser.add_argument("--repeats", type=int, default=3, help="number of times to load the annotations (default: 3)")
     parser.add_argument("--workers", type=int, default=4, help="data-loading processes (default: 4)")
     parser.add_argument("--share", type=float, default=1.0, help="size relative to RefCOCO's train split (default: 1)")
-    parser.add_argument("--out", metavar="FILE", help="also write the output to this file")
+    parser.add_output("--out", kind=Kind.TEXT, metavar="FILE", help="also write the output to this file")
     return parser
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from lib.cli import Parser, run_command
 from lib.errors import UserError
-from lib.files import check_writable, write_text
+from lib.files import Kind, check_writable, write_text
 
 
 def get_parser() -> Parser:
@@ -28,8 +28,9 @@ def get_parser() -> Parser:
         "--limit", type=float, default=10, help="seconds that a call of the reader may take (default: 10)"
     )
     parser.add_argument("--memory", type=float, default=4, help="GiB that a process may allocate (default: 4)")
-    parser.add_argument("--keep", metavar="DIR", help="folder for the files of findings (default: a temporary folder)")
-    parser.add_argument("--out", metavar="FILE", help="also write the report to this file")
+    keep_help = "folder for the files of findings (default: a temporary folder)"
+    parser.add_output("--keep", kind=Kind.FOLDER, metavar="DIR", help=keep_help)
+    parser.add_output("--out", kind=Kind.TEXT, metavar="FILE", help="also write the report to this file")
     return parser
 
 
@@ -40,7 +41,7 @@ def main() -> None:
     if args.cases < 1 or min(args.limit, args.memory) <= 0:
         raise UserError("--cases, --limit and --memory must be positive.")
     if args.out:
-        check_writable(args.out)
+        check_writable(args.out, Kind.TEXT)
     page, findings = fuzz(args.cases, args.seed, args.limit, args.memory)
     print(page)
     if args.out:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from benchmarks.fuzz_annotations.run import MAX_CALLS, MUTATIONS, Case, Outcome, generate_cases, run_cases
 from benchmarks.machine import cpu_name
+from lib.files import atomic_write, write_text
 from lib.tables import to_markdown
 
 VERDICTS = ("read", "refused", "finding")
@@ -93,5 +94,7 @@ def save_findings(findings: Findings, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for number, (case, outcome) in enumerate(findings):
         path = folder / f"{number:04d}{Path(case.file).suffix}"
-        path.write_bytes(case.data)
-        path.with_suffix(".txt").write_text(f"{case.mutation}\n{outcome.message}\n", "utf-8", errors="replace")
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(case.data)
+        description = f"{case.mutation}\n{outcome.message}\n".encode(errors="replace").decode()
+        write_text(path.with_suffix(".txt"), description)

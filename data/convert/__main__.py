@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lib.cli import Parser, run_command
 from lib.errors import UserError
-from lib.files import check_writable
+from lib.files import Kind, check_writable
 from refer.datasets import ROOT
 
 
@@ -24,13 +24,16 @@ def get_parser() -> Parser:
     parser = Parser(prog="python -m data.convert", description=__doc__)
     add = parser.add_argument
     add("--name", help="name of the new dataset, which other commands take as --dataset")
-    add("--sentences", type=Path, metavar="FILE", help="a .csv, .tsv or .jsonl file with one row per sentence")
-    add("--images", type=Path, metavar="DIR", help="folder of the images")
-    add("--instances", type=Path, metavar="FILE", help="COCO annotation file with the objects")
-    add(
+    parser.add_input(
+        "--sentences", type=Path, metavar="FILE", help="a .csv, .tsv or .jsonl file with one row per sentence"
+    )
+    parser.add_input("--images", type=Path, metavar="DIR", help="folder of the images")
+    parser.add_input("--instances", type=Path, metavar="FILE", help="COCO annotation file with the objects")
+    parser.add_input(
         "--masks", type=Path, metavar="DIR", help="folder of masks, instead of --instances: PNG files with background 0"
     )
-    add("--refer_data_root", type=Path, default=ROOT, metavar="DIR", help="folder of the datasets (%(default)s)")
+    root_help = "folder of the datasets (%(default)s)"
+    parser.add_output("--refer_data_root", kind=Kind.FOLDER, type=Path, default=ROOT, metavar="DIR", help=root_help)
     add("--splitBy", default="unc", metavar="NAME", help="name of the split system (%(default)s)")
     add("--link", action="store_true", help="create symbolic links to the images instead of copies")
     share_help = "fraction of the images in val if the sentence file has no column split (%(default)s)"
@@ -38,7 +41,8 @@ def get_parser() -> Parser:
     add("--test-share", type=float, default=0.1, metavar="X", help="the same for the split test (%(default)s)")
     add("--seed", type=int, default=0, help="random seed of the assignment to splits (%(default)s)")
     add("--force", action="store_true", help="replace a dataset of this name that was made by this command")
-    add("--contact-sheet", type=Path, metavar="PNG", help="output file (samples.png in the folder of the dataset)")
+    sheet_help = "output file (samples.png in the folder of the dataset)"
+    parser.add_output("--contact-sheet", kind=Kind.PNG, type=Path, metavar="PNG", help=sheet_help)
     add("--samples", type=int, default=12, metavar="N", help="expressions on the contact sheet; 0: none (%(default)s)")
     return parser
 
@@ -67,7 +71,8 @@ def main() -> None:
             raise UserError("--contact-sheet cannot be combined with --samples 0.")
         if args.contact_sheet.resolve().is_relative_to(folder.resolve()):
             raise UserError(f"--contact-sheet {args.contact_sheet}: choose a file outside of {folder}.")
-        check_writable(args.contact_sheet, suffix=".png", inputs=source.paths())
+        source.check()
+        check_writable(args.contact_sheet, Kind.PNG)
 
     converted = convert(
         args.name, source, shares, args.refer_data_root, split_by=args.splitBy, link=args.link, force=args.force

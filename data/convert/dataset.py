@@ -17,7 +17,7 @@ from data.convert.refs import build_refs, find_problems
 from data.convert.sentences import Row, listed, located, read_sentences
 from data.convert.splits import SplitShares, assign_splits
 from lib.errors import MissingFileError, UserError
-from lib.files import atomic_folder
+from lib.files import atomic_folder, protect, protecting_inputs
 from refer.annotations import Record, read_instances
 from refer.datasets import COCO_IMAGES, DATASETS, ROOT
 from refer.refer import REFER
@@ -38,15 +38,13 @@ class Source:
     masks: Path | None = None  # folder
 
     def check(self) -> None:
-        """Raise a UserError if the objects are not given exactly once, or a folder is missing."""
+        """Protect the files. UserError: the objects are not given exactly once, or a folder is missing."""
         if (self.instances is None) == (self.masks is None):
             raise UserError("Pass the objects with either --instances FILE or --masks DIR.")
         for flag, folder in (("--images", self.images), ("--masks", self.masks)):
             if folder is not None and not folder.is_dir():
                 raise MissingFileError(f"{flag} {folder}: no such folder.")
-
-    def paths(self) -> list[Path]:
-        return [path for path in (self.sentences, self.images, self.instances, self.masks) if path is not None]
+        protect(*(path for path in (self.sentences, self.images, self.instances, self.masks) if path is not None))
 
 
 class Converted(NamedTuple):
@@ -57,6 +55,7 @@ class Converted(NamedTuple):
     warnings: list[str]
 
 
+@protecting_inputs()
 def convert(
     name: str,
     source: Source,
@@ -85,7 +84,7 @@ def convert(
     source.check()
     folder = data_root / name
     with atomic_folder(folder) as new:
-        _check_replaceable(folder, force, source.paths())
+        _check_replaceable(folder, force)
         object_column = "mask" if source.instances is None else "annotation_id"
         rows, unused_columns = read_sentences(source.sentences, object_column)
         warnings = [f"{source.sentences}: unused columns: {listed(unused_columns)}."] if unused_columns else []
@@ -119,7 +118,7 @@ def _check_name(name: str, split_by: str) -> None:
             raise UserError(f"{flag} {value!r}: use letters, digits, _, -, + and ., and do not start with -, + or .")
 
 
-def _check_replaceable(folder: Path, force: bool, sources: Iterable[Path]) -> None:
+def _check_replaceable(folder: Path, force: bool) -> None:
     """Raise a UserError if the folder exists, unless ``force`` is set and it contains only a converted dataset."""
     if not os.path.lexists(folder):
         return
@@ -128,9 +127,6 @@ def _check_replaceable(folder: Path, force: bool, sources: Iterable[Path]) -> No
         raise UserError(f"{folder} exists and was not made by `{MADE_BY}`. Choose another --name, or move it.")
     if not force:
         raise UserError(f"{folder} exists. Replace it with --force, or choose another --name.")
-    for path in sources:
-        if path.resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{path} is in {folder}, which would be replaced. Move it first.")
     known = {INFO_FILE, SHEET_FILE, "instances.json", "images", f"refs({info.get('splitBy')}).p"}
     unfinished_sheet = f".{SHEET_FILE}.*.part"  # left by a process that was killed
     others = {path.name for path in folder.iterdir() if not path.match(unfinished_sheet)} - known

@@ -22,12 +22,14 @@ from pathlib import Path
 
 from data.refshapes.settings import DEFAULT_IMAGES, LEVELS, NAME, Settings
 from lib.cli import Parser, run_command
+from lib.files import Kind
 from refer.datasets import ROOT
 
 
 def get_parser() -> Parser:
     parser = Parser(prog="python -m data.refshapes", description=__doc__)
-    parser.add_argument("--root", type=Path, default=ROOT, metavar="DIR", help="folder of the datasets (%(default)s)")
+    root_help = "folder of the datasets (%(default)s)"
+    parser.add_output("--root", kind=Kind.FOLDER, type=Path, default=ROOT, metavar="DIR", help=root_help)
     parser.add_argument(
         "--level", default="basic", choices=LEVELS, help="level of the sentences, see above (%(default)s)"
     )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lib.files import METRICS_FILE, translate_write_errors, write_text
+from lib.files import METRICS_FILE, open_to_append, translate_write_errors, write_text
 
 LOG = logging.getLogger("crossvlt")
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "pycocotools")
@@ -73,8 +73,8 @@ class Journal:
         if self.path is None:
             return
         with translate_write_errors(self.path):
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+            with open_to_append(self.path) as file:
+                file.write(json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n")
             if self._events is None:
                 return
             for name, value in values.items():

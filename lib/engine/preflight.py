@@ -13,7 +13,7 @@ from lib.criterion import CrossVLTCriterion
 from lib.engine.loop import compute_losses, out_of_memory_message
 from lib.engine.state import TrainState, random_states, restore_random_states
 from lib.errors import UserError
-from lib.files import check_writable
+from lib.files import Kind, check_writable
 from utils import on_main
 
 LOG = logging.getLogger("crossvlt")
@@ -75,7 +75,7 @@ def check_disk_space(state: TrainState, folder: Path, keep: int) -> None:
     resumable, weights = checkpoint_bytes(state)
 
     def check() -> None:
-        check_writable(folder / "last.pth")
+        check_writable(folder / "last.pth", Kind.BINARY)
         free = shutil.disk_usage(folder).free
         # last.pth is a hard link to another checkpoint.
         existing = sum(path.stat().st_size for path in folder.glob("*.pth") if path.name != "last.pth")

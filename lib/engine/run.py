@@ -21,7 +21,7 @@ from lib.engine.signals import StopSignals
 from lib.engine.state import Meter, TrainState, random_states, seed_everything
 from lib.errors import LostWorkerError, StoppedError, UserError
 from lib.evaluation import EvaluationResult
-from lib.files import write_text
+from lib.files import release, write_text
 from lib.metrics import METRIC_NAMES
 from utils import Distributed, derive_seed, from_main, gather, on_main, set_up_logging, sum_over_processes
 
@@ -83,6 +83,8 @@ class Run:
             )
         if not is_own and (folder / BEST).exists():
             raise UserError(f"{folder / BEST} is from another run. Choose another --model_id, or move it away.")
+        if is_own:
+            release(folder, self.logs)
         for path in (folder, self.logs):
             try:
                 path.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,11 @@ import torch
 
 from lib.cli import did_you_mean
 from lib.errors import UserError
+from lib.files import protect
 from lib.metrics import compute_metrics, intersection_and_union, iou
 from lib.protocols import SWITCHES, protocol_name
 from lib.report.intervals import Scoring, intervals, paired_intervals
-from lib.report.results import Line, counts_of, read_results
+from lib.report.results import Line, counts_of, read_results, settings_path
 from refer.masks import decode_mask, resize_mask
 from refer.refer import REFER
 
@@ -63,6 +64,7 @@ def load_results(path: str) -> Results:
     Raises:
         MissingFileError, UserError: the file does not exist, is corrupt, or is not a result file.
     """
+    protect(path, settings_path(path))
     header, lines = read_results(path)
     try:
         splits = {name: int(count) for name, count in header["splits"].items()}

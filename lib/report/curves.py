@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lib.charts import COLORS, GRAY, styled_figure
 from lib.errors import MissingFileError, UserError
-from lib.files import METRICS_FILE
+from lib.files import METRICS_FILE, protect
 
 SIZE, DPI = (11.2, 5.0), 200  # inches, dots per inch
 BEST_MARKER = {"marker": "o", "linestyle": "", "markersize": 8, "markerfacecolor": "none", "color": "black"}
@@ -64,6 +64,7 @@ def read_metrics(path: str | Path) -> list[Line]:
         MissingFileError, UserError: there is no such file, a line is invalid, or no training step has been logged yet.
     """
     path = find_metrics_file(path)
+    protect(path)
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:

@@ -14,7 +14,7 @@ from data.transforms import normalize_images
 from lib.collector import EvaluationResult
 from lib.errors import UserError
 from lib.evaluation import alignment_maps, evaluate
-from lib.files import check_writable
+from lib.files import Kind, check_writable
 from lib.inference import load_for_evaluation, start_evaluation
 from lib.visualize import MAX_PANELS, Prediction, contact_sheet, expression_panel, save_image, spread_indices
 from refer.masks import decode_mask
@@ -104,7 +104,7 @@ def compare_models(args: Any) -> None:
     indices_of = {split: spread_indices(len(dataset), args.vis_num) for split, dataset in datasets[0].items()}
     results: dict[str, list[ModelResult]] = defaultdict(list)
     with start_evaluation(cfg) as setup:
-        on_main(lambda: check_writable(folder / "sheet.png"))
+        on_main(lambda: check_writable(folder, Kind.FOLDER))
         for name, loaded, splits in zip(distinct_names(paths), checkpoints, datasets, strict=True):
             model = loaded.build_model(setup.dist.device)
             for split, dataset in splits.items():

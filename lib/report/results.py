@@ -23,7 +23,7 @@ import numpy as np
 from data.dataset_refer_bert import ReferDataset
 from lib.collector import ExpressionResult, ResultSink
 from lib.errors import MissingFileError, UserError
-from lib.files import atomic_write, translate_write_errors, write_text
+from lib.files import Kind, atomic_write, check_replaceable, open_to_append, translate_write_errors, write_text
 from lib.metrics import iou
 
 FORMAT = "crossvlt results 1"
@@ -69,6 +69,7 @@ class ResultFile(ResultSink):
         """
         if self.is_complete():
             return
+        check_replaceable(self.settings, Kind.JSON_OBJECT)
         with translate_write_errors(self.partial):
             self.partial.parent.mkdir(parents=True, exist_ok=True)
             if self.partial.exists() and _remove_truncated_line(self.partial):
@@ -97,7 +98,7 @@ class ResultFile(ResultSink):
         self._finish_if_complete()
 
     def _append(self, lines: Iterable[Line]) -> None:
-        with open(self.partial, "ab") as file:
+        with open_to_append(self.partial) as file:
             for line in lines:
                 file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             file.flush()

@@ -15,7 +15,7 @@ from torch import nn
 from lib import config
 from lib.errors import UserError
 from lib.evaluation import EvalSetup, evaluate
-from lib.files import check_writable, write_text
+from lib.files import Kind, check_writable, write_text
 from lib.inference import LoadedCheckpoint, load_for_evaluation, start_evaluation
 from lib.metrics import METRIC_NAMES, compute_metrics
 from lib.report.intervals import intervals
@@ -57,7 +57,7 @@ def reproduce_table(args: Any) -> None:
     published = choose_rows(flags.get("DATA.NAME"), flags.get("DATA.SPLIT_BY"), flags.get("DATA.SPLIT"))
     rows = []
     with start_evaluation(config.load_config(_with_dataset(args, published[0]))[0], keeps_results=True) as setup:
-        on_main(lambda: check_writable(folder / "table.md"))
+        on_main(lambda: check_writable(folder / "table.md", Kind.TEXT))
         for dataset in dict.fromkeys(row.dataset for row in published):
             of_dataset = [row for row in published if row.dataset == dataset]
             rows += _measure_dataset(of_dataset, checkpoints.get(dataset), args, setup)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from lib.cli import LOGGER, Parser, did_you_mean, run_command
 from lib.errors import MissingFileError, UserError
+from lib.files import Kind
 from refer.datasets import COCO_DATASETS, ROOT, WEIGHTS, installed_datasets, split_systems
 
 MAX_STALL = 86400.0  # seconds
@@ -26,21 +27,22 @@ def get_parser() -> Parser:
     add = parser.add_argument
     names = f"{', '.join(COCO_DATASETS)}; with --check also your own datasets (default: all installed)"
     add("--dataset", nargs="+", metavar="NAME", default=[], help=names)
-    add("--root", "--refer_data_root", type=Path, default=ROOT, metavar="DIR", help="default: %(default)s")
+    root = {"kind": Kind.FOLDER, "type": Path, "metavar": "DIR", "help": "default: %(default)s"}
+    parser.add_output("--root", "--refer_data_root", default=ROOT, **root)
     images = (
         "zip: if any needed image is missing, download train2014.zip (13 GB, plus 13 GB to unpack it); "
         "needed: download only the missing images, one by one; none: no images (default: %(default)s)"
     )
     add("--images", choices=("zip", "needed", "none"), default="zip", help=images)
     add("--weights", nargs="+", metavar="NAME", default=[], help=", ".join(WEIGHTS))
-    add("--pretrained", type=Path, default=Path("./pretrained"), metavar="DIR", help="default: %(default)s")
+    parser.add_output("--pretrained", default=Path("./pretrained"), **root)
     check = "verify installed files without downloading or writing; exit status 2 if there is a problem"
     add("--check", action="store_true", help=check)
     local = (
         "use files that you already have (repeatable): annotation archives or folders, train2014.zip, a folder of "
         "images, weights. Nothing is downloaded unless --download is given"
     )
-    add("--from", dest="local", action="append", type=Path, default=[], metavar="PATH", help=local)
+    parser.add_input("--from", dest="local", action="append", type=Path, default=[], metavar="PATH", help=local)
     add("--download", action="store_true", help="with --from: download what is missing there")
     add("--again", action="store_true", help="install annotations again even if valid ones exist")
     mirror = "try URL/refcoco.zip, URL/train2014.zip, URL/train2014/<image>, URL/<weights file> first (repeatable)"

@@ -16,7 +16,7 @@ from typing import Any
 
 from lib.cli import Parser, run_command
 from lib.errors import MissingFileError, UserError
-from lib.files import check_writable, write_text
+from lib.files import Kind, check_writable, protect, write_text
 from lib.variants import BERT, MAX_TOKENS
 
 FIGURE_FOLDER = Path("models", "stats")
@@ -29,16 +29,17 @@ def get_parser() -> Parser:
     add = parser.add_argument
     add("--dataset", default="refcoco", metavar="NAMES", help="datasets, separated by commas (%(default)s)")
     add("--splitBy", default="", metavar="NAMES", help="split systems, separated by commas (default: all installed)")
-    add("--refer_data_root", default=str(ROOT), metavar="DIR", help="folder of the datasets (%(default)s)")
+    parser.add_input("--refer_data_root", default=str(ROOT), metavar="DIR", help="folder of the datasets (%(default)s)")
     add("--max_tokens", type=int, default=MAX_TOKENS, help="length at which sentences are cut (%(default)s)")
-    add(
+    parser.add_input(
         "--bert_tokenizer",
         default="",
         metavar="BERT",
         help="a vocab.txt, a folder or a Hub name (default: bert-base-uncased; refshapes: its own)",
     )
-    add("--out", metavar="PNG", help=f"output file of the figure (default: {FIGURE_FOLDER}/<datasets>.png)")
-    add("--json", metavar="FILE", help="also write all numbers as JSON")
+    out_help = f"output file of the figure (default: {FIGURE_FOLDER}/<datasets>.png)"
+    parser.add_output("--out", kind=Kind.PNG, metavar="PNG", help=out_help)
+    parser.add_output("--json", kind=Kind.JSON_OBJECT, metavar="FILE", help="also write all numbers as JSON")
     return parser
 
 
@@ -59,10 +60,10 @@ def main() -> None:
     pairs = select_datasets(args.refer_data_root, args.dataset, args.splitBy)
     names = list(dict.fromkeys(dataset for dataset, _ in pairs))
     out = Path(args.out or FIGURE_FOLDER / ("_".join(names if len(pairs) > 1 else pairs[0]) + ".png"))
-    inputs = [Path(args.refer_data_root, name) for name in names]
-    check_writable(out, suffix=".png", inputs=inputs)
+    protect(*(Path(args.refer_data_root, name) for name in names))
+    check_writable(out, Kind.PNG)
     if args.json:
-        check_writable(args.json, inputs=inputs)
+        check_writable(args.json, Kind.JSON_OBJECT)
 
     tokenizers = load_tokenizers(names, args.refer_data_root, args.bert_tokenizer)
     datasets, known_objects = [], {name: {} for name in names}
