@@ -12,7 +12,7 @@
 
 Output: <output-dir>/<model_id>/{best,last}.pth and models/<model_id>/{train.log, metrics.jsonl, config.yaml,
 environment.json, tensorboard/}. Exit status: 0 success; 1 a bug or a process that died; 2 a user's mistake; 75 stopped
-by a signal (SIGTERM, SIGINT, SIGUSR1) after saving a checkpoint.
+by a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP) after saving a checkpoint.
 """
 
 from functools import partial

@@ -2,8 +2,10 @@
 
 import gc
 import hashlib
+import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,8 +19,11 @@ from torch.distributed.rendezvous import rendezvous
 from tqdm import tqdm
 
 from lib.errors import EXIT_MISTAKE, UserError
+from lib.files import translate_write_errors
 
 LOGGER = logging.getLogger("crossvlt")
+# They stop a training or an evaluation after saving its work. Data-loading processes ignore them.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 LEVEL_COLORS = {"WARNING": "yellow", "ERROR": "red", "CRITICAL": "red"}
 
 _cpu_group: dist.ProcessGroup | None = None  # set by init_distributed; None: the default group uses gloo
@@ -189,12 +194,61 @@ class _LogFile(logging.FileHandler):
             super().handleError(record)
 
 
+class _Output(io.FileIO):
+    """File of stdout or stderr that discards everything after the first write that fails.
+
+    The reader of a pipe (``… 2>&1 | tee``) has died, the terminal was closed, or the disk is full. The log file
+    contains the reason.
+    """
+
+    def __init__(self, stream: str, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.stream = stream
+
+    def write(self, data: Any) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.fileno())
+            os.close(null)
+            text = f"{self.stream}: {error.strerror}. Its further output is discarded; the program continues."
+            record = LOGGER.makeRecord(LOGGER.name, logging.WARNING, "", 0, text, (), None)
+            for handler in LOGGER.handlers:
+                if not isinstance(handler, _TerminalHandler):  # it may be writing this very stream
+                    handler.handle(record)
+            return len(data)
+
+
+def continue_without(stream: str) -> None:
+    """Let the program continue when ``stream`` (stdout or stderr) can no longer be written; the log file says why.
+
+    A stream that is replaced already, for example by a notebook or a test, is left unchanged.
+    """
+    current = getattr(sys, stream)
+    if current is None or current is not getattr(sys, f"__{stream}__"):
+        return
+    current.flush()
+    replacement = io.TextIOWrapper(
+        io.BufferedWriter(_Output(stream, current.fileno())),
+        encoding=current.encoding,
+        errors=current.errors,
+        line_buffering=current.line_buffering or current.write_through,  # or unbuffered, by PYTHONUNBUFFERED
+    )
+    setattr(sys, stream, replacement)
+
+
 def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
     """Configure the project's logger: stderr (warnings only on ranks above 0) and, on the main process, ``file``.
 
     Debug lines (progress) go to the file and to a redirected stderr. They do not go to a terminal, which shows a
     progress bar instead. If an earlier call had no ``file``, the lines logged since then are written to the file first.
+    A closed stderr does not end the program.
+
+    Raises:
+        UserError: ``file`` cannot be written.
     """
+    continue_without("stderr")
     history = next((handler for handler in LOGGER.handlers if isinstance(handler, _History)), None) or _History()
     for handler in LOGGER.handlers:
         handler.close()
@@ -208,7 +262,8 @@ def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
     if file is None:
         LOGGER.addHandler(history)
     elif rank == 0:
-        log_file = _LogFile(file, encoding="utf-8")
+        with translate_write_errors(file):
+            log_file = _LogFile(file, encoding="utf-8")
         log_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         for record in history.records:
             log_file.handle(record)

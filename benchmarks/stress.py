@@ -1,4 +1,4 @@
-"""Kill trainings at random moments, resume them, and compare them with an uninterrupted one.
+"""Kill trainings at random moments, resume them, and compare them with an uninterrupted one (Linux only).
 
     python -m benchmarks.stress --kills 20          (make stress)
 
@@ -7,25 +7,30 @@ resumed with --auto_resume; every third run is killed while it writes a checkpoi
 optimizer state, metrics and all logged numbers are bitwise identical to those of the uninterrupted run.
 """
 
+import ctypes
 import json
 import os
 import platform
 import random
+import re
+import select
 import shutil
-import socket
+import struct
 import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.distributed import TCPStore
 
 from data.refshapes.dataset import write_refshapes
 from lib.cli import Parser, run_command
 from lib.errors import UserError
-from lib.files import Kind, write_text
+from lib.files import METRICS_FILE, Kind, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = """
@@ -43,14 +48,69 @@ VARYING = ("samples_per_second", "memory_gib")  # logged values that differ betw
 TIMEOUT = 300  # seconds
 
 
-class Kill(NamedTuple):
-    """When to kill a run: after some seconds, or while it writes its n-th checkpoint. The other field is None."""
+IN_CLOSE_WRITE, IN_CREATE = 0x8, 0x100  # of inotify
 
-    seconds: float | None
-    checkpoint: int | None
+
+class Kill(NamedTuple):
+    """When to kill a run, counted from its start: ``delay`` seconds after it has written a number of log entries, or
+    when it begins to write a checkpoint."""
+
+    entry: int | None = None
+    delay: float = 0.0
+    checkpoint: int | None = None
 
     def __str__(self) -> str:
-        return f"after {self.seconds:.1f} s" if self.checkpoint is None else f"writing checkpoint {self.checkpoint}"
+        if self.checkpoint is not None:
+            return f"writing checkpoint {self.checkpoint}"
+        return f"{self.delay:.2f} s after log entry {self.entry}"
+
+
+@contextmanager
+def count_events(folder: Path, mask: int, name: str) -> Iterator[Callable[[int, list[subprocess.Popen]], bool]]:
+    """Count the events of files in a folder, with Linux's inotify.
+
+    Args:
+        folder: is created if it does not exist.
+        mask: kinds of events, ``IN_CREATE`` or ``IN_CLOSE_WRITE``.
+        name: regular expression of the file name.
+
+    Yields:
+        a function that waits until a number of events has occurred since this call. It returns False if one of the
+        given processes ends before, or after ``TIMEOUT`` seconds without an event.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    libc = ctypes.CDLL(None, use_errno=True)
+    inotify = libc.inotify_init1(os.O_CLOEXEC)
+    if inotify < 0 or libc.inotify_add_watch(inotify, os.fsencode(folder), mask) < 0:
+        raise OSError(ctypes.get_errno(), "inotify cannot watch the folder", str(folder))
+    count = 0
+
+    def wait(number: int, processes: list[subprocess.Popen]) -> bool:
+        nonlocal count
+        while count < number:
+            if _wait_for_any(processes, [inotify], TIMEOUT) != [inotify]:
+                return False
+            events = os.read(inotify, 1 << 16)
+            while events:
+                _, _, _, length = struct.unpack_from("iIII", events)
+                file = events[16 : 16 + length].rstrip(b"\0").decode()
+                count += re.fullmatch(name, file) is not None
+                events = events[16 + length :]
+        return True
+
+    try:
+        yield wait
+    finally:
+        os.close(inotify)
+
+
+def _wait_for_any(processes: list[subprocess.Popen], descriptors: list[int], seconds: float) -> list[int]:
+    """Wait until a process has ended or a descriptor is readable, at most some seconds. Return their descriptors."""
+    with ExitStack() as stack:
+        ended = [os.pidfd_open(process.pid) for process in processes]  # readable when the process has ended
+        for descriptor in ended:
+            stack.callback(os.close, descriptor)
+        return select.select([*ended, *descriptors], [], [], seconds)[0]
 
 
 class Experiment:
@@ -63,6 +123,9 @@ class Experiment:
 
     def checkpoints(self, name: str) -> Path:
         return self.folder / "checkpoints" / name
+
+    def logs(self, name: str) -> Path:
+        return self.folder / "models" / name
 
     def command(self, name: str, *flags: str) -> list[str]:
         """Return the arguments that start or resume the run ``name``."""
@@ -87,12 +150,18 @@ class Experiment:
             RuntimeError: it failed.
             subprocess.TimeoutExpired: it did not finish in time.
         """
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            master = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
-        environment = {**os.environ, **master, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(self.processes)}
+        # As with torchrun, the launching process hosts the store. The kernel chooses its port.
+        store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+        environment = {
+            **os.environ,
+            "MASTER_ADDR": "localhost",
+            "MASTER_PORT": str(store.port),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "OMP_NUM_THREADS": "1",
+            "WORLD_SIZE": str(self.processes),
+        }
         command = [sys.executable, *self.command(name)]
-        with open(self.folder / f"{name}.txt", "a") as output:
+        with open(self.folder / f"{name}.txt", "a") as output, self._watch(kill, name) as wait_for_kill:
             processes = [
                 subprocess.Popen(
                     command,
@@ -105,8 +174,7 @@ class Experiment:
             ]
             try:
                 if kill is not None:
-                    self._wait_for(kill, name, processes)
-                    finished = any(process.poll() is not None for process in processes)
+                    finished = not wait_for_kill(processes)
                     for process in processes:
                         process.kill()
                     if not finished:
@@ -120,35 +188,32 @@ class Experiment:
             raise RuntimeError(f"{name} ended with statuses {statuses}:\n{(self.folder / f'{name}.txt').read_text()}")
         return True
 
-    def _wait_for(self, kill: Kill, name: str, processes: list[subprocess.Popen]) -> None:
-        started, launched = self.folder / "models" / name / "environment.json", time.time()
-        deadline = time.monotonic() + TIMEOUT
-        running_since, num_checkpoints = None, 0
-        is_writing = True  # a file left half written by an earlier kill does not count
-        while time.monotonic() < deadline and all(process.poll() is None for process in processes):
-            if running_since is None and started.exists() and started.stat().st_mtime > launched:
-                running_since = time.monotonic()
-            if kill.seconds is not None:
-                if running_since and time.monotonic() - running_since >= kill.seconds:
-                    return
-            else:
-                parts = any(self.checkpoints(name).glob(".step_*.part"))
-                num_checkpoints += parts and not is_writing
-                is_writing = parts
-                if num_checkpoints >= kill.checkpoint:
-                    return
-            time.sleep(0.001)
+    @contextmanager
+    def _watch(self, kill: Kill | None, name: str) -> Iterator[Callable[[list[subprocess.Popen]], bool]]:
+        """Start to count the events that ``kill`` refers to.
+
+        Yield a function that waits for them; it returns False if one of the given processes ends first.
+        """
+        if kill is None:
+            yield lambda processes: True
+        elif kill.checkpoint is not None:
+            with count_events(self.checkpoints(name), IN_CREATE, r"\.step_.*\.part") as wait:
+                yield lambda processes: wait(kill.checkpoint, processes)
+        else:
+            with count_events(self.logs(name), IN_CLOSE_WRITE, re.escape(METRICS_FILE)) as wait:
+                yield lambda processes: wait(kill.entry, processes) and not _wait_for_any(processes, [], kill.delay)
 
     def seconds(self, name: str) -> float:
         """Return the time from the start of the log to the last checkpoint."""
-        log, last = self.folder / "models" / name / "environment.json", self.checkpoints(name) / "last.pth"
+        log, last = self.logs(name) / "environment.json", self.checkpoints(name) / "last.pth"
         return last.stat().st_mtime - log.stat().st_mtime
 
     def result(self, name: str) -> dict:
         """Return the final checkpoint and the logged numbers of a run."""
         content = torch.load(self.checkpoints(name) / "last.pth", weights_only=True)
+        del content["run_id"]
         config = {key: value for key, value in content.pop("config").items() if key != "MODEL_ID"}
-        lines = (self.folder / "models" / name / "metrics.jsonl").read_text().splitlines()
+        lines = (self.logs(name) / METRICS_FILE).read_text().splitlines()
         logged = [{k: v for k, v in json.loads(line).items() if k not in VARYING} for line in lines]
         return {"checkpoint": content, "config": config, "logged": logged}
 
@@ -188,6 +253,7 @@ def main() -> None:
     experiment = Experiment(folder, processes=args.processes)
     experiment.train("uninterrupted")
     expected, seconds = experiment.result("uninterrupted"), experiment.seconds("uninterrupted")
+    entries = len(expected["logged"])
     lines = [
         f"# {args.kills} kills of {args.processes} processes",
         "",
@@ -203,11 +269,14 @@ def main() -> None:
     for number in range(args.kills):
         name = f"run{number}"
         while_writing = number % 3 == 2
-        kill = Kill(None, rng.randint(1, 10)) if while_writing else Kill(rng.uniform(0, 0.85 * seconds), None)
+        if while_writing:
+            kill = Kill(checkpoint=rng.randint(1, 10))
+        else:
+            kill = Kill(entry=rng.randint(1, int(0.85 * entries)), delay=rng.uniform(0, seconds / entries))
         finished = experiment.train(name, kill)
         unfinished = list(experiment.checkpoints(name).glob(".*.part"))
         experiment.train(name)
-        starts = json.loads((folder / "models" / name / "environment.json").read_text())
+        starts = json.loads((experiment.logs(name) / "environment.json").read_text())
         differs = difference(expected, experiment.result(name))
         passed += differs is None and not finished
         state = "finished before the kill" if finished else "identical" if differs is None else f"differs at {differs}"

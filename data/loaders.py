@@ -15,7 +15,7 @@ from data.image_batches import ImageBatches
 from data.mixed import MixedDataset
 from data.transforms import normalize_images
 from lib.errors import LostWorkerError, UserError
-from utils import derive_seed
+from utils import STOP_SIGNALS, derive_seed
 
 Batch = dict[str, Any]
 
@@ -224,5 +224,5 @@ def _init_worker(worker: int) -> None:
     gc.freeze()
     # Cluster schedulers send signals to all processes of a job. If a signal ended a worker, the training process would
     # fail before it could save its checkpoint.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -184,18 +184,21 @@ def error_line(trained, small_config, refshapes_root, tmp_path, monkeypatch, run
     paths = {"best": checkpoints / "run/best.pth", "last": checkpoints / "run/last.pth", "tmp": tmp_path,
               "cfg": small_config, "checkpoints": checkpoints, "data": refshapes_root}  # fmt: skip
 
+    def files_below(folder):
+        return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file())
+
     def run(script, *flags):
         arguments = [flag.format(**paths) for flag in flags]
         if script == "train.py" and "--output-dir" not in arguments:
             arguments += ["--output-dir", str(tmp_path / "checkpoints")]
-        before = sorted((path, path.stat().st_mtime_ns) for path in checkpoints.rglob("*"))
+        before = files_below(checkpoints)
         monkeypatch.chdir(tmp_path)  # without the pretrained files and data of the checkout
         done = run_here(script, *arguments)
         assert done.status == 2
         lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
         assert len(lines) == 1
         assert "Traceback" not in done.err
-        assert sorted((path, path.stat().st_mtime_ns) for path in checkpoints.rglob("*")) == before
+        assert files_below(checkpoints) == before
         return lines[0]
 
     return run

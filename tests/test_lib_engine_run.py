@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,20 +10,24 @@ from collections import namedtuple
 
 import pytest
 import torch
+from commands import contents
 from PIL import Image
 
+from lib.checkpoint import read_checkpoint
 from lib.config import DEFAULTS
 from lib.engine import preflight
+from lib.engine.folders import check_not_running
 from lib.engine.journal import Journal, environment, git_revision, write_environment
-from lib.engine.run import format_duration
+from lib.engine.run import Run, format_duration
 from lib.engine.signals import StopSignals
 from lib.engine.state import build_train_state
 from lib.errors import UserError
+from utils import LOGGER, STOP_SIGNALS, init_distributed
 
 GIB = 2**30
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signals_are_recorded_and_handlers_restored(number):
     previous = signal.getsignal(number)
     with StopSignals() as signals:
@@ -32,6 +37,17 @@ def test_signals_are_recorded_and_handlers_restored(number):
         assert signals.received == number.name
         assert signals.stop_requested()
     assert signal.getsignal(number) is previous
+
+
+def test_an_ignored_hangup_stays_ignored():
+    """As under nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, previous)
 
 
 def test_a_second_interrupt_ends_at_once(monkeypatch):
@@ -171,6 +187,101 @@ def test_the_size_of_a_checkpoint_is_estimated(small_model, tmp_path):
     assert weights == pytest.approx((tmp_path / "w.pth").stat().st_size, rel=0.1)
     larger = state_of(small_model(), AMSGRAD=True, EMA=0.9)
     assert preflight.checkpoint_bytes(larger)[0] > resumable + 1.9 * weights
+
+
+def config_of(folder, name="run"):
+    cfg = DEFAULTS.clone()
+    cfg.OUTPUT_DIR, cfg.LOG_DIR, cfg.MODEL_ID = str(folder / "checkpoints"), str(folder / "models"), name
+    return cfg
+
+
+def open_run(cfg, resumed=None):
+    return Run.open(cfg, init_distributed("cpu"), {"share": [1, 1, 1], "model_config": {}, "config": {}}, resumed)
+
+
+def test_a_second_training_of_the_run_changes_no_file(small_model, tmp_path):
+    state, cfg = state_of(small_model()), config_of(tmp_path)
+    with open_run(cfg) as run:
+        run.begin(state)
+        before = contents(tmp_path)
+        other_checkpoints = cfg.clone()
+        other_checkpoints.OUTPUT_DIR = str(tmp_path / "other")
+        for other, folder in ((cfg, "checkpoints"), (other_checkpoints, "models")):
+            expected = (
+                rf"Another training is writing .*{folder}/run \(process {os.getpid()} on .*choose another --model_id"
+            )
+            with pytest.raises(UserError, match=expected):
+                check_not_running(other)
+            with pytest.raises(UserError, match=expected):
+                open_run(other)
+        assert contents(tmp_path) == before
+        run.save(state, ends_epoch=False)
+    check_not_running(cfg)
+
+
+def test_a_run_that_lost_its_lock_writes_nothing(small_model, tmp_path):
+    state, cfg = state_of(small_model()), config_of(tmp_path)
+    with open_run(cfg) as run:
+        run.begin(state)
+        (tmp_path / "checkpoints" / "run" / ".lock").unlink()
+        before = contents(tmp_path)
+        with pytest.raises(UserError, match=r"checkpoints/run/\.lock was deleted\. Another training may be writing"):
+            run.save(state, ends_epoch=False)
+        LOGGER.info("not written")
+        assert contents(tmp_path) == before
+
+
+def test_a_run_keeps_its_id_and_another_one_is_refused(small_model, tmp_path, capsys):
+    def train(name, resumed=None):
+        state = state_of(small_model())
+        with open_run(config_of(tmp_path, name), resumed) as run:
+            run.save(state, ends_epoch=False)
+        start = json.loads((tmp_path / "models" / name / "environment.json").read_text())[-1]
+        checkpoint = read_checkpoint(tmp_path / "checkpoints" / name / "last.pth")
+        assert checkpoint.extra["run_id"] == start["run_id"]
+        return checkpoint
+
+    first = train("first")
+    assert train("first", first).extra["run_id"] == first.extra["run_id"]
+    second = train("second", first)  # --resume first --model_id second
+    assert second.extra["run_id"] != first.extra["run_id"]
+    folder = first.path.parent
+    shutil.copy(second.path, folder / "step_00000009.pth")
+    with pytest.raises(UserError, match=r"step_00000009\.pth and step_00000000\.pth are from different runs\. Move"):
+        train("first", read_checkpoint(folder / "step_00000009.pth"))
+    assert "older version" not in capsys.readouterr().err
+    (folder / "step_00000009.pth").unlink()
+    for path in (first.path, folder / "step_00000000.pth"):  # older files have no id
+        content = torch.load(path, weights_only=True)
+        content.pop("run_id", None)
+        torch.save(content, path)
+    older = read_checkpoint(first.path)
+    assert len(train("first", older).extra["run_id"]) == 16
+    assert "last.pth has no run id (older version), so it may be from another run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("a/b", "must be a plain name"), ("..", "must be a plain name"), ("a\0", "must be a plain name"),
+     ("é" * 150, "the name is too long. Use at most 255 bytes")],
+)  # fmt: skip
+def test_names_that_no_folder_can_have(tmp_path, name, message):
+    with pytest.raises(UserError, match=message):
+        check_not_running(config_of(tmp_path, name))
+
+
+@pytest.mark.parametrize(("key", "flag"), [("OUTPUT_DIR", "--output-dir"), ("LOG_DIR", "--log_dir")])
+def test_a_folder_that_cannot_be_written_needs_another_place(tmp_path, monkeypatch, key, flag):
+    (tmp_path / "file").touch()
+    cfg = config_of(tmp_path)
+    cfg[key] = str(tmp_path / "file")
+    with pytest.raises(UserError, match=f"Cannot create the folder .*file/run: Not a directory. Choose another {flag}"):
+        open_run(cfg)
+    (tmp_path / "read_only" / "run").mkdir(parents=True)
+    cfg[key] = str(tmp_path / "read_only")
+    monkeypatch.setattr(os, "access", lambda path, _: "read_only" not in str(path))
+    with pytest.raises(UserError, match=f"Cannot write into the folder .*read_only/run. Choose another {flag}"):
+        open_run(cfg)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from lib.errors import UserError
-from lib.locks import lock
+from lib.locks import check_unlocked, lock
 
 HOLD = """
 import os, sys
@@ -49,6 +49,35 @@ def test_a_killed_holder_releases_the_lock_although_its_child_lives(tmp_path):
         with lock(path, "busy"):
             pass
         os.kill(child, signal.SIGKILL)
+
+
+def test_a_deleted_lock_is_lost_and_the_next_holder_keeps_its_own(tmp_path):
+    path = tmp_path / ".lock"
+    with lock(path, "busy") as first:
+        assert not first.is_lost()
+        path.unlink()
+        assert first.is_lost()
+        with lock(path, "busy") as second:
+            assert first.is_lost()
+            assert not second.is_lost()
+    with lock(path, "busy") as first:
+        path.unlink()
+        path.write_text("of another process")
+    assert path.exists()
+
+
+def test_checking_a_lock_changes_nothing(tmp_path):
+    path = tmp_path / "folder" / ".lock"
+    check_unlocked(path, "busy")
+    assert not path.parent.exists()
+    with lock(path, "busy"):
+        content = path.read_text()
+        with pytest.raises(UserError, match=rf"^busy \(process {os.getpid()} on .*\)\. Wait\.$"):
+            check_unlocked(path, "busy", "Wait.")
+        assert path.read_text() == content
+    path.write_text("left by a killed process")
+    check_unlocked(path, "busy")
+    assert path.exists()
 
 
 def test_an_unwritable_folder_is_named(tmp_path):

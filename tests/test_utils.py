@@ -1,6 +1,7 @@
 """utils: distributed set-up, collectives, logging, seeds."""
 
 import logging
+import os
 import subprocess
 import sys
 
@@ -47,6 +48,32 @@ def test_the_log_file_contains_earlier_lines_too(tmp_path, capsys):
     assert "step 1" in printed  # stderr is not a terminal here
     assert "not from rank 1" not in printed
     assert "[rank 1] but this" in printed
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_closed_stream_is_recorded_once_in_the_log_file(tmp_path, monkeypatch, stream):
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w") as pipe:
+        for name in (stream, f"__{stream}__"):
+            monkeypatch.setattr(sys, name, pipe)
+        log = utils.set_up_logging(0, tmp_path / "train.log")
+        utils.continue_without(stream)
+        print("read", file=getattr(sys, stream), flush=True)
+        assert b"read" in os.read(reader, 1000)
+        os.close(reader)
+        for i in range(3):
+            print("not read", file=getattr(sys, stream), flush=True)
+            log.info("line %d", i)
+    lines = (tmp_path / "train.log").read_text().splitlines()
+    assert [line.split(" ", 2)[2] for line in lines] == [
+        f"WARNING {stream}: Broken pipe. Its further output is discarded; the program continues.",
+        "INFO line 0", "INFO line 1", "INFO line 2",
+    ]  # fmt: skip
+
+
+def test_a_log_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"Cannot write .*missing/train\.log: No such file or directory"):
+        utils.set_up_logging(0, tmp_path / "missing" / "train.log")
 
 
 def test_on_main_with_one_process():

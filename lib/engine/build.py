@@ -22,6 +22,7 @@ from data.mixed import MixedDataset, mix
 from lib import config
 from lib.checkpoint import Checkpoint, load_pretrained, load_weights, read_checkpoint, rebuild
 from lib.engine.checkpoints import check_recipe, check_same, division_of, find_resumed, match_division
+from lib.engine.folders import check_not_running
 from lib.errors import MissingFileError, UserError
 from lib.variants import SWIN_VARIANTS
 from refer.datasets import BERT_WEIGHTS, SWIN_URL, check_dataset
@@ -47,9 +48,11 @@ def load_recipe(args: Any) -> tuple[CfgNode, Start]:
         UserError: a mistake in flags or files.
     """
     cfg, given = config.load_config(args)
+    check_not_running(cfg)
     resumed = find_resumed(args.resume, args.auto_resume, cfg.OUTPUT_DIR, cfg.MODEL_ID)
     if resumed:
         cfg, given = config.load_config(args, base=resumed.extra["config"])
+        check_not_running(cfg)  # MODEL_ID can be from the checkpoint
         check_recipe(resumed, config.flatten(cfg), given)
     accum_steps = config.divide_batch(cfg, given, launched_world_size())
     if resumed:
@@ -75,7 +78,7 @@ def load_recipe(args: Any) -> tuple[CfgNode, Start]:
 
 def agree_on_run(cfg: CfgNode, resumed: Checkpoint | None) -> None:
     """Check that all processes resume from the same checkpoint, and give a run without ``--model_id`` a name."""
-    found = gather((resumed.path.name, resumed.extra["step"]) if resumed else None)
+    found = gather((resumed.path.name, resumed.extra["step"], resumed.extra.get("run_id")) if resumed else None)
     on_main(lambda: check_same(found))
     if not cfg.MODEL_ID:
         dataset = f"{cfg.DATA.NAME}_{cfg.DATA.SPLIT_BY}".replace(",", "-")

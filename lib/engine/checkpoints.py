@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lib.checkpoint import Checkpoint, read_checkpoint, save_checkpoint
 from lib.errors import UserError
 from lib.files import atomic_write
@@ -114,10 +116,7 @@ def newest_usable(folder: Path, condition: Callable[[Checkpoint], bool] = lambda
 
     A warning names each file that is skipped because it is corrupt or not resumable.
     """
-    last, candidates = folder / LAST, numbered(folder)
-    if last.exists() and not any(path.samefile(last) for path in candidates):
-        candidates.append(last)  # a copy, or the only file left
-    for path in candidates:
+    for path in _resumable_files(folder):
         try:
             checkpoint = read_checkpoint(path)
         except UserError as error:
@@ -128,6 +127,40 @@ def newest_usable(folder: Path, condition: Callable[[Checkpoint], bool] = lambda
         elif condition(checkpoint):
             return checkpoint
     return None
+
+
+def _resumable_files(folder: Path) -> list[Path]:
+    """Return the resumable checkpoints of a folder, newest first, and ``last.pth`` if it is another file."""
+    last, files = folder / LAST, numbered(folder)
+    if last.exists() and not any(path.samefile(last) for path in files):
+        files.append(last)  # a copy, or the only file left
+    return files
+
+
+def read_run_id(folder: Path) -> str | None:
+    """Return the id of the run whose resumable checkpoints are in a folder.
+
+    Returns:
+        None if no file has an id, because all were written before runs had ids. Corrupt files are ignored.
+
+    Raises:
+        UserError: the files are from different runs.
+    """
+    found: dict[str, Path] = {}
+    for path in _resumable_files(folder):
+        try:
+            content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # reads no tensors
+        except Exception:  # torch.load raises many classes for corrupt files, which newest_usable() reports
+            continue
+        if isinstance(content, dict) and content.get("run_id"):
+            found.setdefault(content["run_id"], path)
+    if len(found) > 1:
+        first, second, *_ = found.values()
+        raise UserError(
+            f"Cannot resume in {folder}: {first.name} and {second.name} are from different runs. Move the checkpoints "
+            "of the other run to another folder."
+        )
+    return next(iter(found), None)
 
 
 def check_recipe(resumed: Checkpoint, config: dict[str, Any], given: dict[str, str]) -> None:
@@ -179,10 +212,13 @@ def match_division(checkpoint: Checkpoint, division: Division) -> Checkpoint:
     if checkpoint.extra["epoch_step"] == 0:
         warn_once(f"{checkpoint.path}: {change}. The next epoch is divided accordingly.")
         return checkpoint
-    step = checkpoint.extra["step"]
-    found = newest_usable(
-        checkpoint.path.parent, lambda other: other.extra["epoch_step"] == 0 and other.extra["step"] <= step
-    )
+    step, run_id = checkpoint.extra["step"], checkpoint.extra.get("run_id")
+
+    def is_earlier_epoch_end(other: Checkpoint) -> bool:
+        is_same_run = other.extra.get("run_id") in (run_id, None)
+        return is_same_run and other.extra["epoch_step"] == 0 and other.extra["step"] <= step
+
+    found = newest_usable(checkpoint.path.parent, is_earlier_epoch_end)
     if found is None:
         raise UserError(
             f"{checkpoint.path} was saved within an epoch ({change}), and its folder has no checkpoint from the end of "

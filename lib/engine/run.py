@@ -4,8 +4,7 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -15,15 +14,26 @@ from yacs.config import CfgNode
 
 from data.loaders import Batch
 from lib.checkpoint import Checkpoint, save_checkpoint
-from lib.engine.checkpoints import BEST, LAST, CheckpointFolder, numbered
+from lib.engine.checkpoints import BEST, CheckpointFolder
+from lib.engine.folders import continues_in, find_run_id, lock_folder, run_folders
 from lib.engine.journal import Journal, write_environment
 from lib.engine.signals import StopSignals
 from lib.engine.state import Meter, TrainState, random_states, seed_everything
 from lib.errors import LostWorkerError, StoppedError, UserError
 from lib.evaluation import EvaluationResult
 from lib.files import release, write_text
+from lib.locks import Lock
 from lib.metrics import METRIC_NAMES
-from utils import Distributed, derive_seed, from_main, gather, on_main, set_up_logging, sum_over_processes
+from utils import (
+    Distributed,
+    continue_without,
+    derive_seed,
+    from_main,
+    gather,
+    on_main,
+    set_up_logging,
+    sum_over_processes,
+)
 
 LOG = logging.getLogger("crossvlt")
 
@@ -51,10 +61,12 @@ class Run:
 
     def __init__(self, cfg: CfgNode, distributed: Distributed, constants: dict[str, Any], from_step: int = 0) -> None:
         self.cfg, self.distributed, self.constants = cfg, distributed, constants
-        self.logs = Path(cfg.LOG_DIR, cfg.MODEL_ID)
-        self.checkpoints = CheckpointFolder(Path(cfg.OUTPUT_DIR, cfg.MODEL_ID), cfg.TRAIN.KEEP, from_step)
+        folder, self.logs = run_folders(cfg)
+        self.checkpoints = CheckpointFolder(folder, cfg.TRAIN.KEEP, from_step)
         self.journal = Journal(self.logs if distributed.is_main else None)
         self.signals = StopSignals()
+        self._locks: list[Lock] = []  # of the main process
+        self._exit_stack = ExitStack()
         self._bar: tqdm | None = None
         self._saved_at = self._logged_at = time.monotonic()
         self._logged_step = 0
@@ -63,42 +75,37 @@ class Run:
     def open(
         cls, cfg: CfgNode, distributed: Distributed, constants: dict[str, Any], resumed: Checkpoint | None
     ) -> "Run":
-        """Create the folders of a new run, or open those of the resumed one, and start its log.
+        """Create the folders of a new run, or open those of the resumed one, lock them, and start the log.
 
         Raises:
-            UserError: a folder cannot be created, or contains another run.
+            UserError: a folder cannot be created, contains another run, or is in use by another training.
         """
         run = cls(cfg, distributed, constants, from_step=resumed.extra["step"] if resumed else 0)
-        on_main(lambda: run._create_folders(resumed))
+        on_main(lambda: run._open_folders(resumed))
         return run
 
-    def _create_folders(self, resumed: Checkpoint | None) -> None:
-        folder, model_id = self.checkpoints.folder, self.cfg.MODEL_ID
-        if Path(model_id).name != model_id or model_id == "..":
-            raise UserError(f"--model_id {model_id}: must be a plain name, because a folder is named after it.")
-        is_own = resumed is not None and resumed.path.resolve().parent == folder.resolve()
-        if not is_own and ((folder / LAST).exists() or numbered(folder)):
-            raise UserError(
-                f"{folder} already contains a run. Choose another --model_id, or resume that run with --auto_resume."
+    def _open_folders(self, resumed: Checkpoint | None) -> None:
+        with ExitStack() as stack:
+            self._locks.append(stack.enter_context(lock_folder(self.checkpoints.folder, "--output-dir")))
+            self.constants["run_id"] = find_run_id(self.checkpoints.folder, resumed)
+            if self.logs.resolve() != self.checkpoints.folder.resolve():
+                self._locks.append(stack.enter_context(lock_folder(self.logs, "--log_dir")))
+            if continues_in(self.checkpoints.folder, resumed):
+                release(self.checkpoints.folder, self.logs)
+            set_up_logging(0, self.logs / "train.log")
+            write_text(self.logs / "config.yaml", self.cfg.dump())
+            write_environment(
+                self.logs / "environment.json",
+                run_id=self.constants["run_id"],
+                from_step=self.checkpoints.from_step,
+                processes=self.distributed.world_size,
             )
-        if not is_own and (folder / BEST).exists():
-            raise UserError(f"{folder / BEST} is from another run. Choose another --model_id, or move it away.")
-        if is_own:
-            release(folder, self.logs)
-        for path in (folder, self.logs):
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"Cannot create the folder {path}: {error.strerror}.") from error
-        set_up_logging(0, self.logs / "train.log")
-        write_text(self.logs / "config.yaml", self.cfg.dump())
-        write_environment(
-            self.logs / "environment.json", from_step=self.checkpoints.from_step, processes=self.distributed.world_size
-        )
-        self.checkpoints.delete_partial_files()
+            self.checkpoints.delete_partial_files()
+            self._exit_stack = stack.pop_all()
 
     def __enter__(self) -> "Run":
         self.signals.__enter__()
+        continue_without("stdout")  # a closed terminal or pipe does not end the training
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -106,6 +113,26 @@ class Run:
             self._bar.close()
         self.journal.close()
         self.signals.__exit__(*exception)
+        self._exit_stack.close()
+
+    def _write(self, function: Callable[[], Any]) -> None:
+        """Call ``function``, which writes files of the run, on the main process while it holds the locks.
+
+        Raises:
+            UserError: a lock file was deleted, so that another training can have started; or raised by ``function``.
+        """
+
+        def check_and_write() -> None:
+            for held in self._locks:
+                if held.is_lost():
+                    set_up_logging(0)  # closes train.log
+                    raise UserError(
+                        f"{held.path} was deleted. Another training may be writing this folder now, therefore this one "
+                        "ends. Run the same command with --auto_resume to continue from the last checkpoint."
+                    )
+            function()
+
+        on_main(check_and_write)
 
     def log_start(self, state: TrainState, num_samples: int) -> None:
         """Log what is trained and how the batch is divided."""
@@ -134,7 +161,7 @@ class Run:
 
         The first checkpoint tests the disk before any training, and can be resumed with any division of the batch.
         """
-        on_main(lambda: self.journal.begin(state.step, validated=state.epoch_step == 0))
+        self._write(lambda: self.journal.begin(state.step, validated=state.epoch_step == 0))
         if state.step == 0:
             self.save(state, ends_epoch=True)
 
@@ -212,13 +239,14 @@ class Run:
         state.recent = Meter()
         position = f"epoch {state.epoch + 1} step {state.step}/{state.total_steps}"
         suffix = f"  {skipped} skipped" if skipped else ""
-        LOG.debug("%s  %s  %.2f s/step%s", position, _format_losses(means), seconds, suffix)
+        text = f"{position}  {_format_losses(means)}  {seconds:.2f} s/step{suffix}"
         means |= {
             "samples_per_second": num_samples * self.distributed.world_size / seconds,
             "memory_gib": peak_memory_gib(self.distributed.device),
             "skipped": skipped,
         }
-        on_main(lambda: self.journal.write("train", state.step, {"epoch": state.epoch + 1, **means}))
+        self._write(lambda: self.journal.write("train", state.step, {"epoch": state.epoch + 1, **means}))
+        LOG.debug(text)
 
     def end_epoch(
         self, state: TrainState, result: EvaluationResult, draw: Callable[[], dict[str, Image.Image]]
@@ -238,18 +266,18 @@ class Run:
         LOG.info("epoch %d: %s%s: %s%s", state.epoch, mean_loss, self.cfg.DATA.SPLIT, values, skipped)
         losses = {"train_loss": means["loss"]} if "loss" in means else {}
         entry = {"epoch": state.epoch, "split": self.cfg.DATA.SPLIT, **losses, **metrics}
-        on_main(lambda: self.journal.write("eval", state.step, entry, draw))
+        self._write(lambda: self.journal.write("eval", state.step, entry, draw))
         is_first = from_main(not (self.checkpoints.folder / BEST).exists())
         if is_first or metrics["oIoU"] > state.best_oIoU:
             state.best_oIoU = metrics["oIoU"]
             content = {**self.constants, **state.position(), "model": state.eval_model.state_dict()}
-            on_main(lambda: self.checkpoints.save_best(content))
+            self._write(lambda: self.checkpoints.save_best(content))
         self.save(state, ends_epoch=True)
 
     def save(self, state: TrainState, *, ends_epoch: bool) -> None:
         """Save a checkpoint with everything that an exact continuation needs."""
         content = {**self.constants, **state.state_dict(), "random": gather(random_states())}
-        on_main(lambda: self.checkpoints.save(content, ends_epoch=ends_epoch))
+        self._write(lambda: self.checkpoints.save(content, ends_epoch=ends_epoch))
         self._saved_at = time.monotonic()
 
     def report_non_finite(self, error: NonFiniteError, state: TrainState, micro_batches: Sequence[Batch]) -> NoReturn:

@@ -4,15 +4,16 @@ import signal
 import time
 from types import FrameType
 
-from utils import sum_over_processes
+from utils import STOP_SIGNALS, sum_over_processes
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A process can receive the same Ctrl-C twice, from the terminal and from torchrun.
 SECONDS_BEFORE_SECOND_INTERRUPT = 2.0
 
 
 class StopSignals:
-    """Context manager (main thread only) that records SIGTERM, SIGINT and SIGUSR1 instead of ending the process.
+    """Context manager (main thread only) that records ``STOP_SIGNALS`` instead of ending the process.
+
+    A SIGHUP that was ignored before, as under ``nohup``, remains ignored.
 
     A second SIGINT, more than two seconds after the first signal, raises KeyboardInterrupt.
 
@@ -26,7 +27,9 @@ class StopSignals:
         self._previous_handlers: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        self._previous_handlers = {number: signal.signal(number, self._record) for number in SIGNALS}
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._previous_handlers[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(self, *_: object) -> None:
