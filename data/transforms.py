@@ -11,36 +11,41 @@ from pathlib import Path
 
 import torch
 import torchvision.transforms.functional as TF
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lib.errors import UserError
+from refer.datasets import IMAGE_FORMATS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @contextmanager
-def open_image_file(path: Path, kind: str = "image", file_format: str | None = None) -> Iterator[Image.Image]:
+def open_image_file(path: Path, kind: str = "image", formats: tuple[str, ...] = IMAGE_FORMATS) -> Iterator[Image.Image]:
     """Open an image file. Pillow's errors within the block become UserErrors that name the file.
 
     Args:
         path: path of the file.
         kind: what error messages call the file, such as ``mask``.
-        file_format: the only accepted format, such as PNG; None: all formats.
+        formats: the accepted formats.
 
     Raises:
         UserError: the file is missing or cannot be decoded.
     """
     try:
-        with Image.open(path, formats=[file_format] if file_format else None) as image:
+        if not path.is_file() and path.exists():  # opening a FIFO would wait for a writer
+            raise UserError(f"Cannot decode {kind} {path}: it is not a regular file.")
+        with Image.open(path, formats=formats) as image:
             yield image
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError(f"No such {kind}: {path}.") from error
+    except UnidentifiedImageError as error:
+        accepted = f"{', '.join(formats[:-1])} or {formats[-1]}" if len(formats) > 1 else formats[0]
+        raise UserError(f"Cannot decode {kind} {path}: it is not a {accepted} file.") from error
     except (OSError, ValueError, SyntaxError, NotImplementedError, Image.DecompressionBombError) as error:
-        as_format = f" as {file_format}" if file_format else ""
-        raise UserError(f"Cannot decode {kind} {path}{as_format}: {str(error).rstrip('.')}.") from error
+        raise UserError(f"Cannot decode {kind} {path}: {str(error).rstrip('.')}.") from error
 
 
 def read_image(path: Path) -> Image.Image:

@@ -1,6 +1,7 @@
 """Configuration of train.py and test.py: YAML overrides the defaults, flags override the YAML. Imports no torch."""
 
 import argparse
+import reprlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lib.variants import BERT
 from refer.datasets import parse_datasets
 
 BASE_KEY = "_BASE_"
+MAX_LEVELS = max(option.key.count(".") for option in OPTIONS) + 1  # of nested keys
 
 
 def _make_defaults() -> CfgNode:
@@ -134,12 +136,20 @@ def _coerce(value: Any, default: Any, name: str) -> Any:
     if expected is float and not isinstance(value, bool):  # YAML reads 1 as an integer and 3e-5 as text
         try:
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
+    if expected is str and isinstance(value, str) and "\0" in value:
+        raise UserError(f"{name} contains a NUL character.")
     if type(value) is not expected or (expected is list and not all(type(item) is int for item in value)):
         kind = "list of int" if expected is list else expected.__name__
-        raise UserError(f"{name} must be of type {kind}, not {value!r}.")
+        raise UserError(f"{name} must be of type {kind}, not {_shortened(value)}.")
     return value
+
+
+def _shortened(value: Any) -> str:
+    """Return ``repr(value)``, shortened: aliases in a YAML file can make it infinitely long."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _check_conflicts(cfg: CfgNode, given: dict[str, str]) -> None:
@@ -177,10 +187,13 @@ def lookup(cfg: CfgNode, key: str) -> Any:
 
 
 def flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    """Return nested keys as dotted ones: {"A": {"B": 1}} → {"A.B": 1}."""
+    """Return nested keys as dotted ones: {"A": {"B": 1}} → {"A.B": 1}.
+
+    Deeper levels than those of the options are values, because aliases in a YAML file can nest a dict in itself.
+    """
     flat = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix.count(".") + 1 < MAX_LEVELS:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
@@ -207,7 +220,7 @@ def read_config_file(path: str, including: tuple[Path, ...] = ()) -> dict[str, t
             tree = yaml.safe_load(file)
     except OSError as error:
         raise MissingFileError(f"--cfg {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: encoding, dates, very long integers
         raise UserError(f"--cfg {path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"--cfg {path} contains no configuration keys.")
@@ -216,7 +229,7 @@ def read_config_file(path: str, including: tuple[Path, ...] = ()) -> dict[str, t
     if base is None:
         return keys
     if not isinstance(base, str):
-        raise UserError(f"--cfg {path}: {BASE_KEY} must be a file name, not {base!r}.")
+        raise UserError(f"--cfg {path}: {BASE_KEY} must be a file name, not {_shortened(base)}.")
     return read_config_file(str(Path(path).parent / base), (*including, Path(path).resolve())) | keys
 
 

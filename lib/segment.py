@@ -28,7 +28,7 @@ def segment_image(args: Any) -> None:
     """
     image_path, overlay_path = Path(args.image), Path(args.out)
     mask_path = overlay_path.with_name(f"{overlay_path.stem}_mask.png")
-    if not image_path.is_file():
+    if not image_path.exists():
         raise MissingFileError(f"--image {image_path}: no such file.")
     loaded = load_for_evaluation(args, args.resume)
     for path in (overlay_path, mask_path):

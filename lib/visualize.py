@@ -33,6 +33,7 @@ MARGIN, GAP = 12, 8
 SENTENCE_SIZE, TITLE_SIZE, NOTE_SIZE = 24, 19, 16
 MAX_SHEET_WIDTH = 2200
 MAX_PANELS = 60  # on a contact sheet
+MAX_CHARACTERS = 400  # of a sentence or a note in a panel
 OVERSAMPLING = 2  # masks are drawn at twice the size shown, for smooth outlines
 
 
@@ -153,11 +154,12 @@ def panel(
     Args:
         image: RGB, any size; all cells are resized to its aspect ratio.
         cells: shown after the image.
-        sentence, note: long texts are wrapped.
+        sentence, note: long texts are wrapped, and shortened to ``MAX_CHARACTERS``.
         map_rows: rows of alignment maps, below the other rows.
         scale: values at the ends of the maps' color scale.
     """
     cells = [Cell("image", image), *cells]
+    sentence, note = (s if len(s) <= MAX_CHARACTERS else f"{s[:MAX_CHARACTERS]}…" for s in (sentence, note))
     rows = [cells[i : i + CELLS_PER_ROW] for i in range(0, len(cells), CELLS_PER_ROW)] + list(map_rows)
     width = max(map(len, rows)) * (CELL + MARGIN) + MARGIN
     large, medium, small = (ImageFont.load_default(size) for size in (SENTENCE_SIZE, TITLE_SIZE, NOTE_SIZE))

@@ -16,6 +16,8 @@ DATASETS: dict[str, tuple[str, ...]] = {  # dataset: its splitBy values, the fir
 COCO_DATASETS = ("refcoco", "refcoco+", "refcocog")
 PAPER_SPLIT_BY = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd"}  # default when datasets are mixed
 ROOT = Path("./refer/data")
+# Pillow's names. Only these formats are opened: Pillow knows others, some of which start programs (EPS: Ghostscript).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 COCO_IMAGES = Path("images", "mscoco", "images", "train2014")  # below the data root
 
 COCO_URL = "http://images.cocodataset.org/"

@@ -113,8 +113,11 @@ GRAY_MASK = Image.new("L", (WIDTH, HEIGHT), 1)
         (write_16_bit_image, f"photos/{file_name(1)} is a 16-bit image (mode I;16). Convert it to 8 bits per channel."),
         (write_mask(EMPTY_MASK), "the mask masks/1/0.png is empty"),
         (write_mask(WIDER_MASK), f"the mask masks/1/0.png is 41×30, but the image {file_name(1)} is 40×30."),
-        (lambda source: (source / "masks/1/0.png").write_bytes(b"P5"), "Cannot decode mask masks/1/0.png as PNG: "),
-        (write_mask(GRAY_MASK, "JPEG"), "Cannot decode mask masks/1/0.png as PNG: cannot identify image file"),
+        (
+            lambda source: (source / "masks/1/0.png").write_bytes(b"P5"),
+            "Cannot decode mask masks/1/0.png: it is not a PNG",
+        ),
+        (write_mask(GRAY_MASK, "JPEG"), "Cannot decode mask masks/1/0.png: it is not a PNG file."),
     ],
 )
 def test_mistakes_in_images_and_masks(source, change, message):

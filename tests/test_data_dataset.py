@@ -1,6 +1,7 @@
 """Samples and loaders: preprocessing, drawing of sentences, division among processes, shared memory, bad images."""
 
 import collections
+import os
 import pickle
 from multiprocessing.reduction import ForkingPickler
 
@@ -15,6 +16,7 @@ from data.image_batches import ImageBatches
 from data.loaders import TrainBatchSampler, build_eval_batches, build_train_loader
 from data.transforms import normalize_images, preprocess_image, read_image, resize_image
 from lib.errors import UserError
+from refer.datasets import IMAGE_FORMATS
 from refer.masks import resize_mask
 from refer.refer import REFER
 
@@ -269,6 +271,27 @@ def test_errors_about_missing_and_corrupt_images_name_the_file(tmp_path):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"^Cannot decode image .*corrupt\.jpg: "):
             read_image(path)
+
+
+@pytest.mark.parametrize("image_format", IMAGE_FORMATS)
+def test_the_documented_formats_are_read(tmp_path, image_format):
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "image.jpg", image_format)
+    assert read_image(tmp_path / "image.jpg").size == (64, 48)
+
+
+@pytest.mark.parametrize("image_format", ["EPS", "PDF", "ICO"])
+def test_other_formats_are_not_opened(tmp_path, image_format):
+    """For an EPS, Pillow would start Ghostscript."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "image.jpg", image_format)
+    with pytest.raises(UserError, match=r"^Cannot decode image .*image\.jpg: it is not a JPEG, PNG, .* or PPM file\.$"):
+        read_image(tmp_path / "image.jpg")
+
+
+def test_a_fifo_is_not_opened(tmp_path):
+    """Opening it would wait for a writer."""
+    os.mkfifo(tmp_path / "image.jpg")
+    with pytest.raises(UserError, match=r"^Cannot decode image .*image\.jpg: it is not a regular file\.$"):
+        read_image(tmp_path / "image.jpg")
 
 
 def test_an_image_whose_size_differs_from_its_annotation_is_reported(tmp_path, make_dataset):

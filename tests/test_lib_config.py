@@ -97,6 +97,14 @@ def test_messages_of_mistakes_in_flags(flags, message):
         ("MODEL: {DROP_PATH_RATE: 1.5}", "MODEL.DROP_PATH_RATE 1.5: must be below 1"),
         ("TRAIN: {AMSGRAD: 1}", "TRAIN.AMSGRAD must be of type bool"),
         ("a: [", "not valid YAML"),
+        ("a: " + "[" * 10_000, "not valid YAML"),
+        ("x: 2024-13-45", "not valid YAML"),
+        ("BATCH_SIZE: " + "9" * 5000, "not valid YAML"),
+        ("TRAIN: {LR: " + "9" * 400 + "}", "TRAIN.LR must be of type float"),
+        ("TRAIN: &a {LR: 1, OTHER: *a}", "unknown key TRAIN.OTHER"),
+        ("DATA: &a {ROOT: *a}", "DATA.ROOT must be of type str, not {'ROOT'"),
+        ("_BASE_: &a [*a]", "_BASE_ must be a file name, not [[["),
+        ('MODEL_ID: "a\\0b"', "MODEL_ID contains a NUL character"),
         ("just text", "contains no configuration keys"),
     ],
 )
@@ -106,6 +114,16 @@ def test_messages_of_mistakes_in_yaml_files(tmp_path, text, message):
         resolved("--cfg", tmp_path / "c.yaml")
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_value_that_aliases_make_exponentially_long_is_shortened(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
+    (tmp_path / "c.yaml").write_text("\n".join(["DATA:", *(f"  {line}" for line in lines), "MODEL_ID: *a11"]))
+    base = config.read_config_file(str(tmp_path / "c.yaml"))
+    with pytest.raises(UserError, match=r"MODEL_ID must be of type str, not \[\[") as caught:
+        config.load_config(parse("train"), {"MODEL_ID": base["MODEL_ID"][0]})
+    assert len(str(caught.value)) < 200
 
 
 def test_a_missing_yaml_file_raises_missing_file_error():

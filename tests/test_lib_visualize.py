@@ -11,6 +11,7 @@ from lib.visualize import (
     HEAT,
     HEAT_COLORS,
     MARGIN,
+    MAX_CHARACTERS,
     MAX_SHEET_WIDTH,
     MODEL_COLORS,
     PREDICTION_COLOR,
@@ -222,3 +223,10 @@ def test_contact_sheets_are_no_wider_than_a_page_by_default():
     with_maps = expression_panel(GRAY, NOTHING, [Prediction("a", NOTHING, 0.0, MAPS)], "x")
     assert contact_sheet([plain] * 4).size == (2 * plain.width, 2 * plain.height)
     assert contact_sheet([with_maps] * 2).size == (with_maps.width, 2 * with_maps.height)
+
+
+def test_very_long_sentences_are_shortened():
+    """Drawing a million characters would take minutes."""
+    longest = panel(GRAY, [], "w" * MAX_CHARACTERS)
+    assert panel(GRAY, [], "wider words " * 100_000).height <= longest.height
+    assert panel(GRAY, [], "w" * 1_000_000, note="n" * 1_000_000).width == longest.width

@@ -188,7 +188,7 @@ def read_mask(path: Path) -> np.ndarray:
     Raises:
         UserError: the file is missing, is not a PNG, or contains no object.
     """
-    with open_image_file(path, "mask", file_format="PNG") as image:
+    with open_image_file(path, "mask", formats=("PNG",)) as image:
         values = np.asarray(image)
         has_alpha = image.mode in ("LA", "PA", "RGBA")
     if values.ndim == 3:

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from lib.cli import LOGGER
 from lib.errors import UserError
 from lib.files import translate_write_errors
-from refer.datasets import COCO_IMAGES, COCO_URL, COCO_ZIP
+from refer.datasets import COCO_IMAGES, COCO_URL, COCO_ZIP, IMAGE_FORMATS
 from refer.prepare.archives import open_archive
 from refer.prepare.download import Options, download, install_from_sources
 from refer.prepare.files import (
@@ -126,7 +126,9 @@ def image_fault(path: Path, size: tuple[int, int] | None = None) -> str:
         size: expected width and height, if known.
     """
     try:
-        with open(path, "rb") as file, Image.open(file) as image:
+        if not path.is_file() and path.exists():  # opening a FIFO would wait for a writer
+            return "is not a regular file"
+        with open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             if size is not None and image.size != size:
                 return "has {}x{} pixels instead of {}x{}".format(*image.size, *size)
             file.seek(-2, os.SEEK_END)
@@ -137,7 +139,7 @@ def image_fault(path: Path, size: tuple[int, int] | None = None) -> str:
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     except UnidentifiedImageError:
-        return "is not an image"
+        return f"is not an image ({', '.join(IMAGE_FORMATS)})"
     except Exception as error:  # Pillow's decoders raise many types
         return f"is truncated or corrupt ({' '.join(str(error).split())[:100]})"
     return ""
