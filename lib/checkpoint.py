@@ -3,6 +3,11 @@
 python -m lib.checkpoint FILE        print what a checkpoint contains
 """
 
+if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends the command without a traceback
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import re
 import reprlib
