@@ -7,11 +7,13 @@ import logging
 import os
 import re
 import select
+import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, NoReturn
 
 from lib.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PIPE, EXIT_STOPPED, StoppedError, UserError
@@ -83,6 +85,8 @@ def run_command(main: Callable[[], None]) -> None:
     A mistake found before the processes have joined a group is printed by one process per node.
     """
     _open_closed_streams()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     status = 0
     rank = os.environ.get("RANK", "0")
     prefix = "" if rank == "0" else f"[rank {rank}] "
@@ -132,6 +136,17 @@ def run_command(main: Callable[[], None]) -> None:
         distributed.destroy_process_group()
     if status:
         sys.exit(status)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt, but exit at once during an import: extension modules abort or raise other errors."""
+    current = frame
+    while current is not None:
+        if current.f_code.co_filename.startswith("<frozen importlib"):
+            report("interrupted")
+            os._exit(EXIT_INTERRUPTED)
+        current = current.f_back
+    signal.default_int_handler(number, frame)
 
 
 def _open_closed_streams() -> None:

@@ -1,5 +1,6 @@
 """lib.cli: suggestions for typos, and how a command ends."""
 
+import importlib
 import os
 import signal
 import socket
@@ -16,26 +17,45 @@ from lib.errors import MissingFileError, StoppedError, UserError
 
 
 @pytest.fixture
-def two_processes(tmp_path, monkeypatch):
-    """Return a function that runs a main function in two processes, and returns their statuses and stderr."""
+def fork():
+    """Return a function that runs a main function in a child process, which starts much faster than an interpreter."""
 
-    def run(main):
+    def start(main, stderr, **environment):
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.update(environment)
+            sys.stderr = stderr.open("w", buffering=1)
+            try:
+                run_command(main)
+            finally:
+                os._exit(99)
+        return child
+
+    return start
+
+
+@pytest.fixture
+def two_processes(fork, tmp_path):
+    """Return a function that runs a main function in two processes, and returns their statuses and stderr.
+
+    Their store is hosted by this process, as by torchrun, or by the first of the two, as without torchrun.
+    """
+
+    def run(main, *, torchrun):
         with socket.socket() as free:
             free.bind(("localhost", 0))
-            monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
-        children = []
-        for rank in range(2):
-            child = os.fork()  # much faster than a new interpreter
-            if child == 0:
-                os.environ.update(MASTER_ADDR="localhost", WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK=str(rank))
-                sys.stderr = (tmp_path / f"stderr_{rank}").open("w")
-                try:
-                    run_command(main)
-                finally:
-                    os._exit(99)
-            children.append(child)
+            port = free.getsockname()[1]
+        store = (
+            torch.distributed.TCPStore("localhost", port, is_master=True, wait_for_workers=False) if torchrun else None
+        )
+        ranks = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        ranks["TORCHELASTIC_USE_AGENT_STORE"] = str(torchrun)
+        errors = [tmp_path / f"stderr_{rank}" for rank in range(2)]
+        children = [fork(main, errors[rank], **ranks, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
         statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        return statuses, "".join((tmp_path / f"stderr_{rank}").read_text() for rank in range(2))
+        del store
+        return statuses, "".join(path.read_text() for path in errors)
 
     return run
 
@@ -106,6 +126,22 @@ def test_a_closed_stdout_ends_the_command_silently(output):
         process.stdin.close()
         assert process.stderr.read() == ""
         assert process.wait() == 141
+
+
+def test_an_interrupted_import_ends_the_command(fork, tmp_path, monkeypatch):
+    """The import does not see a KeyboardInterrupt, which extension modules answer with an abort or another error."""
+    module = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+except BaseException:
+    os._exit(98)
+"""
+    (tmp_path / "interrupted_module.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    child = fork(lambda: importlib.import_module("interrupted_module"), tmp_path / "stderr")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 130
+    assert (tmp_path / "stderr").read_text() == "interrupted\n"
 
 
 def test_other_broken_pipes_are_bugs():
@@ -187,8 +223,9 @@ def test_the_first_error_of_several_processes_is_printed_in_full(
         utils.gather(rank)
         behavior(rank)
 
-    statuses, printed = two_processes(main)
-    assert statuses == ([-signal.SIGKILL, 1] if behavior is is_killed_if_main else [1, 1])
+    host_is_killed = behavior is is_killed_if_main
+    statuses, printed = two_processes(main, torchrun=not host_is_killed)
+    assert statuses == ([-signal.SIGKILL, 1] if host_is_killed else [1, 1])
     assert printed.count("Traceback") == 1
     assert whole in printed
     assert printed.count(FOLLOWED) == short
