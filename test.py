@@ -15,6 +15,7 @@ The properties of the model (Swin type, window, …), the image size and the tok
 
 import functools
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 
 from lib import config
@@ -90,22 +91,22 @@ def main() -> None:
     outputs = {args.json: Kind.JSON_LIST, args.predictions: Kind.JSON_LINES, args.vis: Kind.FOLDER}
     with start_evaluation(cfg, keeps_results=bool(args.predictions)) as setup:
         on_main(lambda: [check_writable(path, kind) for path, kind in outputs.items() if path])
-        settings = loaded.settings(datasets, shuffle_sentences=args.shuffle_sentences)
+        settings = loaded.settings(datasets, setup.dist.device, shuffle_sentences=args.shuffle_sentences)
         file = ResultFile(args.predictions, settings) if args.predictions else None
-        if file:
-            on_main(file.open)
         summary, sheets = Summary(protocols, settings, with_baselines=args.baselines), []
-        model = loaded.build_model(setup.dist.device)
-        for dataset in datasets.values():
-            drawn = spread_indices(len(dataset), args.vis_num) if args.vis else []
-            results = evaluate(model, dataset, protocols, setup, keep_masks=drawn, sink=file)
-            on_main(functools.partial(summary.add, dataset, results))
-            if args.json:
-                on_main(lambda: summary.write_json(args.json))  # after every split, in case a later one fails
-            if args.vis:
-                maps = compute_maps(model, dataset, drawn) if args.vis_maps else None
-                drawings = [ModelResult("prediction", dataset, results[protocols[0].name], protocols[0].gt_mask, maps)]
-                sheets.append(on_main(functools.partial(draw_split, drawings, drawn, Path(args.vis))))
+        with file or nullcontext():
+            model = loaded.build_model(setup.dist.device)
+            for dataset in datasets.values():
+                drawn = spread_indices(len(dataset), args.vis_num) if args.vis else []
+                results = evaluate(model, dataset, protocols, setup, keep_masks=drawn, sink=file)
+                on_main(functools.partial(summary.add, dataset, results))
+                if args.json:
+                    on_main(lambda: summary.write_json(args.json))  # after every split, in case a later one fails
+                if args.vis:
+                    maps = compute_maps(model, dataset, drawn) if args.vis_maps and setup.dist.is_main else None
+                    result, gt_mask = results[protocols[0].name], protocols[0].gt_mask
+                    drawings = [ModelResult("prediction", dataset, result, gt_mask, maps)]
+                    sheets.append(on_main(functools.partial(draw_split, drawings, drawn, Path(args.vis))))
         if setup.dist.is_main:
             print(summary.text())
             for path in filter(None, (args.json, args.predictions, file and file.settings, *sheets)):

@@ -70,6 +70,8 @@ def init_distributed(device: str = "auto", *, tf32: bool = False) -> Distributed
         torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's defaults are True here and False for matrix products
         torch.backends.cuda.matmul.allow_tf32 = tf32
         torch.cuda.set_device(selected)
+    elif tf32:
+        warn_once("--tf32 is ignored: TF32 needs a CUDA GPU")
     if world_size > 1:
         global _cpu_group
         backend = "nccl" if selected.type == "cuda" else "gloo"
@@ -103,6 +105,11 @@ def _select_device(device: str, local_rank: int, world_size: int) -> torch.devic
     if needed > torch.cuda.device_count():
         raise UserError(f"{needed} GPUs needed, {torch.cuda.device_count()} available. Start one process per GPU.")
     return torch.device("cuda", index)
+
+
+def float32_precision(device: torch.device) -> str:
+    """Return the precision of float32 matrix products and convolutions on a device: ``float32`` or ``TF32``."""
+    return "TF32" if device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else "float32"
 
 
 def gather(item: Any) -> list[Any]:

@@ -194,7 +194,6 @@ def measure_scale(
 ) -> list[str]:
     """Return a table of memory and time after each tenth of a split. All predicted masks are written to a file."""
     file = ResultFile(folder / "results.jsonl", {"splits": {"val": len(dataset)}, "protocols": [PAPER.settings()]})
-    file.open()
     done = np.cumsum([0, *map(len, ImageBatches(dataset, batch_size).batches)]).tolist()  # before each batch
     marks: list[tuple[int, float, float]] = []  # expressions, memory in MiB, seconds
     started = time.perf_counter()
@@ -203,7 +202,8 @@ def measure_scale(
         marks.append((done[len(marks)], resident_mib(), time.perf_counter() - started))
         return False
 
-    results = evaluate(model, dataset, [PAPER], EvalSetup(dist, batch_size, stop_requested=mark), sink=file)
+    with file:
+        results = evaluate(model, dataset, [PAPER], EvalSetup(dist, batch_size, stop_requested=mark), sink=file)
     mark()
     lines = ["| expressions done | memory of the process | time |", "|---|---|---|"]
     for tenth in range(1, 11):

@@ -4,6 +4,7 @@ import gc
 import itertools
 import signal
 import threading
+import traceback
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
@@ -103,6 +104,9 @@ def _watched(loader: DataLoader) -> Iterator[Batch]:
                 return
             yield batch
     except Exception as error:
+        # An error from a worker is in a reference cycle with PyTorch's frames. The workers would live until the garbage
+        # collector runs, and at exit Python would wait forever for them, since they ignore SIGTERM.
+        traceback.clear_frames(error.__traceback__)
         lost = [worker for worker in getattr(iterator, "_workers", []) if worker.exitcode]
         if not lost:
             raise

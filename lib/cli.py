@@ -16,7 +16,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from lib.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_MISTAKE, EXIT_PIPE, EXIT_STOPPED, StoppedError, UserError
+from lib.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_MISTAKE,
+    EXIT_PIPE,
+    EXIT_STOPPED,
+    CommonError,
+    StoppedError,
+    UserError,
+)
 from lib.files import Kind, check_replaceable, protect, protecting_inputs
 
 LOGGER = logging.getLogger("crossvlt")
@@ -95,9 +104,10 @@ def run_command(main: Callable[[], None]) -> None:
             main()
         sys.stdout.flush()  # a closed pipe must raise here, not while the interpreter shuts down
     except UserError as error:
-        status, text = EXIT_MISTAKE, f"{prefix}error: {_message(error)}"
+        status, text = EXIT_MISTAKE, f"{prefix}error: {message_of(error)}"
         _register_failure(text)
-        if os.environ.get("LOCAL_RANK", rank) == "0" or _distributed() is not None:
+        every_process_reports = _distributed() is not None and not isinstance(error, CommonError)
+        if os.environ.get("LOCAL_RANK", rank) == "0" or every_process_reports:
             report(text)
     except StoppedError as error:
         status = EXIT_STOPPED
@@ -216,7 +226,7 @@ def _is_communication_error(error: Exception) -> bool:
     )
 
 
-def _message(error: UserError) -> str:
+def message_of(error: UserError) -> str:
     """Return the error's message. For an error in a data-loading worker, this is the last line of its traceback."""
     text = str(error).strip()
     if "Traceback (most recent call last)" in text:

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.dataset_refer_bert import ReferDataset
+from lib.errors import CommonError
 from lib.metrics import compute_metrics, iou
 from lib.protocols import Protocol
 from utils import gather, on_main, sum_over_processes
@@ -114,22 +115,31 @@ class Collector:
         """Return whether the predicted masks of an expression are needed for the sink or the caller."""
         return self.sink is not None or index in self.keep_masks
 
-    def add(self, results: Iterable[ExpressionResult]) -> tuple[int, int, int]:
+    def add(self, results: Iterable[ExpressionResult], failure: str = "") -> tuple[int, int, int]:
         """Add a batch of this process, and exchange results if it is time. All processes must call it.
+
+        Args:
+            results: of the batch.
+            failure: why the batch could not be evaluated; empty if it was.
 
         Returns:
             the number of new expressions of all processes, and their total intersection and union under the first
             protocol (for the progress bar).
+
+        Raises:
+            CommonError: a process has a failure. The sink has all other results.
         """
         # A batch contains all expressions of its images, including those that have an earlier result.
         new = [result for result in results if not self.is_earlier[self._place(result)]]
         self.new += new
         counts = [(result.intersection, result.union) for result in new if result.protocol == self.first]
         due = time.monotonic() - self.exchanged_at > SECONDS_BETWEEN_WRITES
-        sums = sum_over_processes([len(counts), sum(i for i, _ in counts), sum(u for _, u in counts), float(due)])
-        count, intersection, union, due = map(int, sums)
-        if due:
+        totals = [len(counts), sum(i for i, _ in counts), sum(u for _, u in counts)]
+        count, intersection, union, due, failed = map(int, sum_over_processes([*totals, float(due), bool(failure)]))
+        if due or failed:
             self.exchange()
+        if failed:
+            raise CommonError(next(filter(None, gather(failure))))
         return count, intersection, union
 
     def exchange(self) -> None:

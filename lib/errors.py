@@ -19,5 +19,9 @@ class LostWorkerError(UserError):
     """A data-loading worker was killed, usually because memory is too small."""
 
 
+class CommonError(UserError):
+    """A mistake that all processes raise with the same message; only the main process reports it."""
+
+
 class StoppedError(Exception):
     """The program was stopped by a signal after saving its work."""

@@ -3,7 +3,7 @@
 Shapes: B expressions, N tokens, S the model's image size, H×W the size at which masks are compared.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import nn
 
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import Batch, build_eval_batches
+from lib.cli import message_of
 from lib.collector import Collector, EvaluationResult, ExpressionResult, ProgressBar, ResultSink
-from lib.errors import StoppedError, UserError
+from lib.errors import LostWorkerError, StoppedError, UserError
 from lib.metrics import intersection_and_union
 from lib.protocols import PAPER, Protocol
 from refer.masks import encode_mask
@@ -67,8 +68,10 @@ def evaluate(
         results by protocol name, the same on every process.
 
     Raises:
-        StoppedError: ``setup.stop_requested`` returned True. ``sink`` has all results computed so far.
-        UserError: a batch does not fit into the GPU's memory, or ``sink`` cannot write.
+        StoppedError: ``setup.stop_requested`` returned True.
+        CommonError: an image cannot be read, logits are not finite, or a batch does not fit into the GPU's memory.
+            In both cases, ``sink`` has all results computed so far.
+        UserError: ``sink`` cannot write.
         RuntimeError: an expression was evaluated twice or not at all.
     """
     selected = np.arange(len(dataset)) if indices is None else np.unique(np.fromiter(indices, np.int64))
@@ -89,18 +92,25 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        for batch in _same_number_on_all(batches):
+        iterator = iter(batches)
+        for _ in range(max(gather(len(batches)))):  # equally often on all processes
             if setup.stop_requested():
                 collector.exchange()
                 hint = f" {sink.resume_hint}" if sink else ""
                 raise StoppedError(f"Stopped while evaluating split {dataset.split}.{hint}")
-            new = _evaluate_batch(model, batch, protocols, setup.batch_size, collector.needs_mask) if batch else []
-            progress.update(*collector.add(new))
+            new, failure = [], ""
+            try:
+                batch = next(iterator, None)
+                if batch:
+                    new = _evaluate_batch(model, batch, dataset, protocols, setup.batch_size, collector.needs_mask)
+            except LostWorkerError:
+                raise
+            except UserError as error:
+                failure = message_of(error)
+            except torch.OutOfMemoryError:
+                failure = f"{setup.batch_size} expressions do not fit into the GPU's memory. Lower --batch-size."
+            progress.update(*collector.add(new, failure))
         collector.exchange()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"{setup.batch_size} expressions do not fit into the GPU's memory. Lower --batch-size."
-        ) from error
     finally:
         progress.close()
         model.train(was_training)
@@ -109,9 +119,18 @@ def evaluate(
 
 @torch.inference_mode()
 def _evaluate_batch(
-    model: nn.Module, batch: Batch, protocols: Sequence[Protocol], batch_size: int, needs_mask: Callable[[int], bool]
+    model: nn.Module,
+    batch: Batch,
+    dataset: ReferDataset,
+    protocols: Sequence[Protocol],
+    batch_size: int,
+    needs_mask: Callable[[int], bool],
 ) -> list[ExpressionResult]:
-    """Return the results of a batch of images, with at most ``batch_size`` expressions per forward pass."""
+    """Return the results of a batch of images, with at most ``batch_size`` expressions per forward pass.
+
+    Raises:
+        UserError: the logits of an expression are inf or nan.
+    """
     results = []
     indices, image_of, object_of = batch["index"].tolist(), batch["image_index"], batch["object_index"]
     encoded = model.encode_images(batch["image"])
@@ -123,6 +142,7 @@ def _evaluate_batch(
             batch["attention_mask"][rows],
             size=batch["image"].shape[-2:],
         ).mask_logits
+        _check_finite(logits, dataset, indices[rows])
         for protocol in protocols:
             targets, objects = batch["targets"][protocol.target_key], object_of[rows]
             if protocol.eval_size == "resized":
@@ -138,6 +158,18 @@ def _evaluate_batch(
                     rle = encode_mask(mask.cpu().numpy()) if needs_mask(index) else None
                     results.append(ExpressionResult(index, protocol.name, intersection, union, rle))
     return results
+
+
+def _check_finite(logits: torch.Tensor, dataset: ReferDataset, indices: Sequence[int]) -> None:
+    """Raise a UserError that names the first expression whose logits [B, 2, h, w] are inf or nan."""
+    finite = logits.flatten(1).isfinite().all(1)
+    if not finite.all():
+        index = indices[int(finite.logical_not().nonzero()[0])]
+        expression = dataset.expressions[index]
+        raise UserError(
+            f"The logits of expression {index} of split {dataset.split} are inf or nan (sent_id {expression.sent_id}, "
+            f"{expression.sentence!r}). The weights are damaged, or training diverged: use an earlier checkpoint."
+        )
 
 
 def logits_to_masks(logits: torch.Tensor, size: Sequence[int], protocol: Protocol = PAPER) -> torch.Tensor:
@@ -173,8 +205,13 @@ def predict(
         input_ids, attention_mask: [B, N].
         size: (H, W) of the masks (default: the images' size).
         protocol: defines how logits become a mask.
+
+    Raises:
+        UserError: the logits are inf or nan.
     """
     logits = model(images, input_ids, attention_mask).mask_logits
+    if not logits.isfinite().all():
+        raise UserError("The model's logits are inf or nan. The weights are damaged: use another checkpoint.")
     return logits_to_masks(logits, size or images.shape[-2:], protocol)
 
 
@@ -193,10 +230,3 @@ def alignment_maps(
     similarities = model(*inputs, return_similarities=True).similarities
     cosines = [(stage * temperature).float().cpu() for stage, temperature in zip(similarities, model.temp, strict=True)]
     return [[stage[b, 0].numpy() for stage in cosines] for b in range(len(images))]
-
-
-def _same_number_on_all(batches: Collection[Batch]) -> Iterator[Batch | None]:
-    """Yield the batches, then None, so that all processes yield equally often."""
-    iterator = iter(batches)
-    for _ in range(max(gather(len(batches)))):
-        yield next(iterator, None)

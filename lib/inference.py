@@ -24,7 +24,7 @@ from lib.files import file_sha256
 from lib.protocols import SWITCHES, Protocol, choose_protocols
 from lib.variants import BERT, BERT_VOCAB_SIZE
 from refer.refer import REFER
-from utils import init_distributed, on_main, set_up_logging
+from utils import float32_precision, init_distributed, on_main, set_up_logging
 
 # Settings taken from the checkpoint unless a flag or a YAML file sets them.
 KEYS_AS_TRAINED = ("DATA.IMG_SIZE", "DATA.MAX_TOKENS", "PRETRAINED.TOKENIZER")
@@ -65,7 +65,9 @@ class LoadedCheckpoint:
             dataset.check_images()
         return datasets
 
-    def settings(self, datasets: dict[str, ReferDataset], *, shuffle_sentences: bool = False) -> dict[str, Any]:
+    def settings(
+        self, datasets: dict[str, ReferDataset], device: torch.device, *, shuffle_sentences: bool = False
+    ) -> dict[str, Any]:
         """Return the description of the evaluation written into result files. All processes must call it."""
         cfg, model_config = self.cfg, self.checkpoint.model_config
         annotation_files = next(iter(datasets.values())).annotation_files
@@ -84,6 +86,7 @@ class LoadedCheckpoint:
             "protocols": [protocol.settings() for protocol in self.protocols],
             "vocabulary": fingerprint(self.tokenizer),
             "annotations_sha256": on_main(lambda: {path.name: _sha256(path) for path in annotation_files}),
+            "precision": float32_precision(device),
         }
 
 
@@ -131,11 +134,11 @@ def start_evaluation(cfg: CfgNode, *, keeps_results: bool = False) -> Iterator[E
     """Initialize distributed evaluation, and let signals stop it between two batches.
 
     Args:
-        cfg: device, batch size and workers.
+        cfg: device, precision, batch size and workers.
         keeps_results: whether results are written to a file from which an interrupted evaluation continues. If not, a
             signal ends the command like Ctrl-C.
     """
-    dist = init_distributed(cfg.DEVICE)
+    dist = init_distributed(cfg.DEVICE, tf32=cfg.TRAIN.TF32)
     set_up_logging(dist.rank)
     with StopSignals() as signals:
         try:

@@ -250,7 +250,7 @@ OPTIONS = (
         "--global_norm",
     ),
     Option("TRAIN.AMP", "off", "mixed precision (published: off)", "--amp", choices=("off", "bf16", "fp16")),
-    Option("TRAIN.TF32", False, "TF32 matrix products and convolutions on a GPU (published: off)", "--tf32"),
+    Option("TRAIN.TF32", False, "TF32 matrix products and convolutions on a GPU (published: off)", "--tf32", BOTH),
     Option(
         "TRAIN.COMPILE",
         False,

@@ -112,9 +112,7 @@ def main() -> None:
     }
     given = {name: getattr(args, name) for name in CONDITIONS if getattr(args, name) != parser.get_default(name)}
     conditions = "".join(f" --{name}" if value is True else f" --{name} {value}" for name, value in given.items())
-    titles = [
-        f"{file.path}, {file.header.get('dataset')} ({file.header.get('split_by')}){conditions}" for file in files
-    ]
+    titles = [f"{_title(results)}{conditions}" for results in files]
     names, bootstrap = metric_names(thresholds), f"{args.draws} draws over images, seed {args.seed}"
     if args.compare:
         report["comparison"], report["most_changed"] = analysis.compare(*files, scoring, args.most)
@@ -132,6 +130,13 @@ def main() -> None:
     if args.json:
         write_text(args.json, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
         print(args.json)
+
+
+def _title(results: Any) -> str:
+    """Return path, dataset and precision of a result file, as far as they are known."""
+    header = results.header
+    dataset = f"{header['dataset']} ({header.get('split_by')})" if header.get("dataset") else None
+    return ", ".join(filter(None, (results.path, dataset, header.get("precision"))))
 
 
 def score_table(rows: list[Row], names: Sequence[str]) -> str:

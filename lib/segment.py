@@ -36,7 +36,7 @@ def segment_image(args: Any) -> None:
     image = ImageOps.exif_transpose(read_image(image_path))  # "left" means left in the image as displayed
     ids, attention_mask = tokenize(loaded.tokenizer, [args.sentence], loaded.cfg.DATA.MAX_TOKENS)
 
-    dist = init_distributed(loaded.cfg.DEVICE)
+    dist = init_distributed(loaded.cfg.DEVICE, tf32=loaded.cfg.TRAIN.TF32)
     model = loaded.build_model(dist.device)
     mask = predict(
         model,

@@ -20,6 +20,7 @@ EXPRESSIONS = [
     ("testA", 3, 11, 104, "a DOG", 60, 80),
 ]
 SETTINGS = {"dataset": "refcoco", "split_by": "unc", "img_size": IMG_SIZE, "shuffle_sentences": False}
+SETTINGS |= {"precision": "float32"}
 
 
 @pytest.fixture
@@ -56,7 +57,8 @@ def write_results(
     header["protocols"] = [protocol.settings() for protocol in chosen]
     header = {"format": "crossvlt results 1", "complete": complete, **header}
     lines = []
-    for index, (split, ref_id, image_id, sent_id, sentence, intersection, union) in enumerate(expressions):
+    for number, (split, ref_id, image_id, sent_id, sentence, intersection, union) in enumerate(expressions):
+        index = names[:number].count(split)
         for protocol in chosen:
             line = {"split": split, "index": index, "image_id": image_id, "ref_id": ref_id, "ann_id": 10 * ref_id}
             line |= {"sent_id": sent_id, "sentence": sentence, "protocol": protocol.name}

@@ -5,18 +5,24 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
+from conftest import PROCESS_ENVIRONMENT, ROOT
 from PIL import Image
 
 import lib.evaluation
+import lib.inference
 from lib.metrics import METRIC_NAMES, compute_metrics
+from lib.report import figures
 from lib.report.published import PUBLISHED
 from lib.report.results import read_results
 from refer.masks import decode_mask
 from refer.refer import REFER
+from utils import Distributed
 
 
 @pytest.fixture
@@ -139,6 +145,51 @@ def test_an_interrupted_evaluation_without_a_file_keeps_nothing(best, data, run_
     assert (stopped.status, stopped.err.splitlines()[-1]) == (130, "interrupted")
 
 
+def test_a_second_evaluation_of_the_same_file_is_refused(best, data, run_here, tmp_path):
+    flags = ["test.py", *data, "--split", "all", "--resume", best, "-b", 1, "--predictions"]
+    run_here(*flags, tmp_path / "expected.jsonl", check=True)
+    command = [sys.executable, *map(str, [*flags, tmp_path / "a.jsonl"])]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, env=PROCESS_ENVIRONMENT) as first:
+        while not (tmp_path / "a.jsonl.partial").exists():
+            assert first.poll() is None, first.stderr.read()
+            time.sleep(0.01)
+        first.send_signal(signal.SIGSTOP)
+        second = run_here(*flags, tmp_path / "a.jsonl")
+        first.send_signal(signal.SIGCONT)
+        _, errors = first.communicate()
+    assert first.returncode == 0, errors
+    assert second.status == 2
+    assert f"a.jsonl: another evaluation is writing it (process {first.pid} on " in second.err
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("*a.jsonl*")) == ["a.jsonl", "a.jsonl.settings.json"]
+
+
+def test_tf32_is_stated_in_every_output(best, data, run_here, tmp_path, monkeypatch):
+    monkeypatch.setattr(lib.inference, "float32_precision", lambda device: "TF32")  # as on a GPU with --tf32
+    flags = ["test.py", *data, "--resume", best, "--predictions", tmp_path / "a.jsonl", "--json", tmp_path / "a.json"]
+    done = run_here(*flags, "--tf32", check=True)
+    assert "best.pth, 64 px, TF32, paper protocol" in done.out
+    assert "not used in evaluation" not in done.err
+    assert json.loads((tmp_path / "a.json").read_text())[0]["settings"]["precision"] == "TF32"
+    assert read_results(tmp_path / "a.jsonl")[0]["precision"] == "TF32"
+    monkeypatch.undo()
+    other = run_here(*flags)
+    assert other.status == 2
+    assert "a.jsonl was written with other settings (precision: TF32, now float32)" in other.err
+
+
+@pytest.mark.parametrize("is_main", [True, False])
+def test_maps_are_computed_only_on_the_process_that_draws(best, data, run_here, tmp_path, monkeypatch, is_main):
+    calls, compute_maps = [], figures.compute_maps
+    monkeypatch.setattr(Distributed, "is_main", is_main)
+    monkeypatch.setattr(figures, "compute_maps", lambda *args: calls.append(None) or compute_maps(*args))
+    for model in ("--resume", "--vis_compare"):
+        flags = [model, best, "--vis", tmp_path / "vis", "--vis_maps", "--vis_num", 1]
+        run_here("test.py", *data, *flags, check=True)
+    assert len(calls) == (2 if is_main else 0)
+
+
 def test_vis_compare_draws_models_side_by_side(best, trained, data, run_here, tmp_path):
     other = trained[0] / "checkpoints" / "run" / "last.pth"
     done = run_here(
@@ -193,6 +244,26 @@ def coco_layout(refshapes_root, tmp_path):
     refer = REFER(root, "refcoco")
     refer.get_image_path(refer.loadRefs(refer.getRefIds(split="testB"))[0]["image_id"]).unlink()
     return root
+
+
+def test_a_damaged_image_with_several_processes(best, coco_layout, refshapes_root, run_script, run_here, tmp_path):
+    """The row is reported as not measured, as with one process; the results so far are kept."""
+    sets = tmp_path / "sets.yaml"
+    refer = REFER(coco_layout, "refcoco")
+    image = refer.get_image_path(refer.loadRefs(refer.getRefIds(split="val"))[-1]["image_id"])
+    image.write_bytes(image.read_bytes()[:60])
+    sets.write_text(f"refcoco: {best}\n")
+    flags = ["test.py", "--table", "--checkpoints", sets, "--refer_data_root", coco_layout, "-j", 1, "--device", "cpu"]
+    flags += ["--bert_tokenizer", refshapes_root / "refshapes", "--dataset", "refcoco", "--split", "val,testA"]
+    tables = []
+    for processes in (1, 2):
+        given = [*flags, "--table_dir", tmp_path / f"{processes}"]
+        text = run_here(*given, check=True).out if processes == 1 else run_script(*given, processes=2).stdout
+        assert f"RefCOCO val: Cannot decode image {image}" in text
+        tables.append((tmp_path / f"{processes}" / "table.json").read_text())
+    assert tables[0] == tables[1]
+    assert [entry["ours"] is None for entry in json.loads(tables[0])] == [True, False]
+    assert len(read_results(tmp_path / "2" / "refcoco_unc_val.jsonl.partial")[1]) > 0
 
 
 def test_the_paper_table(best, coco_layout, refshapes_root, run_here, tmp_path, interrupt_after):

@@ -1,5 +1,6 @@
 """evaluate() compared with counts by hand and by pycocotools; predict() and alignment maps."""
 
+import multiprocessing
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,13 +20,13 @@ from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_eval_batches
 from lib.baselines import baseline_metrics
 from lib.collector import ExpressionResult, ResultSink
-from lib.errors import StoppedError
+from lib.errors import CommonError, StoppedError, UserError
 from lib.evaluation import EvalSetup, alignment_maps, evaluate, logits_to_masks, predict
 from lib.metrics import compute_metrics
 from lib.protocols import PAPER, PROTOCOLS, Protocol
 from refer.masks import decode_mask
 from refer.refer import REFER
-from utils import Distributed
+from utils import Distributed, gc_paused
 
 BOTH = list(PROTOCOLS.values())
 
@@ -66,8 +67,8 @@ class Split:
         self.img_size = img_size or self.predictions.shape[-1]
         indices = range(len(targets))
         self.expressions = [
-            SimpleNamespace(image_id=image, ref_id=ref)
-            for image, ref in zip(images or indices, objects or indices, strict=True)
+            SimpleNamespace(image_id=image, ref_id=ref, sent_id=100 + index, sentence=f"sentence {index}")
+            for index, image, ref in zip(indices, images or indices, objects or indices, strict=True)
         ]
         self.input_ids = self.attention_mask = torch.zeros(len(targets), 4, dtype=torch.long)
 
@@ -235,6 +236,41 @@ def test_progress_is_logged_without_a_terminal(monkeypatch, caplog):
     evaluate_echo(EXAMPLE, batch_size=2)
     assert [line.split(", ")[0] for line in caplog.messages] == ["val: 2/3 expressions", "val: 3/3 expressions"]
     assert [line.split(", ")[2] for line in caplog.messages] == ["oIoU 33.33 so far", "oIoU 60.00 so far"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_non_finite_logits_are_an_error_that_names_the_expression(value):
+    class Diverged(Echo):
+        def segment(self, encoded_images, input_ids, attention_mask, *, size):
+            output = super().segment(encoded_images, input_ids, attention_mask, size=size)
+            output.mask_logits[-1, 1, 0, 0] = value
+            return output
+
+    sink = Memory()
+    message = r"logits of expression 2 of split val are inf or nan \(sent_id 102, 'sentence 2'\)"
+    with pytest.raises(CommonError, match=message):
+        evaluate(Diverged(), EXAMPLE, [PAPER], setup(3), sink=sink)
+    assert sink.calls == [[]]
+    images, ids = torch.ones(1, 3, 2, 2), torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(UserError, match="logits are inf or nan"):
+        predict(Diverged().eval(), images, ids, ids)
+
+
+def test_an_unreadable_image_ends_the_workers_and_keeps_earlier_results(monkeypatch):
+    split = Split([[[1, 0], [0, 0]]] * 4, [[[1, 0], [0, 0]]] * 4)
+
+    def load_image(index):
+        if index == 2:
+            raise UserError("Cannot decode image 2.jpg.")
+        return Split.load_image(split, index)
+
+    monkeypatch.setattr(split, "load_image", load_image, raising=False)
+    for workers in (0, 1):
+        sink = Memory()
+        with gc_paused(), pytest.raises(CommonError, match=r"^Cannot decode image 2\.jpg\.$"):
+            evaluate(Echo(), split, [PAPER], setup(1, workers=workers), sink=sink)
+        assert [[index for index, *_ in call] for call in sink.calls] == [[0, 1]]
+        assert not multiprocessing.active_children()
 
 
 def test_predict_at_another_size():

@@ -182,7 +182,7 @@ def test_compare_against_values_computed_by_hand(run_rescore, tmp_path):
     assert test_a["excludes_0"] == ["P@0.5", "P@0.6", "P@0.7", "mIoU", "oIoU"]  # a single image: one value
     assert test_a["difference"]["mIoU"] == -50
     lines = printed.splitlines()
-    assert lines[:2] == [f"A: {a}, refcoco (unc)", f"B: {b}, refcoco (unc)"]
+    assert lines[:2] == [f"A: {a}, refcoco (unc), float32", f"B: {b}, refcoco (unc), float32"]
     row = next(line for line in lines if line.startswith("testA")).split()
     assert row == ["testA", "A", "paper", *["100.00"] * 3, *["0.00"] * 2, *["75.00"] * 2, "1", "in", "both"]
     differences = [line.split() for line in lines if "B − A  " in line][1]

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from commands import contents
 
 import lib.collector
 from bert.tokenization import read_vocabulary
@@ -37,6 +39,7 @@ def header(datasets):
         "checkpoint_sha256": "2222222222",
         "splits": {split: len(dataset) for split, dataset in datasets.items()},
         "protocols": [protocol.settings() for protocol in BOTH],
+        "precision": "float32",
     }
 
 
@@ -56,10 +59,9 @@ def write(datasets, header):
     """Return a function that opens a result file and writes results into it."""
 
     def run(path, results, *, replace=False, **changes):
-        file = ResultFile(path, {**header, **changes}, replace=replace)
-        file.open()
-        for split, result in results:
-            file.write(datasets[split], [result])
+        with ResultFile(path, {**header, **changes}, replace=replace) as file:
+            for split, result in results:
+                file.write(datasets[split], [result])
         return file
 
     return run
@@ -124,7 +126,7 @@ def test_results_of_other_evaluations_are_never_mixed(write, results, tmp_path):
     with pytest.raises(UserError, match=r"with other settings \(protocols: paper, original, now paper\)\. Choose"):
         write(tmp_path / "a.jsonl", [], protocols=paper_only)
     (tmp_path / "a.jsonl.partial").write_text("something else\n")
-    with pytest.raises(UserError, match=r"is not a result file\. Choose another"):
+    with pytest.raises(UserError, match=r"was not written by test\.py --predictions\. Choose another file name\."):
         write(tmp_path / "a.jsonl", [])
 
 
@@ -140,12 +142,91 @@ def test_a_complete_file_is_kept_unless_it_may_be_replaced(write, results, heade
     assert read_results(path)[0]["checkpoint_sha256"].startswith("2222")  # until the new one is complete
     write(path, results[1:], checkpoint_sha256="1", replace=True)
     assert read_results(path)[0]["checkpoint_sha256"] == "1"
-    path.write_text("".join(path.read_text().splitlines(True)[:-1]))
-    with pytest.raises(UserError, match=f"has {len(results) - 1} lines instead of {len(results)}"):
-        write(path, [], checkpoint_sha256="1")
     Path(f"{path}.settings.json").unlink()
-    with pytest.raises(UserError, match="is not a result file"):
-        write(path, [], checkpoint_sha256="1")
+    for replace in (False, True):
+        with pytest.raises(UserError, match=r"a\.jsonl\.settings\.json is missing\. .* Choose another file name\.$"):
+            write(path, [], checkpoint_sha256="1", replace=replace)
+
+
+def test_inconsistent_files_are_refused_and_left_as_they_are(write, header, results, tmp_path):
+    results = [(split, result._replace(mask={"size": [1, 1], "counts": "0"})) for split, result in results]
+    finished, partial = tmp_path / "finished" / "a.jsonl", tmp_path / "partial" / "a.jsonl"
+    write(finished, results)
+    write(partial, results[:-1])
+    for path, file in ((finished, finished), (partial, Path(f"{partial}.partial"))):
+        lines = file.read_text().splitlines()
+        number, last = len(lines), json.loads(lines[-1])
+        repeated = json.loads(lines[0] if file == finished else lines[1])
+        without_checksum = {name: value for name, value in last.items() if name != "crc32"}
+        first = 1 if file == finished else 2
+        cases = [(repeated, f"repeats line {first}")]
+        for changes in ({"intersection": 1}, {"union": 4}, {"mask": None}, {"split": "testA"}, {"index": 3}):
+            cases.append((last | changes, "was edited: its checksum is wrong"))
+        for changes in ({"split": "testB"}, {"index": 10_000}, {"index": -1}, {"protocol": "other"}):
+            cases.append((without_checksum | changes, "does not belong to this evaluation"))
+        for line, message in cases:
+            file.write_text("\n".join([*lines[:-1], json.dumps(line)]) + "\n")
+            before = contents(tmp_path)
+            for replace in (False, True):
+                with pytest.raises(UserError, match=rf"a\.jsonl.* is corrupt: line {number} \(split .*\) {message}\."):
+                    write(path, [], replace=replace)
+            with pytest.raises(UserError, match=f"line {number} "):
+                read_results(file)
+            assert contents(tmp_path) == before
+    finished.write_text("".join(f"{line}\n" for line in lines[1:-1]))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=rf"2 of {len(results)} results are missing, such as split val, index "):
+        write(finished, [])
+    assert contents(tmp_path) == before
+
+
+def test_files_of_earlier_versions_are_continued_and_read(write, results, tmp_path):
+    """Their lines have no checksum and their settings no precision, which was float32."""
+    path = tmp_path / "a.jsonl"
+
+    def remove_new_fields(file):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        old = [{name: value for name, value in line.items() if name not in ("crc32", "precision")} for line in lines]
+        file.write_text("".join(f"{json.dumps(line)}\n" for line in old))
+
+    first = write(path, results[:5])
+    remove_new_fields(first.partial)
+    assert write(path, results[5:]).is_complete()
+    assert ["crc32" in line for line in read_results(path)[1]].count(False) == 5
+    remove_new_fields(path)
+    settings = json.loads(first.settings.read_text())
+    del settings["precision"]
+    first.settings.write_text(json.dumps(settings))
+    assert write(path, []).is_complete()
+    assert read_results(path)[0]["precision"] == "float32"
+    with pytest.raises(UserError, match=r"with other settings \(precision: float32, now TF32\)"):
+        write(path, [], precision="TF32")
+
+
+def test_a_partial_file_without_header_is_never_written(write, datasets, header, results, tmp_path):
+    with ResultFile(tmp_path / "a.jsonl", header) as file:
+        file.partial.unlink()
+        with pytest.raises(UserError, match=r"Cannot write .*a\.jsonl\.partial: No such file"):
+            file.write(datasets["testA"], [results[0][1]])
+    assert not contents(tmp_path)
+    (tmp_path / "a.jsonl.partial").write_text('{"split": "val", "index"')  # not even a whole line
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"a\.jsonl\.partial was not written by test\.py"):
+        write(tmp_path / "a.jsonl", results)
+    assert contents(tmp_path) == before
+
+
+def test_a_second_evaluation_of_the_same_file_is_refused(write, header, results, tmp_path):
+    with ResultFile(tmp_path / "a.jsonl", header):
+        before = contents(tmp_path)
+        holder = (
+            rf"^Cannot write .*a\.jsonl: another evaluation is writing it \(process {os.getpid()} on .*\)\. Wait until"
+        )
+        with pytest.raises(UserError, match=holder):
+            write(tmp_path / "a.jsonl", results)
+        assert contents(tmp_path) == before
+    assert write(tmp_path / "a.jsonl", results).is_complete()
+    assert sorted(contents(tmp_path)) == ["a.jsonl", "a.jsonl.settings.json"]
 
 
 def test_damaged_files_are_refused(write, results, tmp_path):
@@ -158,9 +239,6 @@ def test_damaged_files_are_refused(write, results, tmp_path):
         file.settings.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.jsonl\.settings\.json was not written by test\.py --predictions"):
             read_results(path)
-    file.settings.unlink()
-    with pytest.raises(UserError, match="keep both files together"):
-        read_results(path)
     file.settings.write_text(settings)
     lines = path.read_text().splitlines()
     for change in ({"intersection": 4}, {"union": "2"}, {"index": True}, {"protocol": None}, {"split": 1}):
@@ -185,17 +263,16 @@ def run_evaluation(small_model, datasets, header):
         rounds, model = itertools.count(), small_model(vocab_size=200)
         num_images, encode_images = [], model.encode_images
         model.encode_images = lambda images: num_images.append(len(images)) or encode_images(images)
-        file = ResultFile(path, header)
-        file.open()
         setup = EvalSetup(
             Distributed(0, 0, 1, torch.device("cpu")),
             batch_size=4,
             stop_requested=lambda: stop_after is not None and next(rounds) >= stop_after,
         )
-        found = {
-            split: evaluate(model, dataset, BOTH, setup, keep_masks=(keep_masks or {}).get(split, ()), sink=file)
-            for split, dataset in datasets.items()
-        }
+        with ResultFile(path, header) as file:
+            found = {
+                split: evaluate(model, dataset, BOTH, setup, keep_masks=(keep_masks or {}).get(split, ()), sink=file)
+                for split, dataset in datasets.items()
+            }
         return found, sum(num_images)
 
     return run

@@ -18,6 +18,7 @@ from refer.refer import REFER
 BOTH = list(PROTOCOLS.values())
 SETTINGS = {
     "dataset": "refshapes", "split_by": "unc", "checkpoint": "a.pth", "img_size": 64, "shuffle_sentences": False,
+    "precision": "float32",
 }  # fmt: skip
 
 
@@ -56,7 +57,7 @@ def test_baselines_follow_their_split(dataset, results):
     assert summary.entries[0]["baselines"] == expected
     blank, title, _, split, foreground, best = summary.text().splitlines()
     assert not blank
-    assert title == "refshapes (unc), a.pth, 64 px, paper protocol, sentences shuffled within each split"
+    assert title == "refshapes (unc), a.pth, 64 px, float32, paper protocol, sentences shuffled within each split"
     assert split.split()[-2:] == [f"{results['paper'].metrics['oIoU']:.2f}", str(len(dataset))]
     assert foreground.split()[-2] == f"{expected['all foreground']['oIoU']:.2f}"
     assert best.startswith("  best object ")

@@ -26,7 +26,7 @@ def test_without_flags_the_metrics_are_those_of_the_evaluation(run_rescore, tmp_
     expected = intervals([11, 11, 12], np.array(counts), Scoring(draws=50))
     assert {name: tuple(bounds) for name, bounds in val["interval_95"].items()} == expected
     lines = printed.splitlines()
-    assert lines[0] == f"{file}, refcoco (unc)"
+    assert lines[0] == f"{file}, refcoco (unc), float32"
     assert lines[1].split() == ["split", "protocol", *METRIC_NAMES, "expressions"]
     assert lines[2].split()[:9] == ["val", "paper", "66.67", "33.33", "33.33", "33.33", "33.33", "46.67", "70.00"]
     assert lines[2].endswith("3 of 3")
@@ -148,7 +148,7 @@ def test_partial_files_are_reported(run_rescore, tmp_path):
         (["--ids", __file__], "--ids .*: line 1 is not a sent_id"),
         (["--compare", "a", "b"], "Pass result files, or two of them with --compare"),
         (["/nowhere.jsonl"], "/nowhere.jsonl"),
-        ([__file__], r"test_lib_rescore\.py\.settings\.json is missing"),
+        ([__file__], r"test_lib_rescore\.py is corrupt: line 1 is not a result\."),
     ],
 )
 def test_messages_of_mistakes(run_rescore, tmp_path, flags, message):
@@ -180,14 +180,30 @@ def test_corrupt_files_are_reported(run_rescore, tmp_path):
     settings, lines = settings_file.read_text(), file.read_text().splitlines(True)
     without_splits = json.dumps({**json.loads(settings), "splits": [1]})
     for written_settings, content, message in (
-        (settings, [*lines, lines[0]], "sent_id 101 of val, paper occurs twice"),
-        (settings, [lines[0].replace('"paper"', '"other"')], "a split or protocol that is missing in the settings"),
-        (settings.replace('"val"', '"wal"'), lines, "a split or protocol that is missing in the settings"),
-        (settings.replace("splits", "parts"), lines, "its settings do not name its splits and protocols"),
-        (without_splits, lines, "its settings do not name its splits and protocols"),
+        (settings, [*lines, lines[0]], r"line 5 \(split val, index 0, protocol paper\) repeats line 1\."),
+        (settings, [*lines, lines[0].replace('"index": 0', '"index": 2')], "line 5 .* repeats line 3"),
+        (settings, [lines[0].replace('"paper"', '"other"')], "line 1 .* does not belong to this evaluation"),
+        (settings.replace('"val"', '"wal"'), lines, "line 1 .* does not belong to this evaluation"),
+        (settings.replace("splits", "parts"), lines, "it does not name the splits and protocols"),
+        (without_splits, lines, "it does not name the splits and protocols"),
         (settings, ["{}\n"], "line 1"),
     ):
         settings_file.write_text(written_settings)
         file.write_text("".join(content))
         with pytest.raises(UserError, match=message):
             run_rescore(file)
+
+
+def test_a_file_without_settings_is_accepted_with_a_note(run_rescore, tmp_path):
+    """For example, predictions of another program."""
+    file = write_results(tmp_path / "a.jsonl")
+    *_, expected = run_rescore(file)
+    settings_path(file).unlink()
+    printed, warnings, report = run_rescore(file)
+    note = f"{file} has no settings ({settings_path(file).name} is missing): its model is unknown, and whether it is"
+    assert warnings == f"warning: {note} complete.\n"
+    assert scores(report) == scores(expected)
+    assert printed.splitlines()[0] == str(file)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match=r"empty\.jsonl contains no results\."):
+        run_rescore(tmp_path / "empty.jsonl")

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import PROCESS_ENVIRONMENT, ROOT
 
 import utils
 from lib.errors import UserError
-from utils import derive_seed, init_distributed, on_main
+from utils import derive_seed, float32_precision, init_distributed, on_main
 
 
 def test_devices_of_a_single_process(monkeypatch):
@@ -23,6 +24,19 @@ def test_devices_of_a_single_process(monkeypatch):
     for device, message in (("cuda", "no CUDA GPU"), ("tpu", "use auto, cpu, cuda"), ("mps", "only cpu and cuda")):
         with pytest.raises(UserError, match=message):
             init_distributed(device)
+
+
+def test_the_precision_of_float32_operations(caplog, crossvlt_log):
+    init_distributed("cpu", tf32=True)
+    assert caplog.messages == ["--tf32 is ignored: TF32 needs a CUDA GPU"]
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        for matmul.allow_tf32, expected in ((True, "TF32"), (False, "float32")):
+            assert float32_precision(torch.device("cuda")) == expected
+            assert float32_precision(torch.device("cpu")) == "float32"
+    finally:
+        matmul.allow_tf32 = before
 
 
 def test_seeds_depend_on_all_parts_and_nothing_else():

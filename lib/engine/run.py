@@ -28,6 +28,7 @@ from utils import (
     Distributed,
     continue_without,
     derive_seed,
+    float32_precision,
     from_main,
     gather,
     on_main,
@@ -145,8 +146,6 @@ class Run:
             f"global batch {cfg.TRAIN.GLOBAL_BATCH} = {processes} process(es) × {batch_size} × {accum_steps} "
             f"accumulated on {self.distributed.device.type}"
         )
-        if cfg.TRAIN.TF32 and self.distributed.device.type != "cuda":
-            LOG.warning("--tf32 is ignored: TF32 needs a CUDA GPU")
 
     def log_expected_times(self, state: TrainState, seconds_per_pass: float, validation_seconds: float) -> None:
         """Log the expected duration of an epoch."""
@@ -263,9 +262,10 @@ class Run:
         mean_loss = f"mean loss {means['loss']:.4f}  " if "loss" in means else ""
         values = "  ".join(f"{name} {metrics[name]:.2f}" for name in METRIC_NAMES)
         skipped = f"  ({state.skipped} steps skipped so far)" if state.skipped else ""
-        LOG.info("epoch %d: %s%s: %s%s", state.epoch, mean_loss, self.cfg.DATA.SPLIT, values, skipped)
+        precision = float32_precision(self.distributed.device)
+        LOG.info("epoch %d: %s%s in %s: %s%s", state.epoch, mean_loss, self.cfg.DATA.SPLIT, precision, values, skipped)
         losses = {"train_loss": means["loss"]} if "loss" in means else {}
-        entry = {"epoch": state.epoch, "split": self.cfg.DATA.SPLIT, **losses, **metrics}
+        entry = {"epoch": state.epoch, "split": self.cfg.DATA.SPLIT, "precision": precision, **losses, **metrics}
         self._write(lambda: self.journal.write("eval", state.step, entry, draw))
         is_first = from_main(not (self.checkpoints.folder / BEST).exists())
         if is_first or metrics["oIoU"] > state.best_oIoU:

@@ -22,7 +22,8 @@ from lib.report.results import Line, counts_of, read_results, settings_path
 from refer.masks import decode_mask, resize_mask
 from refer.refer import REFER
 
-SHARED_SETTINGS = ("dataset", "split_by", "img_size", "shuffle_sentences")  # compared files should agree on these
+# Settings on which compared files should agree.
+SHARED_SETTINGS = ("dataset", "split_by", "img_size", "shuffle_sentences", "precision")
 # Settings whose other values need the model: masks that were made with one value cannot be converted to another.
 MODEL_SETTINGS = [name for name, switch in SWITCHES.items() if switch.needs_model]
 Row = dict[str, Any]
@@ -36,7 +37,7 @@ class Results(NamedTuple):
     splits: dict[str, int]  # number of expressions of each whole split
     protocols: dict[str, dict[str, Any]]  # settings by name
     lines: list[Line]
-    warning: str = ""  # set if the file is partial
+    warning: str = ""  # set if the file is partial or has no settings
 
 
 class Filters(NamedTuple):
@@ -66,23 +67,21 @@ def load_results(path: str) -> Results:
     """
     protect(path, settings_path(path))
     header, lines = read_results(path)
-    try:
-        splits = {name: int(count) for name, count in header["splits"].items()}
-        protocols = {str(settings["name"]): dict(settings) for settings in header["protocols"]}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is corrupt: its settings do not name its splits and protocols.") from error
+    splits, protocols = header["splits"], {settings["name"]: settings for settings in header["protocols"]}
     seen = set()
     for line in lines:
         key = (line["split"], line["protocol"], line["ref_id"], line["sent_id"])
-        if key in seen or line["split"] not in splits or line["protocol"] not in protocols:
-            reason = "occurs twice" if key in seen else "has a split or protocol that is missing in the settings"
+        if key in seen:
             raise UserError(
-                f"{path} is corrupt: sent_id {line['sent_id']} of {line['split']}, {line['protocol']} {reason}."
+                f"{path} is corrupt: sent_id {line['sent_id']} of {line['split']}, {line['protocol']} occurs twice."
             )
         seen.add(key)
     existing, total = len({(split, *ids) for split, _, *ids in seen}), sum(splits.values())
     is_complete = header.get("complete") is True and len(lines) >= total * len(protocols)
     warning = "" if is_complete else f"{path} is partial: it has {existing} of {total} expressions."
+    if header["complete"] is None:
+        missing = f"{path} has no settings ({settings_path(path).name} is missing)"
+        warning = f"{missing}: its model is unknown, and whether it is complete."
     return Results(path, header, splits, protocols, lines, warning)
 
 

@@ -29,7 +29,7 @@ class ModelResult(NamedTuple):
     dataset: ReferDataset
     result: EvaluationResult
     gt_mask: str = "paper"  # how overlapping polygons of a target are drawn, as in lib.protocols
-    maps: Mapping[int, list[np.ndarray]] | None = None  # alignment maps by index of the expression
+    maps: Mapping[int, list[np.ndarray]] | None = None  # alignment maps by index, on the process that draws
 
 
 def compute_maps(model: nn.Module, dataset: ReferDataset, indices: Sequence[int]) -> dict[int, list[np.ndarray]]:
@@ -110,7 +110,7 @@ def compare_models(args: Any) -> None:
             for split, dataset in splits.items():
                 indices, (protocol,) = indices_of[split], loaded.protocols
                 found = evaluate(model, dataset, [protocol], setup, indices=indices, keep_masks=indices)
-                maps = compute_maps(model, dataset, indices) if args.vis_maps else None
+                maps = compute_maps(model, dataset, indices) if args.vis_maps and setup.dist.is_main else None
                 results[split].append(ModelResult(name, dataset, found[protocol.name], protocol.gt_mask, maps))
         sheets = on_main(lambda: [draw_split(results[split], indices_of[split], folder) for split in results])
         if setup.dist.is_main:

@@ -58,7 +58,7 @@ class Summary:
     def text(self) -> str:
         """Return a table for each protocol, below a line that states what was evaluated."""
         s = self.settings
-        evaluated = f"{s['dataset']} ({s['split_by']}), {s['checkpoint']}, {s['img_size']} px"
+        evaluated = f"{s['dataset']} ({s['split_by']}), {s['checkpoint']}, {s['img_size']} px, {s['precision']}"
         shuffled = ", sentences shuffled within each split" if s["shuffle_sentences"] else ""
         return "\n".join(
             f"\n{evaluated}, {name} protocol{shuffled}\n{metrics_table(rows)}" for name, rows in self.rows.items()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from lib import config
-from lib.errors import UserError
+from lib.errors import CommonError, UserError
 from lib.evaluation import EvalSetup, evaluate
 from lib.files import Kind, check_writable, write_text
 from lib.inference import LoadedCheckpoint, load_for_evaluation, start_evaluation
@@ -37,6 +37,7 @@ class MeasuredRow(NamedTuple):
     intervals: dict[str, tuple[float, float]] | None = None
     num_expressions: int = 0
     checkpoint: str = ""
+    precision: str = ""
     reason: str = ""  # why the row was not measured
 
 
@@ -111,17 +112,15 @@ def _measure_row(
     datasets, reason = attempt(lambda: loaded.open_splits(refer, [row.split]))
     if reason:
         return [MeasuredRow(row, reason=reason)]
-    file = ResultFile(folder / f"{row.file_name}.jsonl", loaded.settings(datasets), replace=True)
-    if on_main(file.is_complete):
-        LOG.info("%s: already complete in %s", row.title, file.path)
-    else:
-        on_main(file.open)
-        try:
-            evaluate(build_model(), datasets[row.split], loaded.protocols, setup, sink=file)
-        except UserError as error:  # such as a corrupt image
-            if setup.dist.world_size > 1:  # the other processes are waiting in a collective
-                raise
-            return [MeasuredRow(row, reason=str(error))]
+    settings = loaded.settings(datasets, setup.dist.device)
+    with ResultFile(folder / f"{row.file_name}.jsonl", settings, replace=True) as file:
+        if on_main(file.is_complete):
+            LOG.info("%s: already complete in %s", row.title, file.path)
+        else:
+            try:
+                evaluate(build_model(), datasets[row.split], loaded.protocols, setup, sink=file)
+            except CommonError as error:  # such as a corrupt image
+                return [MeasuredRow(row, reason=str(error))]
     return on_main(lambda: measured_rows(row, file.path))
 
 
@@ -133,9 +132,8 @@ def measured_rows(published: PublishedRow, path: Path) -> list[MeasuredRow]:
         selected = [line for line in lines if line["protocol"] == protocol]
         counts = counts_of(selected)
         bounds = intervals([line["image_id"] for line in selected], counts)
-        rows.append(
-            MeasuredRow(published, protocol, compute_metrics(counts), bounds, len(selected), header["checkpoint"])
-        )
+        row = MeasuredRow(published, protocol, compute_metrics(counts), bounds, len(selected))
+        rows.append(row._replace(checkpoint=header["checkpoint"], precision=header["precision"]))
     return rows
 
 
@@ -209,6 +207,7 @@ def json_table(rows: list[MeasuredRow]) -> str:
                 "protocol": row.protocol,
                 "num_expressions": row.num_expressions,
                 "checkpoint": row.checkpoint,
+                "precision": row.precision or None,
                 "ours": row.metrics,
                 "interval_95": row.intervals,
                 "paper": paper,
@@ -243,6 +242,9 @@ def _cells(rows: list[MeasuredRow], protocol: str, corner: str) -> list[list[str
 def _notes(rows: list[MeasuredRow], protocol: str) -> list[str]:
     shown = _of_protocol(rows, protocol)
     notes = [DOUBTFUL_NOTE] if any(row.published.doubtful for row in shown) else []
+    precisions = dict.fromkeys(row.precision for row in shown if row.precision)
+    if precisions:
+        notes.append(f"Our numbers were computed in {', '.join(precisions)}.")
     if protocol != "paper":
         notes.append("The paper uses another protocol, so differences come from both protocol and model.")
     return notes + [f"{row.published.title}: {row.reason}" for row in shown if row.reason]
