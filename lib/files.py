@@ -26,7 +26,7 @@ _inputs: set[Path] | None = None  # resolved paths of the inputs of the running 
 
 
 class Kind(Enum):
-    """What a file contains, judged by its first bytes."""
+    """What a file contains, according to its first bytes."""
 
     PNG = "a PNG image"
     JSON_LIST = "a JSON list"
