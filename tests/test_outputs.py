@@ -251,7 +251,7 @@ EXEMPT = {
 
 
 def writes(call):
-    """Return whether a call can write a file, judged by its name and its mode."""
+    """Return whether a call can write a file, according to its name and its mode."""
     name = ast.unparse(call.func)
     constants = [getattr(value, "value", None) for value in (*call.args, *(item.value for item in call.keywords))]
     if name.split(".")[-1] == "open":
