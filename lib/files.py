@@ -292,14 +292,15 @@ def fsync(path: Path) -> None:
 
 
 @contextmanager
-def open_to_append(path: str | Path) -> Iterator[BinaryIO]:
-    """Yield a file opened for appending; it is created if it does not exist.
+def open_to_append(path: str | Path, *, must_exist: bool = False) -> Iterator[BinaryIO]:
+    """Yield a file opened for appending. A missing file is created, unless it ``must_exist``.
 
     Raises:
         UserError: the file cannot be written, or is an input of the command.
     """
     check_replaceable(path)
-    with translate_write_errors(path), open(path, "ab") as file:
+    with translate_write_errors(path), open(path, "r+b" if must_exist else "ab") as file:
+        file.seek(0, os.SEEK_END)
         yield file
 
 

@@ -62,6 +62,7 @@ def restored_logging():
     from utils import LOGGER
 
     before = LOGGER.handlers[:], LOGGER.level, LOGGER.propagate
+    LOGGER.handlers.clear()  # session fixtures have set up logging, too
     yield
     LOGGER.handlers[:], LOGGER.level, LOGGER.propagate = before
 

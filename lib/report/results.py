@@ -28,7 +28,7 @@ import numpy as np
 from data.dataset_refer_bert import ReferDataset
 from lib.collector import ExpressionResult, ResultSink
 from lib.errors import MissingFileError, UserError
-from lib.files import Kind, atomic_write, check_replaceable, translate_write_errors, write_text
+from lib.files import Kind, atomic_write, check_replaceable, open_to_append, translate_write_errors, write_text
 from lib.locks import lock
 from lib.metrics import iou
 from lib.protocols import PROTOCOLS
@@ -115,8 +115,7 @@ class ResultFile(ResultSink):
         """Append results and flush them to the disk. UserError: the disk is full."""
         if not results:  # a complete file has no partial one to append to
             return
-        with translate_write_errors(self.partial), open(self.partial, "r+b") as file:  # never creates the file
-            file.seek(0, os.SEEK_END)
+        with open_to_append(self.partial, must_exist=True) as file:  # it would lack the header otherwise
             file.write("".join(_to_text(_make_line(dataset, result)) for result in results).encode())
             file.flush()
             os.fsync(file.fileno())
