@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import re
@@ -123,7 +124,7 @@ def run_command(main: Callable[[], None]) -> None:
             _register_failure(f"{prefix}ended with exit status {status}")
     except Exception as error:
         text = "".join(f"{prefix}{line}" for line in traceback.format_exc().splitlines(True))
-        if isinstance(error, BrokenPipeError) and _stdout_is_closed():
+        if isinstance(error, OSError) and error.errno in (errno.EPIPE, errno.EIO) and _stdout_is_closed():
             status = EXIT_PIPE
         elif _distributed() is None:
             _log(text)
@@ -174,10 +175,10 @@ def _distributed() -> Any:
 
 
 def _stdout_is_closed() -> bool:
-    """Return whether stdout is a closed pipe, as after ``… | head``. If so, redirect stdout to /dev/null."""
+    """Return whether stdout is a closed pipe (``… | head``) or terminal. If so, redirect stdout to /dev/null."""
     poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)  # POLLERR is always reported
-    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+    poll.register(sys.stdout.fileno(), 0)  # these two events are always reported
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
         return False
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python prints an error at exit
     return True

@@ -144,6 +144,16 @@ except BaseException:
     assert (tmp_path / "stderr").read_text() == "interrupted\n"
 
 
+def test_a_closed_terminal_ends_the_command_silently(tmp_path):
+    terminal, inside = os.openpty()
+    command = [sys.executable, "-c", "from lib.cli import run_command\nrun_command(lambda: print('x', flush=True))"]
+    with open(tmp_path / "errors", "w+") as errors, open(inside, "w") as stdout:
+        os.close(terminal)
+        done = subprocess.run(command, cwd=ROOT, env=PROCESS_ENVIRONMENT, stdout=stdout, stderr=errors, check=False)
+        errors.seek(0)
+        assert (done.returncode, errors.read()) == (141, "")
+
+
 def test_other_broken_pipes_are_bugs():
     def main():
         raise BrokenPipeError("of a worker")
