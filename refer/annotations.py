@@ -236,7 +236,7 @@ def _plain_opcodes(data: bytes) -> bytes:
     - hashing thousands of nested tuples crashes the interpreter;
     - large integers can be chosen to have equal hashes, and as keys of a dict each is compared with all others.
 
-    Frames only tell the unpickler how much to read ahead. They are removed because Python's unpickler skips the rest of
+    Frames only suggest how far to read ahead. They are removed because Python's unpickler skips the rest of
     a frame that ends within an argument, so it would not execute the opcodes that were checked.
 
     Raises:
