@@ -260,6 +260,32 @@ def test_a_run_keeps_its_id_and_another_one_is_refused(small_model, tmp_path, ca
     assert "last.pth has no run id (older version), so it may be from another run" in capsys.readouterr().err
 
 
+def test_the_log_of_another_run_is_not_shortened(small_model, tmp_path):
+    def train(output_dir, resumed=None):
+        cfg = config_of(tmp_path)
+        cfg.OUTPUT_DIR = str(tmp_path / output_dir)
+        state = state_of(small_model())
+        with open_run(cfg, resumed) as run:
+            run.begin(state)
+            run.journal.write("train", 2, {"loss": 1.0})
+            run.save(state, ends_epoch=False)
+        return read_checkpoint(tmp_path / output_dir / "run" / "last.pth")
+
+    metrics = tmp_path / "models" / "run" / "metrics.jsonl"
+    train("a")
+    before = metrics.read_bytes()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is from another run\. Choose another --model_id or --log_dir"):
+        train("b")
+    assert metrics.read_bytes() == before
+    (tmp_path / "models").rename(tmp_path / "logs_a")
+    other = train("b")  # its first step is not saved, so that a resumed run writes it again
+    train("b", other)
+    before = metrics.read_bytes()
+    with pytest.raises(UserError, match=r"metrics\.jsonl is from another run"):
+        train("a", read_checkpoint(tmp_path / "a" / "run" / "last.pth"))
+    assert metrics.read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [("a/b", "must be a plain name"), ("..", "must be a plain name"), ("a\0", "must be a plain name"),

@@ -11,7 +11,9 @@ from yacs.config import CfgNode
 
 from lib.checkpoint import Checkpoint
 from lib.engine.checkpoints import BEST, LAST, numbered, read_run_id
+from lib.engine.journal import ENVIRONMENT_FILE, read_run_ids
 from lib.errors import UserError
+from lib.files import METRICS_FILE
 from lib.locks import Lock, check_unlocked, lock
 
 LOG = logging.getLogger("crossvlt")
@@ -60,6 +62,21 @@ def lock_folder(folder: Path, flag: str) -> Iterator[Lock]:
 def continues_in(folder: Path, resumed: Checkpoint | None) -> bool:
     """Return whether a run resumes from a checkpoint of its own folder."""
     return resumed is not None and resumed.path.resolve().parent == folder.resolve()
+
+
+def check_logs(logs: Path, run_id: str, *, is_new: bool) -> None:
+    """Raise a UserError if a locked folder contains the logs of another run, which this run would shorten.
+
+    Args:
+        logs: the folder of the run's logs.
+        run_id: of this run.
+        is_new: whether the run has just begun, so that no log can be its own.
+    """
+    metrics = logs / METRICS_FILE
+    if not metrics.exists() or metrics.stat().st_size == 0:
+        return
+    if is_new or read_run_ids(logs / ENVIRONMENT_FILE)[-1:] not in ([], [run_id]):
+        raise UserError(f"{metrics} is from another run. Choose another --model_id or --log_dir, or move it away.")
 
 
 def find_run_id(folder: Path, resumed: Checkpoint | None) -> str:

@@ -20,6 +20,7 @@ from lib.files import METRICS_FILE, open_to_append, translate_write_errors, writ
 
 LOG = logging.getLogger("crossvlt")
 PACKAGES = ("torch", "torchvision", "timm", "transformers", "numpy", "pillow", "pycocotools")
+ENVIRONMENT_FILE = "environment.json"
 TENSORBOARD_TAGS = {"train": "train", "eval": "val"}  # kind of an entry → prefix of its TensorBoard names
 
 
@@ -108,13 +109,22 @@ def _delete_after(path: Path, step: int, validated: bool) -> None:
 
 def write_environment(path: Path, **details: Any) -> None:
     """Append an entry to a JSON list with one entry per start of the run: :func:`environment` and ``details``."""
-    starts = []
-    if path.exists():
-        try:
-            starts = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            LOG.warning("%s is not valid JSON and is overwritten", path)
-    write_text(path, json.dumps([*starts, {**environment(), **details}], indent=1))
+    write_text(path, json.dumps([*_read_starts(path), {**environment(), **details}], indent=1))
+
+
+def read_run_ids(path: Path) -> list[str]:
+    """Return the run id of every entry of :func:`write_environment` that has one, the newest last."""
+    return [start["run_id"] for start in _read_starts(path) if "run_id" in start]
+
+
+def _read_starts(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        LOG.warning("%s is not valid JSON and is overwritten", path)
+        return []
 
 
 def environment() -> dict[str, Any]:

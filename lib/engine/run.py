@@ -15,8 +15,8 @@ from yacs.config import CfgNode
 from data.loaders import Batch
 from lib.checkpoint import Checkpoint, save_checkpoint
 from lib.engine.checkpoints import BEST, CheckpointFolder
-from lib.engine.folders import continues_in, find_run_id, lock_folder, run_folders
-from lib.engine.journal import Journal, write_environment
+from lib.engine.folders import check_logs, continues_in, find_run_id, lock_folder, run_folders
+from lib.engine.journal import ENVIRONMENT_FILE, Journal, write_environment
 from lib.engine.signals import StopSignals
 from lib.engine.state import Meter, TrainState, random_states, seed_everything
 from lib.errors import LostWorkerError, StoppedError, UserError
@@ -91,12 +91,14 @@ class Run:
             self.constants["run_id"] = find_run_id(self.checkpoints.folder, resumed)
             if self.logs.resolve() != self.checkpoints.folder.resolve():
                 self._locks.append(stack.enter_context(lock_folder(self.logs, "--log_dir")))
-            if continues_in(self.checkpoints.folder, resumed):
+            continues = continues_in(self.checkpoints.folder, resumed)
+            check_logs(self.logs, self.constants["run_id"], is_new=not continues)
+            if continues:
                 release(self.checkpoints.folder, self.logs)
             set_up_logging(0, self.logs / "train.log")
             write_text(self.logs / "config.yaml", self.cfg.dump())
             write_environment(
-                self.logs / "environment.json",
+                self.logs / ENVIRONMENT_FILE,
                 run_id=self.constants["run_id"],
                 from_step=self.checkpoints.from_step,
                 processes=self.distributed.world_size,
