@@ -60,7 +60,7 @@ def main() -> None:
     # Heavy imports come after parsing, so that --help and typos are answered at once.
     from lib.evaluation import evaluate
     from lib.files import check_writable
-    from lib.inference import load_for_evaluation, start_evaluation
+    from lib.loading import load_for_evaluation, start_evaluation
     from lib.report.commands import choose_command
     from lib.report.figures import ModelResult, compare_models, compute_maps, draw_split
     from lib.report.results import ResultFile

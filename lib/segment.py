@@ -12,7 +12,7 @@ from data.transforms import preprocess_image, read_image
 from lib.errors import MissingFileError
 from lib.evaluation import predict
 from lib.files import Kind, check_writable
-from lib.inference import load_for_evaluation
+from lib.loading import load_for_evaluation
 from lib.visualize import overlay, save_image
 from utils import init_distributed
 

@@ -15,7 +15,7 @@ from conftest import PROCESS_ENVIRONMENT, ROOT
 from PIL import Image
 
 import lib.evaluation
-import lib.inference
+import lib.loading
 from lib.metrics import METRIC_NAMES, compute_metrics
 from lib.report import figures
 from lib.report.published import PUBLISHED
@@ -166,7 +166,7 @@ def test_a_second_evaluation_of_the_same_file_is_refused(best, data, run_here, t
 
 
 def test_tf32_is_stated_in_every_output(best, data, run_here, tmp_path, monkeypatch):
-    monkeypatch.setattr(lib.inference, "float32_precision", lambda device: "TF32")  # as on a GPU with --tf32
+    monkeypatch.setattr(lib.loading, "float32_precision", lambda device: "TF32")  # as on a GPU with --tf32
     flags = ["test.py", *data, "--resume", best, "--predictions", tmp_path / "a.jsonl", "--json", tmp_path / "a.json"]
     done = run_here(*flags, "--tf32", check=True)
     assert "best.pth, 64 px, TF32, paper protocol" in done.out

@@ -10,11 +10,12 @@ from conftest import ROOT
 LAYERS = (
     {"lib.errors", "lib.variants", "lib.files", "lib.cli", "lib.tables", "lib.charts", "lib.locks"},  # without torch
     {"utils"},
-    {"refer", "bert", "lib.vision_encoder", "lib.fusion", "lib.seg_decoder"},
+    {"refer", "bert", "lib.vision_encoder", "lib.fusion", "lib.seg_decoder",
+     "lib.kernels"},
     {"CrossVLT", "lib.state_dict", "lib.checkpoint", "lib.options", "lib.config", "data"},
     {"lib.criterion", "lib.optim", "lib.metrics", "lib.protocols", "lib.collector", "lib.evaluation", "lib.baselines",
      "lib.visualize", "lib.engine"},
-    {"lib.inference", "lib.report", "lib.segment"},
+    {"lib.loading", "lib.report", "lib.segment"},
 )  # fmt: skip
 # Entry files may import anything (after parsing their arguments). No module imports them.
 TOOLS = {"train", "test", "lib.plot", "lib.rescore"}

@@ -15,7 +15,7 @@ from lib.collector import EvaluationResult
 from lib.errors import UserError
 from lib.evaluation import alignment_maps, evaluate
 from lib.files import Kind, check_writable
-from lib.inference import load_for_evaluation, start_evaluation
+from lib.loading import load_for_evaluation, start_evaluation
 from lib.visualize import MAX_PANELS, Prediction, contact_sheet, expression_panel, save_image, spread_indices
 from refer.masks import decode_mask
 from refer.refer import REFER

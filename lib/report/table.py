@@ -16,7 +16,7 @@ from lib import config
 from lib.errors import CommonError, UserError
 from lib.evaluation import EvalSetup, evaluate
 from lib.files import Kind, check_writable, write_text
-from lib.inference import LoadedCheckpoint, load_for_evaluation, start_evaluation
+from lib.loading import LoadedCheckpoint, load_for_evaluation, start_evaluation
 from lib.metrics import METRIC_NAMES, compute_metrics
 from lib.report.intervals import intervals
 from lib.report.published import DOUBTFUL_NOTE, PublishedRow, choose_rows, find_checkpoints
