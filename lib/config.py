@@ -54,13 +54,14 @@ def get_parser(script: str, description: str, add_arguments: Callable[[Parser], 
     add_arguments(parser)
     for option in OPTIONS:
         if option.flags:
-            _add_flags(parser, option, is_used=script in option.scripts)
+            add_flags(parser, option, is_used=script in option.scripts)
     # Old launchers pass this to every process; the rank itself is read from the environment.
     parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
     return parser
 
 
-def _add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
+def add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
+    """Add the flags of an option, which ``--help`` hides unless they are used."""
     names, text = option.flag_names, option.help.replace("%", "%%")
     kwargs: dict[str, Any] = {"dest": option.key, "default": argparse.SUPPRESS}
     if isinstance(option.default, bool):

@@ -1,10 +1,10 @@
-"""The benchmarks of annotations, of a training step and of evaluation, on sizes that take seconds."""
+"""The benchmarks, on sizes that take seconds, in this process."""
 
 import sys
 
 import pytest
 
-from benchmarks import evaluation, train_step
+from benchmarks import evaluation, inference, machine, records, training
 from benchmarks.annotations.__main__ import main as annotations_main
 from benchmarks.annotations.generate import Size, generate_dataset
 from lib.errors import UserError
@@ -12,39 +12,91 @@ from refer.refer import REFER
 from utils import init_distributed
 
 
-def run(monkeypatch, *flags):
-    """Run benchmarks.train_step in this process, including the measurements that it runs in other processes."""
+@pytest.fixture
+def run(monkeypatch, tmp_path, capsys):
+    """Run a benchmark on a tiny network, return its output, and that as {column: cell} for each row of the table."""
+    monkeypatch.setattr(machine, "run_in_process", lambda function, *args: function(*args))
+    for name, value in {"LINEAR_ROWS": 16, "LINEAR_SIZES": ((8, 8),), "CONV_CHANNELS": 4, "CONV_SIZE": 8}.items():
+        monkeypatch.setattr(machine, name, value)
+    monkeypatch.setattr(machine, "WARM_UP_SECONDS", 0)
+    monkeypatch.setattr(machine, "REPEAT_SECONDS", 1e-9)
+    (tmp_path / "tiny.yaml").write_text(
+        "DATA: {IMG_SIZE: 64}\nDEVICE: cpu\nMODEL: {SWIN_TYPE: tiny, DEPTHS: [2, 2, 2, 2], WINDOW_SIZE: 4,\n"
+        "  EMBED_DIM: 16, NUM_HEADS: [1, 2, 2, 4], TEXT_DIM: 32, TEXT_LAYERS: 2, TEXT_HEADS: 2,\n"
+        "  VOCAB_SIZE: 60, ALIGN_DIM: 16}\n"
+    )
 
-    def in_this_process(job):
-        return train_step.measure(job)._asdict() if job.mode else train_step.describe_machine(job)
+    def run(benchmark, *flags):
+        monkeypatch.setattr(sys, "argv", ["benchmark", *map(str, flags)])
+        benchmark.main()
+        return capsys.readouterr().out
 
-    monkeypatch.setattr(train_step, "run_in_process", in_this_process)
-    monkeypatch.setattr(sys, "argv", ["train_step", *map(str, flags)])
-    train_step.main()
+    return run
 
 
-def test_train_step_reports_precisions_and_checkpointing(tmp_path, monkeypatch, capsys):
-    out, small = tmp_path / "step.md", {**evaluation.SMALL_MODEL, "depths": (2, 2, 2, 2), "vocab_size": 30522}
-    monkeypatch.setattr(train_step, "build_crossvlt", lambda swin_type: evaluation.build_crossvlt(swin_type, **small))
-    run(
-        monkeypatch, "--swin_type", "tiny", "--img_size", 64, "--batch_sizes", 1, "--steps", 1, "--device", "cpu",
-        "--out", out,
-    )  # fmt: skip
-    written = out.read_text(encoding="utf-8")
-    assert written == capsys.readouterr().out
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines() if line[:1] == "|"]
-    head, _, *rows = cells
-    # TF32 and compiled blocks are measured on GPUs only.
-    assert [row[:3] for row in rows] == [["1", mode, used] for mode in ("float32", "bf16") for used in ("no", "yes")]
-    kept = [float(row[head.index("kept for backward")].split()[0]) for row in rows]
+def tiny(tmp_path, *flags):
+    return ("--cfg", tmp_path / "tiny.yaml", "--repeats", 2, *flags)
+
+
+def table(text):
+    """Return the rows of a Markdown table as {column: cell}."""
+    head, _, *rows = ([c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|")
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+def test_inference_measures_each_batch_and_shared_images(run, tmp_path):
+    out = tmp_path / "out.md"
+    rows = table(run(inference, *tiny(tmp_path, "--models", "plain", "--amp", "off", "--out", out)))
+    assert [(row["batch"], row["sentences per image"]) for row in rows] == [("1", "1"), ("3", "1"), ("3", "3")]
+    single, batch, shared = (float(row["GFLOP"]) for row in rows)
+    assert single == batch > shared > 0  # the first vision stage is computed once
+    assert all(row["share of the matrix rate"].endswith(" %") for row in rows)
+    (record,) = records.read_records(out)
+    assert [len(row.rates) for row in record.rows] == [2, 2, 2]
+
+    again = table(run(inference, *tiny(tmp_path, "--models", "plain", "--amp", "off", "bf16", "--compare", out)))
+    assert [bool(row["speed-up"]) for row in again] == [row["amp"] == "off" for row in again]
+    assert len(again) == 6
+
+
+def test_training_reports_precisions_and_checkpointing(run, tmp_path):
+    rows = table(run(training, *tiny(tmp_path, "--grad_checkpoint", "--batch-sizes", 1)))
+    assert [(row["amp"], row["gradient checkpointing"]) for row in rows] == [
+        (amp, used) for amp in ("off", "bf16") for used in ("no", "yes")
+    ]
+    kept = [float(row["kept for backward"].split()[0]) for row in rows]
     for without, checkpointed in (kept[:2], kept[2:]):
         assert 0 < checkpointed < 0.5 * without
-    assert written.splitlines()[-1].startswith("Gradient checkpointing changes a step by: peak memory ")
 
 
-def test_train_step_rejects_invalid_sizes(monkeypatch):
-    with pytest.raises(UserError, match="--batch_sizes and --steps must be at least 1"):
-        run(monkeypatch, "--batch_sizes", 1, 0)
+def test_the_speed_up_is_the_earlier_time_divided_by_the_new_one():
+    row = {"case": {"batch": 2}, "count": 2, "gflop": 60, "kernel": "float32 linear", "rates": [10, 20, 10]}
+    earlier, new = (
+        records.Record("x", "X", "a machine", "sample", [records.Row(seconds=seconds, **row)])
+        for seconds in ([12, 8, 20], [5, 6, 4])
+    )
+    (cells,) = table(new.to_markdown(earlier))
+    assert cells["speed-up"] == "2.40×"
+    assert cells["time per sample"] == "2.5 s (2 s…3 s)"
+    assert cells["share of the matrix rate"] == "120 %"  # the median of 60/5/10, 60/6/20 and 60/4/10
+    assert "Matrix rate: float32 linear 10 (10…20) GFLOP/s" in new.to_markdown()
+    assert "speed-up" not in new.to_markdown()
+
+
+def test_invalid_flags_and_records_are_refused(run, tmp_path):
+    with pytest.raises(UserError, match="--sentences must divide"):
+        run(inference, *tiny(tmp_path, "--batch-sizes", 2, "--sentences", 3))
+    with pytest.raises(UserError, match="--batch-sizes must be at least 1"):
+        run(training, *tiny(tmp_path, "--batch-sizes", 0))
+    with pytest.raises(UserError, match="--gpu_memory limits the memory of a GPU"):
+        run(training, *tiny(tmp_path, "--gpu_memory", 24))
+    record = tmp_path / "record.md"
+    record.write_text("no table\n")
+    with pytest.raises(UserError, match="contains no record"):
+        run(training, *tiny(tmp_path, "--compare", record))
+    record.write_text('```json\n{"rows": []}\n```\n')
+    with pytest.raises(UserError, match="is damaged"):
+        run(training, *tiny(tmp_path, "--compare", record))
 
 
 def test_evaluation_reports_the_speed_by_batch_size(tmp_path):

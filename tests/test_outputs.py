@@ -25,7 +25,7 @@ from lib.checkpoint import save_checkpoint
 
 # Flags that take a text and are no file or folder. Add a new flag here, or with Parser.add_input or add_output.
 TEXTS = {
-    "--batch-sizes", "--dataset", "--device", "--dtypes", "--job", "--mirror", "--model_id", "--name", "--precision_at",
+    "--batch-sizes", "--dataset", "--device", "--mirror", "--model_id", "--name", "--precision_at",
     "--protocol", "--sentence", "--split", "--splitBy", "--weights", "--words",
 }  # fmt: skip
 DATASET = ("data/refshapes/instances.json", "data/refshapes/refs(unc).p", "data/refshapes/vocab.txt",
@@ -67,7 +67,8 @@ COMMANDS = {
     "benchmarks.evaluation": ((), ()),
     "benchmarks.fuzz_annotations": ((), ()),
     "benchmarks.stress": ((), ()),
-    "benchmarks.train_step": ((), ()),
+    "benchmarks.inference": (("--cfg", "config.yaml"), ("config.yaml", "base.yaml")),
+    "benchmarks.training": (("--cfg", "config.yaml"), ("config.yaml", "base.yaml")),
 }  # fmt: skip
 
 

@@ -1,0 +1,65 @@
+"""The network that is measured: its flags, random weights and random inputs. Imports torch only inside functions."""
+
+from typing import TYPE_CHECKING, Any
+
+from yacs.config import CfgNode
+
+from lib import config
+from lib.cli import Parser
+from lib.options import OPTIONS
+from lib.variants import MAX_TOKENS
+
+if TYPE_CHECKING:
+    import torch
+
+    from CrossVLT import CrossVLT
+
+
+def add_arguments(parser: Parser, *keys: str) -> None:
+    """Add ``--cfg``, the flags of the network and of the device, and those of more options."""
+    parser.add_input("--cfg", metavar="FILE", help="YAML file with configuration keys, such as configs/demo.yaml")
+    for option in OPTIONS:
+        if option.key in ("MODEL.SWIN_TYPE", "DATA.IMG_SIZE", "DEVICE", "TRAIN.TF32", *keys):
+            config.add_flags(parser, option, is_used=True)
+
+
+def read_config(args: Any) -> CfgNode:
+    """Return the configuration of the network and of training. UserError: a flag or the file is invalid."""
+    return config.load_config(args)[0]
+
+
+def describe(cfg: CfgNode) -> str:
+    """Return type, image size and sentence length."""
+    model, changed = cfg.MODEL, "" if not cfg.MODEL.EMBED_DIM else f" with {cfg.MODEL.EMBED_DIM} channels"
+    return f"CrossVLT {model.SWIN_TYPE}{changed}, {cfg.DATA.IMG_SIZE}×{cfg.DATA.IMG_SIZE}, {MAX_TOKENS} tokens"
+
+
+def build_network(cfg: CfgNode, device: "torch.device") -> "CrossVLT":
+    """Return the configured network with random weights, in training mode."""
+    import torch
+
+    from CrossVLT import build_crossvlt
+
+    torch.manual_seed(0)
+    with device:
+        return build_crossvlt(**config.model_keywords(cfg, cfg.MODEL.WINDOW_SIZE))
+
+
+def random_inputs(
+    cfg: CfgNode, batch_size: int, device: "torch.device", *, sentences: int = 1
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    """Return random inputs of the network, with sentences of 21 tokens without padding.
+
+    Args:
+        batch_size: B, the number of expressions.
+        sentences: the number of expressions of each image; a divisor of B.
+
+    Returns:
+        images [B / sentences, 3, S, S], and input_ids and attention_mask [B, 21].
+    """
+    import torch
+
+    size = cfg.DATA.IMG_SIZE
+    images = torch.randn(batch_size // sentences, 3, size, size, device=device)
+    input_ids = torch.randint(5, cfg.MODEL.VOCAB_SIZE, (batch_size, MAX_TOKENS), device=device)
+    return images, input_ids, torch.ones_like(input_ids)
