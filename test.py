@@ -58,6 +58,7 @@ def main() -> None:
     args = parser.parse_args()
 
     # Heavy imports come after parsing, so that --help and typos are answered at once.
+    from data.pack.source import check_packed
     from lib.evaluation import evaluate
     from lib.files import check_writable
     from lib.loading import load_for_evaluation, start_evaluation
@@ -87,6 +88,7 @@ def main() -> None:
     cfg, protocols = loaded.cfg, loaded.protocols
     refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     splits = refer.choose_splits(cfg.DATA.SPLIT)
+    check_packed(cfg.DATA.PACKED, *((refer.dataset, refer.splitBy, split) for split in splits))
     datasets = loaded.open_splits(refer, splits, shuffle_sentences=args.shuffle_sentences)
     outputs = {args.json: Kind.JSON_LIST, args.predictions: Kind.JSON_LINES, args.vis: Kind.FOLDER}
     with start_evaluation(cfg, keeps_results=bool(args.predictions)) as setup:

@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 from transformers import BertTokenizer
 
 from bert.tokenization import tokenize
-from data.transforms import read_image, resize_image
+from data.transforms import check_image_size, read_image, resize_image
 from lib.errors import UserError
 from lib.variants import MAX_TOKENS
 from refer.annotations import Record
-from refer.masks import resize_mask
+from refer.masks import Segmentation, resize_mask
 from refer.refer import REFER
 from utils import derive_seed, gc_paused
 
@@ -38,8 +38,42 @@ class Expression(NamedTuple):
     ann_id: int
 
 
+class ImageFiles:
+    """Source of a dataset's pixels: the image files, and masks drawn from the annotations.
+
+    :class:`data.pack.source.PackedImages` has the same methods and reads a packed file.
+    """
+
+    def check_images(self, dataset: "ReferDataset") -> None:
+        """Raise a UserError if image files of the split are missing."""
+        paths = sorted(dataset.image_paths().values())
+        existing = {
+            folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in {p.parent for p in paths}
+        }
+        missing = [path for path in paths if path.name not in existing[path.parent]]
+        if missing:
+            raise UserError(
+                f"{len(missing)} of the {len(paths)} images of split {dataset.split} are missing, for example "
+                f"{missing[0]}. See refer/README.md for where images belong."
+            )
+
+    def load_image(self, dataset: "ReferDataset", index: int) -> Image.Image:
+        """Return the image of a sample, RGB, at its own size."""
+        return read_image(dataset.image_path(index))
+
+    def input_image(self, dataset: "ReferDataset", index: int) -> torch.Tensor:
+        """Return the image of a sample, resized to uint8 [3, S, S]."""
+        image = dataset.load_image(index)
+        check_image_size(image, dataset.image_path(index), dataset.segmentation(index))
+        return resize_image(image, dataset.img_size)
+
+    def resized_mask(self, dataset: "ReferDataset", index: int, gt_mask: str) -> torch.Tensor:
+        """Return the target mask of a sample, resized to uint8 [S, S] of 0 and 1."""
+        return torch.from_numpy(resize_mask(dataset.full_size_mask(index, gt_mask), dataset.img_size))
+
+
 class ReferDataset(Dataset):
-    """A split of a REFER dataset. Sentences are tokenized in advance, images and masks decoded on demand.
+    """A split of a REFER dataset. Sentences are tokenized in advance, images and masks loaded on demand.
 
     The dataset copies the annotations that it needs from ``refer``, which can be deleted afterwards.
 
@@ -56,6 +90,7 @@ class ReferDataset(Dataset):
         shuffle_seed: seed for permuting the sentences within the split, to test whether a model uses them. If None,
             the sentences are not permuted.
         excluded_images: ids of images whose refs are left out.
+        source: where images and masks come from (default: the image files and the annotations).
 
     A sample is a dict:
         ``image``: uint8 [3, S, S].
@@ -76,11 +111,12 @@ class ReferDataset(Dataset):
         draw_seed: int | None = None,
         shuffle_seed: int | None = None,
         excluded_images: Collection[int] = (),
+        source: ImageFiles | None = None,
     ) -> None:
         self.name, self.split_by, self.split = refer.dataset, refer.splitBy, split
         self.annotation_files = (refer.refs_path, refer.instances_path)
         self.image_dir, self.img_size = refer.image_dir, img_size
-        self.draw_seed = draw_seed
+        self.draw_seed, self.source = draw_seed, source or ImageFiles()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # so that running workers see changes
         with gc_paused():
             excluded = set(excluded_images)
@@ -93,6 +129,7 @@ class ReferDataset(Dataset):
             self.expressions = SharedList(expressions)
             # Ref i has the expressions from _bounds[i] up to _bounds[i + 1], one segmentation and one image file.
             self._bounds = torch.from_numpy(np.cumsum([0, *(len(ref["sentences"]) for ref in refs)], dtype=np.int64))
+            self._ids = torch.tensor([(ref["image_id"], ref["ann_id"]) for ref in refs], dtype=torch.int64).view(-1, 2)
             self._file_names = SharedList(refer.Imgs[ref["image_id"]]["file_name"] for ref in refs)
             try:
                 self._segmentations = SharedList(refer.get_segmentation(ref["ref_id"]) for ref in refs)
@@ -111,13 +148,11 @@ class ReferDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         expression = self.expression_of(index)
-        image, mask = self.load_image(index), self.full_size_mask(index)
-        self.check_size(index, image, mask)
         return {
-            "image": resize_image(image, self.img_size),
+            "image": self.input_image(index),
             "input_ids": self.input_ids[expression].long(),
             "attention_mask": self.attention_mask[expression].long(),
-            "mask": torch.from_numpy(resize_mask(mask, self.img_size)),
+            "mask": self.target_mask(index),
             "index": torch.tensor(index),
         }
 
@@ -134,13 +169,46 @@ class ReferDataset(Dataset):
             return index
         return int(torch.searchsorted(self._bounds, index, right=True)) - 1
 
+    def ids_of(self, index: int) -> tuple[int, int]:
+        """Return the ids of a sample's image and annotation."""
+        image_id, ann_id = self._ids[self._ref_of(index)].tolist()
+        return image_id, ann_id
+
     def image_path(self, index: int) -> Path:
         """Return the image file of a sample."""
         return self.image_dir / self._file_names[self._ref_of(index)]
 
+    def image_paths(self) -> dict[int, Path]:
+        """Return the image file of each image id in the split."""
+        names = dict(zip(self._ids[:, 0].tolist(), self._file_names, strict=True))
+        return {image_id: self.image_dir / name for image_id, name in names.items()}
+
     def load_image(self, index: int) -> Image.Image:
-        """Return the image of a sample, RGB, at its own size."""
-        return read_image(self.image_path(index))
+        """Return the image of a sample, RGB, at its own size, for drawing."""
+        return self.source.load_image(self, index)
+
+    def input_image(self, index: int) -> torch.Tensor:
+        """Return the image of a sample, resized to uint8 [3, S, S].
+
+        Raises:
+            UserError: the image cannot be read, or its size differs from that in the annotations.
+        """
+        return self.source.input_image(self, index)
+
+    def target_mask(self, index: int, gt_mask: str = "paper", eval_size: str = "resized") -> torch.Tensor:
+        """Return the target mask of a sample, uint8 of 0 and 1.
+
+        Args:
+            gt_mask: see :meth:`refer.masks.Segmentation.draw`.
+            eval_size: ``resized``: [S, S]; ``original``: [H, W], the image's own size.
+        """
+        if eval_size == "original":
+            return torch.from_numpy(self.full_size_mask(index, gt_mask))
+        return self.source.resized_mask(self, index, gt_mask)
+
+    def segmentation(self, index: int) -> Segmentation:
+        """Return the segmentation of a sample's object."""
+        return self._segmentations[self._ref_of(index)]
 
     def full_size_mask(self, index: int, mode: str = "paper") -> np.ndarray:
         """Return the target mask of a sample at the image's own size, uint8 [H, W] of 0 and 1.
@@ -148,28 +216,11 @@ class ReferDataset(Dataset):
         Args:
             mode: see :meth:`refer.masks.Segmentation.draw`.
         """
-        return self._segmentations[self._ref_of(index)].draw(mode)
-
-    def check_size(self, index: int, image: Image.Image, mask: np.ndarray) -> None:
-        """Raise a UserError if the image of a sample and its annotation differ in size."""
-        if image.size != mask.shape[::-1]:
-            raise UserError(
-                f"Image {self.image_path(index)} is {image.width}×{image.height}, but its annotation says "
-                f"{mask.shape[1]}×{mask.shape[0]}."
-            )
+        return self.segmentation(index).draw(mode)
 
     def check_images(self) -> None:
-        """Raise a UserError if image files of the split are missing. train.py calls this before the first epoch."""
-        paths = [self.image_dir / name for name in sorted(set(self._file_names))]
-        existing = {
-            folder: set(os.listdir(folder)) if folder.is_dir() else set() for folder in {p.parent for p in paths}
-        }
-        missing = [path for path in paths if path.name not in existing[path.parent]]
-        if missing:
-            raise UserError(
-                f"{len(missing)} of the {len(paths)} images of split {self.split} are missing, for example "
-                f"{missing[0]}. See refer/README.md for where images belong."
-            )
+        """Raise a UserError if an image of the split cannot be provided. Called before the first epoch."""
+        self.source.check_images(self)
 
 
 class SharedList(Sequence[Item]):

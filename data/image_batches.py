@@ -6,13 +6,10 @@ Shapes: I images, R objects and B expressions of a batch; S img_size, N max_toke
 from collections.abc import Collection, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from data.dataset_refer_bert import ReferDataset
-from data.transforms import resize_image
-from refer.masks import resize_mask
 
 
 class ImageBatches(Dataset):
@@ -72,23 +69,15 @@ class ImageBatches(Dataset):
         for index, expression in zip(batch, expressions, strict=True):
             first_of_image.setdefault(expression.image_id, index)
             first_of_object.setdefault(expression.ref_id, index)
-        images = {image_id: dataset.load_image(index) for image_id, index in first_of_image.items()}
-        masks: dict[str, list[np.ndarray]] = {}  # by gt_mask
-        for gt_mask in sorted({gt_mask for gt_mask, _ in self.targets}):
-            masks[gt_mask] = [dataset.full_size_mask(index, gt_mask) for index in first_of_object.values()]
-            for index, mask in zip(first_of_object.values(), masks[gt_mask], strict=True):
-                dataset.check_size(index, images[dataset.expressions[index].image_id], mask)
+        images = [dataset.input_image(index) for index in first_of_image.values()]
         targets: dict[tuple[str, str], torch.Tensor | list[torch.Tensor]] = {}
         for gt_mask, eval_size in self.targets:
-            if eval_size == "resized":
-                resized = [resize_mask(mask, dataset.img_size) for mask in masks[gt_mask]]
-                targets[gt_mask, eval_size] = torch.from_numpy(np.stack(resized))
-            else:
-                targets[gt_mask, eval_size] = [torch.from_numpy(mask) for mask in masks[gt_mask]]
+            masks = [dataset.target_mask(index, gt_mask, eval_size) for index in first_of_object.values()]
+            targets[gt_mask, eval_size] = torch.stack(masks) if eval_size == "resized" else masks
         image_row = {image_id: row for row, image_id in enumerate(first_of_image)}
         object_row = {ref_id: row for row, ref_id in enumerate(first_of_object)}
         return {
-            "image": torch.stack([resize_image(image, dataset.img_size) for image in images.values()]),
+            "image": torch.stack(images),
             "input_ids": dataset.input_ids[batch].long(),
             "attention_mask": dataset.attention_mask[batch].long(),
             "index": torch.tensor(batch),

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from lib.errors import UserError
 from refer.datasets import IMAGE_FORMATS
+from refer.masks import Segmentation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -64,6 +65,15 @@ def check_depth(image: Image.Image, path: Path) -> None:
     if image.mode.startswith(("I", "F")):
         bits = 16 if "16" in image.mode else 32
         raise UserError(f"{path} is a {bits}-bit image (mode {image.mode}). Convert it to 8 bits per channel.")
+
+
+def check_image_size(image: Image.Image, path: Path, segmentation: Segmentation) -> None:
+    """Raise a UserError if an image and the segmentation of an object in it differ in size."""
+    if image.size != (segmentation.width, segmentation.height):
+        raise UserError(
+            f"Image {path} is {image.width}×{image.height}, but its annotation says "
+            f"{segmentation.width}×{segmentation.height}."
+        )
 
 
 def resize_image(image: Image.Image, size: int) -> torch.Tensor:

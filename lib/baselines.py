@@ -7,7 +7,6 @@ import torch
 from data.dataset_refer_bert import ReferDataset
 from lib.metrics import compute_metrics, intersection_and_union
 from lib.protocols import Protocol
-from refer.masks import resize_mask
 
 
 def baseline_metrics(dataset: ReferDataset, protocol: Protocol) -> dict[str, dict[str, float]]:
@@ -26,7 +25,7 @@ def baseline_metrics(dataset: ReferDataset, protocol: Protocol) -> dict[str, dic
         masks: dict[int, torch.Tensor] = {}  # by ref_id
         for index, ref_id in reversed(expressions):  # of equally good objects, the one mentioned last is used
             if ref_id not in masks:
-                masks[ref_id] = _target_mask(dataset, index, protocol)
+                masks[ref_id] = dataset.target_mask(index, *protocol.target_key).bool()
         targets = torch.stack([masks[ref_id] for _, ref_id in expressions])
         all_foreground += [(area, targets[0].numel()) for area in targets.sum((1, 2)).tolist()]
         scores = []
@@ -37,10 +36,3 @@ def baseline_metrics(dataset: ReferDataset, protocol: Protocol) -> dict[str, dic
         _, intersections, unions = max(scores, key=lambda score: score[0])
         best_object += zip(intersections, unions, strict=True)
     return {"all foreground": compute_metrics(all_foreground), "best object": compute_metrics(best_object)}
-
-
-def _target_mask(dataset: ReferDataset, index: int, protocol: Protocol) -> torch.Tensor:
-    mask = dataset.full_size_mask(index, protocol.gt_mask)
-    if protocol.eval_size == "resized":
-        mask = resize_mask(mask, dataset.img_size)
-    return torch.from_numpy(mask).bool()

@@ -72,10 +72,12 @@ def add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
         kwargs |= {"action": "store_const", "const": option.constant}
     else:
         kind = type(option.default)
+        if kind is list:
+            kwargs["action"], kind = "append", option.item
         metavar = None if option.choices else option.metavar or {int: "N", float: "X"}.get(kind, "NAME")
         kwargs |= {"type": kind, "choices": option.choices, "metavar": metavar}
         # Show the default, unless the help text already states one.
-        if option.default not in ("", 0) and "(default" not in text and "(test.py" not in text:
+        if option.default not in ("", 0, []) and "(default" not in text and "(test.py" not in text:
             text += f" (default: {option.default})"
     if not is_used:  # accepted, hidden from --help, and returned by unused_flags
         kwargs["dest"], text = f"unused {names[0]}", argparse.SUPPRESS
@@ -125,15 +127,15 @@ def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) ->
 
 def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     """Set a dotted key. Raise a UserError if there is no such key or the value has another type."""
-    known = {option.key: option.default for option in OPTIONS}
+    known = {option.key: option for option in OPTIONS}
     if key not in known:
         raise UserError(f"{source}: unknown key {key}.{did_you_mean(key, list(known))}")
     *parents, name = key.split(".")
     lookup(cfg, ".".join(parents))[name] = _coerce(value, known[key], f"{source}: {key}")
 
 
-def _coerce(value: Any, default: Any, name: str) -> Any:
-    expected = type(default)
+def _coerce(value: Any, option: Option, name: str) -> Any:
+    expected = type(option.default)
     if expected is float and not isinstance(value, bool):  # YAML reads 1 as an integer and 3e-5 as text
         try:
             return float(value)
@@ -141,8 +143,8 @@ def _coerce(value: Any, default: Any, name: str) -> Any:
             pass
     if expected is str and isinstance(value, str) and "\0" in value:
         raise UserError(f"{name} contains a NUL character.")
-    if type(value) is not expected or (expected is list and not all(type(item) is int for item in value)):
-        kind = "list of int" if expected is list else expected.__name__
+    if type(value) is not expected or (expected is list and not all(type(item) is option.item for item in value)):
+        kind = f"list of {option.item.__name__}" if expected is list else expected.__name__
         raise UserError(f"{name} must be of type {kind}, not {_shortened(value)}.")
     return value
 

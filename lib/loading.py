@@ -15,6 +15,7 @@ from yacs.config import CfgNode
 from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer
 from CrossVLT import build_crossvlt
 from data.dataset_refer_bert import ReferDataset
+from data.pack.source import open_source
 from lib import config
 from lib.checkpoint import Checkpoint, read_checkpoint, rebuild
 from lib.engine.signals import StopSignals
@@ -49,7 +50,11 @@ class LoadedCheckpoint:
     def open_splits(
         self, refer: REFER, splits: Iterable[str], *, shuffle_sentences: bool = False
     ) -> dict[str, ReferDataset]:
-        """Return the datasets of splits, preprocessed for the model. UserError: an image file is missing."""
+        """Return the datasets of splits, preprocessed for the model, from packed files if there are any.
+
+        Raises:
+            UserError: an image file is missing, or a packed file cannot be used.
+        """
         datasets = {
             split: ReferDataset(
                 refer,
@@ -58,6 +63,7 @@ class LoadedCheckpoint:
                 img_size=self.cfg.DATA.IMG_SIZE,
                 max_tokens=self.cfg.DATA.MAX_TOKENS,
                 shuffle_seed=self.cfg.SEED if shuffle_sentences else None,
+                source=open_source(self.cfg.DATA.PACKED, refer, split, self.cfg.DATA.IMG_SIZE),
             )
             for split in splits
         }

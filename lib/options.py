@@ -32,6 +32,7 @@ class Option:
         may_change_on_resume: whether a resumed run may change it. The others keep the values saved in the checkpoint.
         constant: the value that a flag without argument sets (booleans have ``--x`` and ``--no-x`` instead).
         metavar: placeholder of the flag's argument.
+        item: type of the items of a list; its flag can be repeated.
         path: ``input`` or ``output`` if the value names a file or folder that is read or written.
     """
 
@@ -48,6 +49,7 @@ class Option:
     may_change_on_resume: bool = False
     constant: Any = None
     metavar: str | None = None
+    item: type = int
     path: str = ""
 
     @property
@@ -99,6 +101,18 @@ OPTIONS = (
         BOTH,
         may_change_on_resume=True,
         metavar="DIR",
+        path="input",
+    ),
+    Option(
+        "DATA.PACKED",
+        [],
+        "packed file of a split (python -m data.pack) to read instead of the image files; repeat the flag for further "
+        "splits ('': none)",
+        "--packed",
+        BOTH,
+        may_change_on_resume=True,
+        metavar="FILE",
+        item=str,
         path="input",
     ),
     Option(

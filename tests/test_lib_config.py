@@ -93,6 +93,7 @@ def test_messages_of_mistakes_in_flags(flags, message):
         ("TRIAN: {LR: 1}", "unknown key TRIAN.LR. Did you mean TRAIN.LR?"),
         ("BATCH_SIZE: many", "BATCH_SIZE must be of type int, not 'many'"),
         ("MODEL: {DEPTHS: [1, x]}", "MODEL.DEPTHS must be of type list of int"),
+        ("DATA: {PACKED: [1]}", "DATA.PACKED must be of type list of str"),
         ("MODEL: {SWIN_TYPE: huge}", "c.yaml: MODEL.SWIN_TYPE 'huge': choose one of tiny, small, base, large"),
         ("MODEL: {DROP_PATH_RATE: 1.5}", "MODEL.DROP_PATH_RATE 1.5: must be below 1"),
         ("TRAIN: {AMSGRAD: 1}", "TRAIN.AMSGRAD must be of type bool"),

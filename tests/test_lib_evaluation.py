@@ -18,13 +18,14 @@ from bert.tokenization import read_vocabulary
 from CrossVLT import CrossVLTOutput, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.loaders import build_eval_batches
+from data.transforms import resize_image
 from lib.baselines import baseline_metrics
 from lib.collector import ExpressionResult, ResultSink
 from lib.errors import CommonError, StoppedError, UserError
 from lib.evaluation import EvalSetup, alignment_maps, evaluate, logits_to_masks, predict
 from lib.metrics import compute_metrics
 from lib.protocols import PAPER, PROTOCOLS, Protocol
-from refer.masks import decode_mask
+from refer.masks import decode_mask, resize_mask
 from refer.refer import REFER
 from utils import Distributed, gc_paused
 
@@ -75,15 +76,14 @@ class Split:
     def __len__(self):
         return len(self.targets)
 
-    def load_image(self, index):
-        return Image.fromarray(255 * self.predictions[self.expressions[index].image_id]).convert("RGB")
+    def input_image(self, index):
+        image = Image.fromarray(255 * self.predictions[self.expressions[index].image_id]).convert("RGB")
+        return resize_image(image, self.img_size)
 
-    def full_size_mask(self, index, mode="paper"):
+    def target_mask(self, index, gt_mask="paper", eval_size="resized"):
         target = self.targets[index]
-        return np.array(target[mode] if isinstance(target, dict) else target, np.uint8)
-
-    def check_size(self, index, image, mask):
-        assert image.size == mask.shape[::-1]
+        mask = np.array(target[gt_mask] if isinstance(target, dict) else target, np.uint8)
+        return torch.from_numpy(resize_mask(mask, self.img_size) if eval_size == "resized" else mask)
 
 
 class Memory(ResultSink):
@@ -259,12 +259,12 @@ def test_non_finite_logits_are_an_error_that_names_the_expression(value):
 def test_an_unreadable_image_ends_the_workers_and_keeps_earlier_results(monkeypatch):
     split = Split([[[1, 0], [0, 0]]] * 4, [[[1, 0], [0, 0]]] * 4)
 
-    def load_image(index):
+    def input_image(index):
         if index == 2:
             raise UserError("Cannot decode image 2.jpg.")
-        return Split.load_image(split, index)
+        return Split.input_image(split, index)
 
-    monkeypatch.setattr(split, "load_image", load_image, raising=False)
+    monkeypatch.setattr(split, "input_image", input_image, raising=False)
     for workers in (0, 1):
         sink = Memory()
         with gc_paused(), pytest.raises(CommonError, match=r"^Cannot decode image 2\.jpg\.$"):

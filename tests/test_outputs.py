@@ -63,6 +63,7 @@ COMMANDS = {
         ("own/sentences.csv", f"own/photos/{file_name(1)}", "own/masks/1/0.png"),
     ),
     "data.refshapes": ((), DATASET),
+    "data.pack": (("--dataset", "refshapes", "--refer_data_root", "data", "--split", "val"), DATASET),
     "benchmarks.annotations": (("--bert_tokenizer", "data/refshapes/vocab.txt"), ("data/refshapes/vocab.txt",)),
     "benchmarks.evaluation": ((), ()),
     "benchmarks.fuzz_annotations": ((), ()),

@@ -19,6 +19,7 @@ from bert.tokenization import check_vocabulary
 from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.mixed import MixedDataset, mix
+from data.pack.source import check_packed, open_source
 from lib import config
 from lib.checkpoint import Checkpoint, load_pretrained, load_weights, read_checkpoint, rebuild
 from lib.engine.checkpoints import check_recipe, check_same, division_of, find_resumed, match_division
@@ -92,12 +93,18 @@ def build_datasets(cfg: CfgNode, tokenizer: BertTokenizer) -> tuple[ReferDataset
     first dataset. Logs how many images the splits share.
     """
     refers = [REFER(cfg.DATA.ROOT, *names) for names in config.datasets_of(cfg)]
-    kwargs = {"img_size": cfg.DATA.IMG_SIZE, "max_tokens": cfg.DATA.MAX_TOKENS}
+    splits = [(refers[0], cfg.DATA.SPLIT), *((refer, "train") for refer in refers)]
+    check_packed(cfg.DATA.PACKED, *((refer.dataset, refer.splitBy, split) for refer, split in splits))
+
+    def build(refer: REFER, split: str, **kwargs: Any) -> ReferDataset:
+        source = open_source(cfg.DATA.PACKED, refer, split, cfg.DATA.IMG_SIZE)
+        kwargs |= {"img_size": cfg.DATA.IMG_SIZE, "max_tokens": cfg.DATA.MAX_TOKENS}
+        return ReferDataset(refer, split, tokenizer, source=source, **kwargs)
 
     def build_train(refer: REFER, excluded_images: Collection[int] = ()) -> ReferDataset:
-        return ReferDataset(refer, "train", tokenizer, draw_seed=cfg.SEED, excluded_images=excluded_images, **kwargs)
+        return build(refer, "train", draw_seed=cfg.SEED, excluded_images=excluded_images)
 
-    val_set = ReferDataset(refers[0], cfg.DATA.SPLIT, tokenizer, **kwargs)
+    val_set = build(refers[0], cfg.DATA.SPLIT)
     if len(refers) > 1:
         train_set, report = mix(refers, build_train)
         for line in report.lines():

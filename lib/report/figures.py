@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from data.dataset_refer_bert import ReferDataset
+from data.pack.source import check_packed
 from data.transforms import normalize_images
 from lib.collector import EvaluationResult
 from lib.errors import UserError
@@ -100,14 +101,16 @@ def compare_models(args: Any) -> None:
     if len(protocols) > 1:
         raise UserError(f"--protocol {args.protocol}: --vis_compare draws under one protocol. Choose one of them.")
     refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
-    datasets = [loaded.open_splits(refer, refer.choose_splits(cfg.DATA.SPLIT)) for loaded in checkpoints]
+    splits = refer.choose_splits(cfg.DATA.SPLIT)
+    check_packed(cfg.DATA.PACKED, *((refer.dataset, refer.splitBy, split) for split in splits))
+    datasets = [loaded.open_splits(refer, splits) for loaded in checkpoints]
     indices_of = {split: spread_indices(len(dataset), args.vis_num) for split, dataset in datasets[0].items()}
     results: dict[str, list[ModelResult]] = defaultdict(list)
     with start_evaluation(cfg) as setup:
         on_main(lambda: check_writable(folder, Kind.FOLDER))
-        for name, loaded, splits in zip(distinct_names(paths), checkpoints, datasets, strict=True):
+        for name, loaded, opened in zip(distinct_names(paths), checkpoints, datasets, strict=True):
             model = loaded.build_model(setup.dist.device)
-            for split, dataset in splits.items():
+            for split, dataset in opened.items():
                 indices, (protocol,) = indices_of[split], loaded.protocols
                 found = evaluate(model, dataset, [protocol], setup, indices=indices, keep_masks=indices)
                 maps = compute_maps(model, dataset, indices) if args.vis_maps and setup.dist.is_main else None

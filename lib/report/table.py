@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from data.pack.source import check_packed
 from lib import config
 from lib.errors import CommonError, UserError
 from lib.evaluation import EvalSetup, evaluate
@@ -56,8 +57,10 @@ def reproduce_table(args: Any) -> None:
     flags, folder = vars(args), Path(args.table_dir)
     checkpoints = find_checkpoints(args.checkpoints)
     published = choose_rows(flags.get("DATA.NAME"), flags.get("DATA.SPLIT_BY"), flags.get("DATA.SPLIT"))
+    cfg, _ = config.load_config(_with_dataset(args, published[0]))
+    check_packed(cfg.DATA.PACKED, *((row.dataset, row.split_by, row.split) for row in published))
     rows = []
-    with start_evaluation(config.load_config(_with_dataset(args, published[0]))[0], keeps_results=True) as setup:
+    with start_evaluation(cfg, keeps_results=True) as setup:
         on_main(lambda: check_writable(folder / "table.md", Kind.TEXT))
         for dataset in dict.fromkeys(row.dataset for row in published):
             of_dataset = [row for row in published if row.dataset == dataset]
