@@ -2,6 +2,7 @@
 
     python -m benchmarks.evaluation              # base at 480, batches of 1 and 8: images encoded once or per sentence
     python -m benchmarks.evaluation --scale      # a split as large as RefCOCO val, a small model at 64 px
+    python -m benchmarks.evaluation --scale --packed     # the same with images from a packed file
 
 Both generate a dataset: random images of 640×480 with rectangles as objects. The output is Markdown with machine and
 versions; selected results are kept in benchmarks/results/.
@@ -26,6 +27,8 @@ from bert.tokenization import SPECIAL_TOKENS, read_vocabulary
 from CrossVLT import CrossVLT, CrossVLTOutput, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.image_batches import ImageBatches
+from data.pack.source import open_source
+from data.pack.writing import pack_split
 from data.transforms import normalize_images
 from lib.cli import Parser, run_command
 from lib.errors import UserError
@@ -112,8 +115,12 @@ def write_set(root: Path, size: Size, seed: int = 0) -> None:
     (folder / "refs(unc).p").write_bytes(pickle.dumps(refs, protocol=2))
 
 
-def open_set(root: Path, img_size: int) -> ReferDataset:
-    return ReferDataset(REFER(root), "val", read_vocabulary(root / "refcoco" / "vocab.txt"), img_size=img_size)
+def open_set(root: Path, img_size: int, *, packed: bool = False) -> ReferDataset:
+    """Return the split. Its images are read from a new packed file if ``packed``."""
+    refer, tokenizer = REFER(root), read_vocabulary(root / "refcoco" / "vocab.txt")
+    files = [str(pack_split(refer, "val", img_size, root))] if packed else []
+    source = open_source(files, refer, "val", img_size)
+    return ReferDataset(refer, "val", tokenizer, img_size=img_size, source=source)
 
 
 class EncodePerSentence(nn.Module):
@@ -232,6 +239,7 @@ def get_parser() -> Parser:
     parser.add_argument(
         "--images", type=int, default=REFCOCO_VAL.images, help="for --scale: number of images (default: 1500)"
     )
+    parser.add_argument("--packed", action="store_true", help="load images from a packed file (python -m data.pack)")
     parser.add_argument("--device", default="auto")
     parser.add_output("--out", kind=Kind.TEXT, metavar="FILE", help="also write the output to this file")
     return parser
@@ -252,7 +260,7 @@ def main() -> None:
             size, img_size, name = SMALL_SPLIT, args.img_size, f"CrossVLT {args.swin_type}"
             model = build_crossvlt(args.swin_type)
         write_set(Path(folder), size)
-        dataset = open_set(Path(folder), img_size)
+        dataset = open_set(Path(folder), img_size, packed=args.packed)
         model = model.to(dist.device).eval()
         if args.scale:
             lines = measure_scale(model, dataset, dist, args.batch_sizes[-1], Path(folder))
