@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from benchmarks import evaluation, inference, machine, records, training
+from benchmarks import data, evaluation, inference, machine, records, training
 from benchmarks.annotations.__main__ import main as annotations_main
 from benchmarks.annotations.generate import Size, generate_dataset
 from lib.errors import UserError
@@ -67,6 +67,20 @@ def test_training_reports_precisions_and_checkpointing(run, tmp_path):
     kept = [float(row["kept for backward"].split()[0]) for row in rows]
     for without, checkpointed in (kept[:2], kept[2:]):
         assert 0 < checkpointed < 0.5 * without
+
+
+def test_data_compares_image_files_with_a_packed_file(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "GENERATED", (2, 3, 7))
+    monkeypatch.setattr(data, "WINDOW_SECONDS", 0.01)
+    rows = table(run(data, "--img_size", 64, "--workers", 0, 1, "--repeats", 2))
+    assert [(row["source"], row["workers"]) for row in rows] == [
+        (source, workers) for workers in "01" for source in ("image files", "packed")
+    ]
+    assert [row["speed ÷ image files"] == "1.0× (1.0…1.0)" for row in rows] == [True, False, True, False]
+    rows = table(run(data, "--img_size", 64, "--filters", "--repeats", 1))
+    assert {row["layout or filter"]: row["size"] for row in rows}["contiguous"].startswith("10")  # and a header
+    with pytest.raises(UserError, match="--workers must be at least 0"):
+        run(data, "--workers", -1)
 
 
 def test_the_speed_up_is_the_earlier_time_divided_by_the_new_one():

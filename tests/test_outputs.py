@@ -65,6 +65,10 @@ COMMANDS = {
     "data.refshapes": ((), DATASET),
     "data.pack": (("--dataset", "refshapes", "--refer_data_root", "data", "--split", "val"), DATASET),
     "benchmarks.annotations": (("--bert_tokenizer", "data/refshapes/vocab.txt"), ("data/refshapes/vocab.txt",)),
+    "benchmarks.data": (
+        ("--dataset", "refshapes", "--refer_data_root", "data", "--bert_tokenizer", "data/refshapes/vocab.txt"),
+        DATASET,
+    ),
     "benchmarks.evaluation": ((), ()),
     "benchmarks.fuzz_annotations": ((), ()),
     "benchmarks.stress": ((), ()),
