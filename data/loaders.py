@@ -63,7 +63,7 @@ class DeviceBatches:
     """A loader's batches on the model's device. Images and masks are transferred as uint8.
 
     Each batch is the loader's dict with ``image`` as normalized float32 and ``mask``, if present, as int64. ``index``
-    stays on the CPU. If a worker process dies, the iteration raises a LostWorkerError.
+    and ``object_index`` stay on the CPU. If a worker process dies, the iteration raises a LostWorkerError.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device) -> None:
@@ -71,11 +71,12 @@ class DeviceBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in _watched(self.loader):
-            moved = self._moved({name: value for name, value in batch.items() if name != "index"})
+            on_cpu = {name: batch[name] for name in ("index", "object_index") if name in batch}
+            moved = self._moved({name: value for name, value in batch.items() if name not in on_cpu})
             moved["image"] = normalize_images(moved["image"])
             if "mask" in moved:
                 moved["mask"] = moved["mask"].long()
-            yield {**moved, "index": batch["index"]}
+            yield moved | on_cpu
 
     def _moved(self, value: Any) -> Any:
         if isinstance(value, dict):

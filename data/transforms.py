@@ -83,9 +83,14 @@ def resize_image(image: Image.Image, size: int) -> torch.Tensor:
 
 def normalize_images(images: torch.Tensor) -> torch.Tensor:
     """Scale images, uint8 [..., 3, H, W], to [0, 1] and normalize them: float32, on the same device."""
-    # The divisor is a tensor: on CUDA, PyTorch divides by a Python number by multiplying by its rounded reciprocal.
-    divisor = torch.full((), 255.0, device=images.device)
-    return TF.normalize(images.to(torch.float32).div_(divisor), IMAGENET_MEAN, IMAGENET_STD, inplace=True)
+
+    # Constants are created on the device, because copying them would wait for it. They are tensors: on CUDA, PyTorch
+    # divides by a Python number by multiplying by its rounded reciprocal.
+    def constants(*values: float) -> torch.Tensor:
+        return torch.stack([torch.full((1, 1), value, device=images.device) for value in values])
+
+    scaled = images.to(torch.float32).div_(constants(255.0))
+    return scaled.sub_(constants(*IMAGENET_MEAN)).div_(constants(*IMAGENET_STD))
 
 
 def preprocess_image(image: Image.Image, size: int) -> torch.Tensor:

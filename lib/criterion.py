@@ -47,7 +47,8 @@ class CrossVLTCriterion(nn.Module):
         logits = _at_least_float32(output.mask_logits)
         if masks.shape != (logits.shape[0], *logits.shape[2:]):
             raise ValueError(f"Masks of shape {tuple(masks.shape)} do not fit logits of shape {tuple(logits.shape)}.")
-        weight = logits.new_tensor(self.class_weights)
+        # Created on the device, because copying it would wait for the device.
+        weight = torch.stack([logits.new_full((), weight) for weight in self.class_weights])
         if normalizer is None:
             segmentation = F.cross_entropy(logits, masks, weight=weight)
         else:
@@ -62,10 +63,16 @@ class CrossVLTCriterion(nn.Module):
         loss = self.segmentation_weight * segmentation + alignment.sum()
         return {"loss": loss, "segmentation": segmentation, "alignment": alignment}
 
-    def weight_sum(self, masks: torch.Tensor) -> float:
-        """Return the sum of the class weights of all pixels of masks [B, H, W], the cross-entropy's divisor."""
-        pixels, foreground = masks.numel(), int(masks.sum())
-        return self.class_weights[0] * (pixels - foreground) + self.class_weights[1] * foreground
+    def weight_sum(self, *masks: torch.Tensor) -> float:
+        """Return the sum of the class weights of all pixels of batches of masks [B, H, W], the cross-entropy's divisor.
+
+        The device is read once.
+        """
+        background, foreground = self.class_weights
+        areas = torch.stack([batch.sum() for batch in masks]).tolist()
+        return sum(
+            background * (batch.numel() - area) + foreground * area for batch, area in zip(masks, areas, strict=True)
+        )
 
 
 def alignment_loss(similarity: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:

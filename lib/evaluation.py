@@ -3,7 +3,7 @@
 Shapes: B expressions, N tokens, S the model's image size, H×W the size at which masks are compared.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,8 @@ from lib.metrics import intersection_and_union
 from lib.protocols import PAPER, Protocol
 from refer.masks import encode_mask
 from utils import Distributed, gather
+
+GATHER_BITS = 0x8040201008040201 - 2**64  # multiplier of _pack_bits, as a signed number
 
 
 @dataclass(frozen=True)
@@ -128,48 +130,73 @@ def _evaluate_batch(
 ) -> list[ExpressionResult]:
     """Return the results of a batch of images, with at most ``batch_size`` expressions per forward pass.
 
+    The device is read once for the numbers of the whole batch, and once more if masks are needed.
+
     Raises:
         UserError: the logits of an expression are inf or nan.
     """
-    results = []
-    indices, image_of, object_of = batch["index"].tolist(), batch["image_index"], batch["object_index"]
+    indices, objects = batch["index"].tolist(), batch["object_index"].tolist()
+    needed = [needs_mask(index) for index in indices]
+    keys: list[tuple[int, str, bool]] = []  # index, protocol and whether its mask is needed, for each row of counts
+    finite, counts, masks = [], [], []  # on the device
     encoded = model.encode_images(batch["image"])
     for start in range(0, len(indices), batch_size):
         rows = slice(start, start + batch_size)
         logits = model.segment(
-            encoded[image_of[rows]],
+            encoded[batch["image_index"][rows]],
             batch["input_ids"][rows],
             batch["attention_mask"][rows],
             size=batch["image"].shape[-2:],
         ).mask_logits
-        _check_finite(logits, dataset, indices[rows])
+        finite.append(logits.flatten(1).isfinite().all(1))
         for protocol in protocols:
-            targets, objects = batch["targets"][protocol.target_key], object_of[rows]
+            targets = [batch["targets"][protocol.target_key][k] for k in objects[rows]]
             if protocol.eval_size == "resized":
-                pairs = [(logits, targets[objects])]
+                pairs = [(logits, torch.stack(targets))]
             else:  # every image has its own size
-                pairs = [(logits[i : i + 1], targets[k][None]) for i, k in enumerate(objects.tolist())]
-            remaining = iter(indices[rows])
+                pairs = [(logits[i : i + 1], target[None]) for i, target in enumerate(targets)]
             for part, target in pairs:
                 predicted = logits_to_masks(part, target.shape[-2:], protocol)
-                counts = torch.stack(intersection_and_union(predicted, target), dim=1).tolist()
-                for (intersection, union), mask in zip(counts, predicted, strict=True):
-                    index = next(remaining)
-                    rle = encode_mask(mask.cpu().numpy()) if needs_mask(index) else None
-                    results.append(ExpressionResult(index, protocol.name, intersection, union, rle))
-    return results
+                counts.append(torch.stack(intersection_and_union(predicted, target), dim=1))
+                masks += predicted
+            keys += [(index, protocol.name, need) for index, need in zip(indices[rows], needed[rows], strict=True)]
+    numbers = torch.cat([torch.cat(finite), torch.cat(counts).flatten()]).tolist()
+    flags, counts = numbers[: len(indices)], numbers[len(indices) :]
+    _check_finite(flags, dataset, indices)
+    fetched = fetch_masks([mask for mask, (_, _, need) in zip(masks, keys, strict=True) if need])
+    return [
+        ExpressionResult(index, name, intersection, union, encode_mask(next(fetched)) if need else None)
+        for (index, name, need), intersection, union in zip(keys, counts[::2], counts[1::2], strict=True)
+    ]
 
 
-def _check_finite(logits: torch.Tensor, dataset: ReferDataset, indices: Sequence[int]) -> None:
-    """Raise a UserError that names the first expression whose logits [B, 2, h, w] are inf or nan."""
-    finite = logits.flatten(1).isfinite().all(1)
-    if not finite.all():
-        index = indices[int(finite.logical_not().nonzero()[0])]
+def _check_finite(finite: Sequence[int], dataset: ReferDataset, indices: Sequence[int]) -> None:
+    """Raise a UserError that names the first expression whose logits are inf or nan (0 in ``finite``)."""
+    if not all(finite):
+        index = indices[finite.index(0)]
         expression = dataset.expressions[index]
         raise UserError(
             f"The logits of expression {index} of split {dataset.split} are inf or nan (sent_id {expression.sent_id}, "
             f"{expression.sentence!r}). The weights are damaged, or training diverged: use an earlier checkpoint."
         )
+
+
+def fetch_masks(masks: Sequence[torch.Tensor]) -> Iterator[np.ndarray]:
+    """Copy masks, bool [H, W] of any sizes, from their device at once, eight pixels per byte. Yield uint8 [H, W]."""
+    if not masks:
+        return
+    packed = [_pack_bits(mask.flatten()) for mask in masks]
+    parts = np.split(torch.cat(packed).cpu().numpy(), np.cumsum([len(part) for part in packed])[:-1])
+    for mask, part in zip(masks, parts, strict=True):
+        H, W = mask.shape
+        yield np.unpackbits(part, count=H * W).reshape(H, W)
+
+
+def _pack_bits(bits: torch.Tensor) -> torch.Tensor:
+    """Pack bool [n] into uint8 [⌈n/8⌉], the first of eight values into the highest bit, as np.packbits does."""
+    octets = F.pad(bits.to(torch.uint8), (0, -len(bits) % 8)).view(torch.int64)
+    # Of eight bytes 0 or 1, the product has byte i as bit 63 - i. No two of its terms meet, so nothing is carried.
+    return (octets * GATHER_BITS >> 56).to(torch.uint8)
 
 
 def logits_to_masks(logits: torch.Tensor, size: Sequence[int], protocol: Protocol = PAPER) -> torch.Tensor:
@@ -228,5 +255,6 @@ def alignment_maps(
     device = model.temp.device
     inputs = (x.to(device) for x in (images, input_ids, attention_mask))
     similarities = model(*inputs, return_similarities=True).similarities
-    cosines = [(stage * temperature).float().cpu() for stage, temperature in zip(similarities, model.temp, strict=True)]
-    return [[stage[b, 0].numpy() for stage in cosines] for b in range(len(images))]
+    cosines = [stage[:, 0] * temperature for stage, temperature in zip(similarities, model.temp, strict=True)]
+    stages = [stage.float().cpu().numpy() for stage in cosines]
+    return [[stage[b] for stage in stages] for b in range(len(images))]

@@ -131,7 +131,7 @@ def accumulate_gradients(
     """
     normalizer = None
     if state.recipe.GLOBAL_NORM:
-        local_sum = sum(criterion.weight_sum(batch["mask"]) for batch in micro_batches)
+        local_sum = criterion.weight_sum(*(batch["mask"] for batch in micro_batches))
         total, count = sum_over_processes([local_sum, len(micro_batches)])
         normalizer = total / count
     rows = []
