@@ -170,6 +170,7 @@ def test_evaluation_reads_the_device_once_per_batch(
         targets, indices = [protocol.target_key for protocol in protocols], [0, 1, 2, len(split) - 1]
         batches = list(ImageBatches(split, 3, targets, indices))
         assert len(batches) == 2
+        own_sizes = {index: split.full_size_mask(index).shape for index in indices}
     monkeypatch.setattr(lib.evaluation, "build_eval_batches", lambda *_, **__: DeviceBatches(batches, GPU))
     sink = Sink() if with_masks else None
     model, setup = gpu_model(vocab_size=200), EvalSetup(Distributed(0, 0, 1, GPU), batch_size=2)
@@ -180,12 +181,12 @@ def test_evaluation_reads_the_device_once_per_batch(
     tensors = [item for batch in batches for item in tree_leaves(batch) if isinstance(item, torch.Tensor)]
     assert watch.uploads == len(tensors) - 2 * len(batches)  # all but index and object_index
     if with_masks:
-        sizes = {protocol.name: (64, 64) if protocol.eval_size == "resized" else None for protocol in protocols}
+        assert {result.index for result in sink.results} == set(indices)
         for result in sink.results:
             mask = decode_mask(result.mask)
+            assert mask.shape == (own_sizes[result.index] if result.protocol == "original" else (64, 64))
             assert mask.ravel()[7::8].all()  # of every byte, the last bit
             assert mask.sum() == mask.size // 8
-            assert mask.shape == (sizes[result.protocol] or split.full_size_mask(result.index).shape)
 
 
 def test_prediction_and_alignment_maps(watched, gpu_model, gpu_inputs):
