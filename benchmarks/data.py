@@ -63,7 +63,7 @@ def main() -> None:
 
     import torch
 
-    from benchmarks.evaluation import Size, write_set
+    from benchmarks.generated_split import Size, write_set
     from bert.tokenization import load_tokenizer
     from data.dataset_refer_bert import ReferDataset
     from data.pack.source import open_source

@@ -24,16 +24,14 @@ from lib.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-MODELS = ("plain", "prepared")
 CURVE_SIZES, CURVE_BATCHES = (224, 320, 480, 640), (1, 2, 4)
 
 
 def get_parser() -> Parser:
     parser = Parser(prog="python -m benchmarks.inference", description=__doc__)
     network.add_arguments(parser)
+    network.add_inference_arguments(parser)
     add = parser.add_argument
-    add("--models", nargs="+", choices=MODELS, default=MODELS, help="(default: both)")
-    add("--amp", nargs="+", choices=tuple(machine.DTYPES), default=["off", "bf16"], help="(default: off bf16)")
     add("--batch-sizes", nargs="+", type=int, default=[1, 3], metavar="N", help="expressions (default: 1 3)")
     add("--sentences", nargs="+", type=int, default=[1, 3], metavar="N", help="per image (default: 1 3)")
     add("--curves", action="store_true", help="vary image size, batch and sentences per image one at a time")
@@ -78,23 +76,16 @@ def measure(cfg: CfgNode, case: dict[str, Any], repeats: int, kernel: str) -> Ro
     """Measure a row in this process."""
     import torch
 
-    from lib.engine.precision import autocast
     from utils import init_distributed
 
     model_name, amp, cfg.DATA.IMG_SIZE, batch, sentences = case.values()
     device = init_distributed(cfg.DEVICE, tf32=cfg.TRAIN.TF32).device
     rate = machine.MatrixRate(device, amp, kernel)
-    model = network.build_network(cfg, device).eval()
+    model, precision = network.for_inference(cfg, model_name, amp, device)
     run = forward(model, cfg, batch, sentences, device)
-    if model_name == "prepared":
-        from lib.inference import prepare
-
-        model = prepare(model, amp=amp)
-        amp = "off"  # the prepared module casts by itself
-        run = forward(model, cfg, batch, sentences, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # without the operations of the matrix rate
-    with torch.inference_mode(), autocast(amp, device):
+    with torch.inference_mode(), precision:
         timing = machine.time_repeats(run, device, repeats=repeats, rate=rate)
     peak = machine.peak_memory(device)
     return Row(case, timing.seconds, batch, count_gflop(cfg, batch, sentences), timing.rates, kernel, peak)

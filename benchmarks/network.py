@@ -1,9 +1,11 @@
 """The network that is measured: its flags, random weights and random inputs. Imports torch only inside functions."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from yacs.config import CfgNode
 
+from benchmarks.machine import DTYPES
 from lib import config
 from lib.cli import Parser
 from lib.options import OPTIONS
@@ -11,8 +13,11 @@ from lib.variants import MAX_TOKENS
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from CrossVLT import CrossVLT
+
+MODELS = ("plain", "prepared")
 
 
 def add_arguments(parser: Parser, *keys: str) -> None:
@@ -21,6 +26,14 @@ def add_arguments(parser: Parser, *keys: str) -> None:
     for option in OPTIONS:
         if option.key in ("MODEL.SWIN_TYPE", "DATA.IMG_SIZE", "DEVICE", "TRAIN.TF32", *keys):
             config.add_flags(parser, option, is_used=True)
+
+
+def add_inference_arguments(parser: Parser) -> None:
+    """Add the flags for the first arguments of :func:`for_inference`."""
+    models = {"nargs": "+", "choices": MODELS, "default": MODELS}
+    parser.add_argument("--models", **models, help="without and with lib.inference.prepare (default: both)")
+    precisions = {"nargs": "+", "choices": tuple(DTYPES), "default": ["off", "bf16"]}
+    parser.add_argument("--amp", **precisions, help="precisions (default: off bf16)")
 
 
 def read_config(args: Any) -> CfgNode:
@@ -43,6 +56,27 @@ def build_network(cfg: CfgNode, device: "torch.device") -> "CrossVLT":
     torch.manual_seed(0)
     with device:
         return build_crossvlt(**config.model_keywords(cfg, cfg.MODEL.WINDOW_SIZE))
+
+
+def for_inference(
+    cfg: CfgNode, model_name: str, amp: str, device: "torch.device"
+) -> tuple["nn.Module", AbstractContextManager]:
+    """Return the configured network in evaluation mode, and the context manager in which it is called.
+
+    Args:
+        cfg: the configuration.
+        model_name: ``plain``, the network under autocast, or ``prepared`` by lib.inference.prepare.
+        amp: ``off``, ``bf16`` or ``fp16``.
+        device: of the weights.
+    """
+    from lib.engine.precision import autocast
+
+    model = build_network(cfg, device).eval()
+    if model_name == "plain":
+        return model, autocast(amp, device)
+    from lib.inference import prepare
+
+    return prepare(model, amp=amp), nullcontext()
 
 
 def random_inputs(

@@ -4,12 +4,13 @@ import sys
 
 import pytest
 
-from benchmarks import data, evaluation, inference, machine, records, training
+from benchmarks import curves, data, evaluation, inference, machine, records, startup, training
 from benchmarks.annotations.__main__ import main as annotations_main
-from benchmarks.annotations.generate import Size, generate_dataset
+from benchmarks.annotations.generate import Size as AnnotationsSize
+from benchmarks.annotations.generate import generate_dataset
+from benchmarks.generated_split import Size, open_set, write_set
 from lib.errors import UserError
 from refer.refer import REFER
-from utils import init_distributed
 
 
 @pytest.fixture
@@ -113,33 +114,51 @@ def test_invalid_flags_and_records_are_refused(run, tmp_path):
         run(training, *tiny(tmp_path, "--compare", record))
 
 
-def test_evaluation_reports_the_speed_by_batch_size(tmp_path):
-    evaluation.write_set(tmp_path, evaluation.Size(1, 2, 5))
-    model = evaluation.build_crossvlt("tiny", **evaluation.SMALL_MODEL).eval()
-    lines = evaluation.measure_sharing(model, evaluation.open_set(tmp_path, 64), init_distributed("cpu"), [1, 4], 1)
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:6]]
-    assert [row[:2] for row in rows] == [
-        ["1", "per sentence, and loaded"], ["1", "once"], ["4", "per sentence"], ["4", "once"]
-    ]  # fmt: skip
-    for row in rows:
-        assert float(row[2]) > 0
-        assert (row[4] == "") == (row[1] != "once")
-    assert "is computed once per image" in lines[-1]
+def test_evaluation_evaluates_the_generated_split_in_each_repeat(run, tmp_path):
+    rows = table(
+        run(evaluation, *tiny(tmp_path, "--models", "plain", "--amp", "off", "--images", 2, "--batch-sizes", 3))
+    )
+    assert [row["batch"] for row in rows] == ["3"]
+    assert float(rows[0]["GFLOP"]) > 0
+    assert float(rows[0]["at the end"].split()[0]) > 0
+    with pytest.raises(UserError, match="--images and --batch-sizes must be at least 1"):
+        run(evaluation, *tiny(tmp_path, "--images", 0))
 
 
-def test_evaluation_reports_memory_and_time_after_each_tenth_of_a_split(tmp_path, monkeypatch, capsys):
-    def report(*flags):
-        monkeypatch.setattr(sys, "argv", ["evaluation", "--scale", *map(str, flags), "--device", "cpu"])
-        evaluation.main()
-        return capsys.readouterr().out
+def test_startup_measures_help_and_a_usage_error(run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(startup, "time_command", lambda command, status: calls.append((command[1:], status)) or 1.0)
+    rows = table(run(startup, "--repeats", 1, "--commands", "train.py", "lib.plot"))
+    assert [(row["command"], row["flag"]) for row in rows] == [
+        (command, flag) for command in ("train.py", "lib.plot") for flag in ("--help", "--no_such_flag")
+    ]
+    assert calls[::2] == [
+        (["train.py", "--help"], 0),
+        (["train.py", "--no_such_flag"], 2),
+        (["-m", "lib.plot", "--help"], 0),
+        (["-m", "lib.plot", "--no_such_flag"], 2),
+    ]
+    with pytest.raises(UserError, match=r"no such command 'train'\. Did you mean train\.py\?"):
+        run(startup, "--commands", "train")
 
-    out = report("--images", 12, "--out", tmp_path / "out.md")
-    assert (tmp_path / "out.md").read_text(encoding="utf-8") == out
-    counts = [int(line.split()[1]) for line in out.splitlines() if line.startswith("| ") and "MiB" in line]
-    assert counts == sorted(counts)
-    assert (len(counts), counts[-1]) == (10, round(10834 * 12 / 1500))
-    with pytest.raises(UserError, match="must be at least 1"):
-        report("--images", 0)
+
+def test_curves_draws_what_inference_measured(run, tmp_path):
+    cases = [(32, 1, 1), (64, 1, 1), (64, 2, 1), (64, 2, 2)]
+    rows = [
+        records.Row(
+            {"model": "plain", "amp": "off", "image size": size, "batch": batch, "sentences per image": n}, [1.0]
+        )
+        for size, batch, n in cases
+    ]
+    record, image = tmp_path / "record.md", tmp_path / "curves.png"
+    records.finish(records.Record("inference", "X", "a machine", rows=rows), None, record)
+    columns = [sorted(panel.points) for panel in curves.panels(rows)]
+    assert columns == [[32, 64], [1, 2], [1, 2]]
+    run(curves, record, "--out", image)
+    assert image.read_bytes().startswith(b"\x89PNG")
+    records.finish(records.Record("training", "X", "a machine", rows=rows), None, record)
+    with pytest.raises(UserError, match=r"no record of benchmarks\.inference --curves"):
+        run(curves, record, "--out", image)
 
 
 def test_annotations_reports_loading_times_and_memory(monkeypatch, capsys):
@@ -156,7 +175,7 @@ def test_annotations_reports_loading_times_and_memory(monkeypatch, capsys):
 
 
 def test_generated_annotations_have_the_requested_size(tmp_path):
-    generate_dataset(tmp_path, Size(50, 500, 120, 340))
+    generate_dataset(tmp_path, AnnotationsSize(50, 500, 120, 340))
     refer = REFER(tmp_path)
     sentences = [sentence["raw"] for ref in refer.data["refs"] for sentence in ref["sentences"]]
     assert (len(refer.Refs), len(sentences), len(refer.Imgs), len(refer.Anns)) == (120, 340, 50, 500)
@@ -165,8 +184,8 @@ def test_generated_annotations_have_the_requested_size(tmp_path):
 
 
 def test_the_generated_split_has_the_requested_size(tmp_path):
-    evaluation.write_set(tmp_path, evaluation.Size(7, 19, 53))
-    dataset = evaluation.open_set(tmp_path, 64)
+    write_set(tmp_path, Size(7, 19, 53))
+    dataset = open_set(tmp_path, 64)
     assert len(dataset) == 53
     assert len({e.ref_id for e in dataset.expressions}) == 19
     assert len({e.image_id for e in dataset.expressions}) == 7

@@ -25,7 +25,7 @@ from lib.checkpoint import save_checkpoint
 
 # Flags that take a text and are no file or folder. Add a new flag here, or with Parser.add_input or add_output.
 TEXTS = {
-    "--batch-sizes", "--dataset", "--device", "--mirror", "--model_id", "--name", "--precision_at",
+    "--batch-sizes", "--commands", "--dataset", "--device", "--mirror", "--model_id", "--name", "--precision_at",
     "--protocol", "--sentence", "--split", "--splitBy", "--weights", "--words",
 }  # fmt: skip
 DATASET = ("data/refshapes/instances.json", "data/refshapes/refs(unc).p", "data/refshapes/vocab.txt",
@@ -65,14 +65,16 @@ COMMANDS = {
     "data.refshapes": ((), DATASET),
     "data.pack": (("--dataset", "refshapes", "--refer_data_root", "data", "--split", "val"), DATASET),
     "benchmarks.annotations": (("--bert_tokenizer", "data/refshapes/vocab.txt"), ("data/refshapes/vocab.txt",)),
+    "benchmarks.curves": (("record.md",), ("record.md",)),
+    "benchmarks.evaluation": (("--cfg", "config.yaml"), ("config.yaml", "base.yaml")),
     "benchmarks.data": (
         ("--dataset", "refshapes", "--refer_data_root", "data", "--bert_tokenizer", "data/refshapes/vocab.txt"),
         DATASET,
     ),
-    "benchmarks.evaluation": ((), ()),
     "benchmarks.fuzz_annotations": ((), ()),
     "benchmarks.stress": ((), ()),
     "benchmarks.inference": (("--cfg", "config.yaml"), ("config.yaml", "base.yaml")),
+    "benchmarks.startup": (("--compare", "record.md"), ("record.md",)),
     "benchmarks.training": (("--cfg", "config.yaml"), ("config.yaml", "base.yaml")),
 }  # fmt: skip
 
@@ -126,6 +128,7 @@ def made_files(tmp_path_factory, made_source):
     (folder / "table.yaml").write_text("refcoco: best.pth\n")
     for name in ("photo.png", DATASET[-1]):
         Image.new("RGB", (70, 50), "red").save(folder / name)
+    (folder / "record.md").write_text("the record of a benchmark\n")
     (folder / "run").mkdir()
     (folder / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0}\n' * 2)
     with pytest.MonkeyPatch.context() as patch:
@@ -252,7 +255,7 @@ FUNCTIONS = {"torch.save", "json.dump", "pickle.dump", "np.save", "os.replace", 
 EXEMPT = {
     "lib.files", "data.convert.dataset", "data.refshapes.dataset", "refer.prepare.archives",
     "refer.prepare.download", "refer.prepare.files", "refer.prepare.install", "benchmarks.annotations.generate",
-    "benchmarks.evaluation", "benchmarks.fuzz_annotations.run", "benchmarks.stress",
+    "benchmarks.generated_split", "benchmarks.fuzz_annotations.run", "benchmarks.stress",
 }  # fmt: skip
 
 
