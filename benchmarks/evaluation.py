@@ -59,7 +59,9 @@ def main() -> None:
     record.notes.append(f"{size.expressions} expressions of {size.refs} objects in {size.images} images of 640×480.")
     with tempfile.TemporaryDirectory() as folder:
         write_set(Path(folder), size)
-        packed = str(pack_split(REFER(folder), "val", cfg.DATA.IMG_SIZE, folder)) if "packed" in args.sources else ""
+        packed = (
+            str(pack_split(REFER(folder), "val", cfg.DATA.IMG_SIZE, Path(folder))) if "packed" in args.sources else ""
+        )
         for model, amp, batch, source in itertools.product(args.models, args.amp, args.batch_sizes, args.sources):
             case = {"model": model, "amp": amp, "batch": batch, "images": source}
             split = (folder, packed if source == "packed" else "")
