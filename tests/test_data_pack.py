@@ -254,7 +254,7 @@ def test_files_of_other_data_or_settings_are_refused(root, packed):
     edit(packed[1], version=7)
     assert refused(root, packed) == (
         f"{packed[1]} is a file of format 'CrossVLT packed split', version 7; this code reads 'CrossVLT packed split', "
-        f"version 1. Write it again with `{repack_command} 45`."
+        "version 1. Write it again with `python -m data.pack`."
     )
 
 

@@ -61,6 +61,17 @@ def test_flags_override_the_yaml_and_the_yaml_overrides_the_base(tmp_path):
     assert config.DEFAULTS.DATA.IMG_SIZE == 480
 
 
+def test_repeated_flags_are_a_list_that_replaces_the_saved_one(tmp_path):
+    (tmp_path / "c.yaml").write_text("DATA: {PACKED: [c.h5, d.h5]}\n")
+    saved = {"DATA.PACKED": ["saved.h5"]}
+    yaml = ("--cfg", tmp_path / "c.yaml")
+    assert resolved()[0].DATA.PACKED == []
+    assert resolved(base=saved)[0].DATA.PACKED == ["saved.h5"]
+    assert resolved(*yaml, base=saved)[0].DATA.PACKED == ["c.h5", "d.h5"]
+    assert resolved(*yaml, "--packed", "a.h5", "--packed", "b,c.h5", base=saved)[0].DATA.PACKED == ["a.h5", "b,c.h5"]
+    assert config.DEFAULTS.DATA.PACKED == []
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

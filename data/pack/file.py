@@ -74,7 +74,10 @@ class PackedFile:
 
         self.path = Path(path)
         if not self.path.is_file():
-            raise MissingFileError(f"No such packed file: {path}. Write it with `python -m data.pack`.")
+            raise MissingFileError(
+                f"No such packed file: {path}. Write it with `python -m data.pack`, or pass --packed '' to read the "
+                "image files."
+            )
         try:
             with h5py.File(path, "r") as file:
                 self.header: dict[str, Any] = json.loads(file.attrs[HEADER])
@@ -91,7 +94,7 @@ class PackedFile:
         if found != (FORMAT, VERSION):
             raise UserError(
                 f"{path} is a file of format {found[0]!r}, version {found[1]}; this code reads {FORMAT!r}, version "
-                f"{VERSION}. Write it again with `{pack_command(self.header)}`."
+                f"{VERSION}. Write it again with `python -m data.pack`."
             )
         side = self.header["img_size"]
         self._shapes = {"images": (3, side, side), "masks": (-(-side * side // 8),), "sources": (40,), "digests": (32,)}
