@@ -40,12 +40,12 @@ def main() -> None:
     from lib.engine.build import agree_on_run, build_datasets, build_model, load_recipe, wrap_model
     from lib.engine.checkpoints import BEST
     from lib.engine.loop import train_one_epoch
-    from lib.engine.precision import compile_blocks
     from lib.engine.preflight import check_disk_space, time_training
     from lib.engine.run import Run
     from lib.engine.state import build_train_state, restore_random_states
     from lib.engine.validation import time_validation, validate
     from lib.evaluation import EvalSetup
+    from lib.precision import compile_blocks
     from lib.report.figures import draw_validation
     from utils import LOGGER, init_distributed, launched_rank, on_main, set_up_logging
 

@@ -69,7 +69,7 @@ def for_inference(
         amp: ``off``, ``bf16`` or ``fp16``.
         device: of the weights.
     """
-    from lib.engine.precision import autocast
+    from lib.precision import autocast
 
     model = build_network(cfg, device).eval()
     if model_name == "plain":

@@ -95,7 +95,7 @@ def measure(cfg: CfgNode, case: dict[str, Any], repeats: int, kernel: str, gpu_m
 
 def build_state(cfg: CfgNode, device: "torch.device") -> "TrainState":
     """Return the configured training state with random weights."""
-    from lib.engine.precision import compile_blocks
+    from lib.precision import compile_blocks
     from lib.engine.state import build_train_state
 
     model = network.build_network(cfg, device)
@@ -140,7 +140,7 @@ def kept_for_backward(state: "TrainState", batch: "Batch") -> int:
     import torch
 
     from lib.criterion import CrossVLTCriterion
-    from lib.engine.precision import autocast
+    from lib.precision import autocast
 
     saved = []
 

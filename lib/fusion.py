@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.kernels import attention, instance_norm
+
 HEAD_DIM = 64
 PADDING_SCORE = -1e4  # added to the attention scores of padded tokens
 
@@ -31,6 +33,23 @@ def gate(dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.ReLU(), nn.Linear(dim, dim, bias=False), nn.Tanh())
 
 
+class PositionwiseConv(nn.Conv1d):
+    """1×1 convolution of positions: [B, L, C] → [B, L, D], channels last unlike ``nn.Conv1d``."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight[:, :, 0], self.bias)
+
+
+class InstanceNorm(nn.InstanceNorm1d):
+    """Instance normalization over positions: [B, L, C] → [B, L, C], channels last unlike ``nn.InstanceNorm1d``."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return instance_norm(x, self.eps)
+
+
 class LanguageToVisionFusion(nn.Module):
     """Cross-attention layer in which every position of a vision map attends to the words.
 
@@ -51,11 +70,11 @@ class LanguageToVisionFusion(nn.Module):
                 f"A fusion layer of width {inner_dim} cannot be divided into {self.num_heads} equal heads. "
                 f"Choose an embed_dim that is a multiple of {HEAD_DIM // 2}."
             )
-        self.v_q = nn.Sequential(nn.Conv1d(vision_dim, inner_dim, 1), nn.InstanceNorm1d(inner_dim))
+        self.v_q = nn.Sequential(PositionwiseConv(vision_dim, inner_dim), InstanceNorm(inner_dim))
         self.l_q = nn.Linear(text_dim, inner_dim)
         self.values_l = nn.Linear(text_dim, inner_dim)
-        self.w_v = nn.Sequential(nn.Conv1d(inner_dim, vision_dim, 1), nn.InstanceNorm1d(vision_dim))
-        self.project_mm = nn.Sequential(nn.Conv1d(vision_dim, vision_dim, 1), nn.GELU())
+        self.w_v = nn.Sequential(PositionwiseConv(inner_dim, vision_dim), InstanceNorm(vision_dim))
+        self.project_mm = nn.Sequential(PositionwiseConv(vision_dim, vision_dim), nn.GELU())
 
     def forward(self, v: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Return the fused map r.
@@ -69,8 +88,8 @@ class LanguageToVisionFusion(nn.Module):
             [B, ..., C], the shape of ``v``.
         """
         map_shape = v.shape[1:-1]
-        v = v.flatten(1, -2).transpose(1, 2)  # [B, C, L], the layout of Conv1d
-        query = self._split_heads(self.v_q(v).transpose(1, 2))  # [B, h, L, D/h]
+        v = v.flatten(1, -2)  # [B, L, C]
+        query = self._split_heads(self.v_q(v))  # [B, h, L, D/h]
         key, value = self._split_heads(self.l_q(text)), self._split_heads(self.values_l(text))  # [B, h, N, D/h]
         dtype = self.w_v[0].weight.dtype
         bias = padding_bias(attention_mask, dtype)
@@ -78,10 +97,9 @@ class LanguageToVisionFusion(nn.Module):
         # would amplify its rounding errors.
         device = v.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            attended = F.scaled_dot_product_attention(query.to(dtype), key.to(dtype), value.to(dtype), attn_mask=bias)
-            attended = self.w_v(attended.transpose(-1, -2).flatten(1, 2))  # [B, h, D/h, L] → [B, D, L] → [B, C, L]
-        fused = self.project_mm(attended + v)
-        return fused.transpose(1, 2).unflatten(1, map_shape)
+            attended = attention(query.to(dtype), key.to(dtype), value.to(dtype), bias)
+            attended = self.w_v(attended.transpose(1, 2).flatten(2))  # [B, h, L, D/h] → [B, L, D] → [B, L, C]
+        return self.project_mm(attended + v).unflatten(1, map_shape)
 
     def _split_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[B, S, D] → [B, h, S, D/h] for S positions or tokens."""

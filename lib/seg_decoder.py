@@ -38,6 +38,7 @@ class SegDecoder(nn.Module):
         self.bn2_2 = nn.BatchNorm2d(hidden)
 
         self.conv1_1 = nn.Conv2d(hidden, 2, 1)
+        self.relu = nn.ReLU(inplace=True)
 
     def forward(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Return logits [B, 2, H/4, W/4]; class 1 is the referred object.
@@ -47,18 +48,22 @@ class SegDecoder(nn.Module):
         """
         y1, y2, y3, y4 = features
         x = _upsample_and_concatenate(y4, y3)  # [B, 8C + 4C, H/16, W/16]
-        x = F.relu(self.bn1_4(self.conv1_4(x)))
-        x = F.relu(self.bn2_4(self.conv2_4(x)))
+        x = self.relu(self.bn1_4(self.conv1_4(x)))
+        x = self.relu(self.bn2_4(self.conv2_4(x)))
 
         x = _upsample_and_concatenate(x, y2)  # [B, 4C + 2C, H/8, W/8]
-        x = F.relu(self.bn1_3(self.conv1_3(x)))
-        x = F.relu(self.bn2_3(self.conv2_3(x)))
+        x = self.relu(self.bn1_3(self.conv1_3(x)))
+        x = self.relu(self.bn2_3(self.conv2_3(x)))
 
         x = _upsample_and_concatenate(x, y1)  # [B, 4C + C, H/4, W/4]
-        x = F.relu(self.bn1_2(self.conv1_2(x)))
-        x = F.relu(self.bn2_2(self.conv2_2(x)))
+        x = self.relu(self.bn1_2(self.conv1_2(x)))
+        x = self.relu(self.bn2_2(self.conv2_2(x)))
 
         return self.conv1_1(x)
+
+    def layer_names(self) -> list[tuple[str, str]]:
+        """Return the names of the 3×3 convolutions and of the BatchNorms that follow them, in order."""
+        return [(f"conv{i}_{stage}", f"bn{i}_{stage}") for stage in (4, 3, 2) for i in (1, 2)]
 
 
 def _upsample_and_concatenate(x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:

@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed
-from timm.models.swin_transformer import PatchMerging, WindowAttention, window_partition, window_reverse
+from timm.models import swin_transformer
+from timm.models.swin_transformer import PatchMerging, window_partition, window_reverse
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lib.fusion import gate
+from lib.kernels import attention
 from lib.variants import NUM_STAGES
 
 PATCH_SIZE = 4
@@ -28,29 +30,49 @@ class VisionStageOutput(NamedTuple):
     next_input: torch.Tensor | None  # v [B, H/2, W/2, 2C]; None in the last stage
 
 
-def shifted_window_bias(height: int, width: int, window_size: int, like: torch.Tensor) -> torch.Tensor:
-    """Return the bias that is added to the attention scores of shifted windows.
+def shifted_window_mask(rows: int, columns: int, window_size: int, device: torch.device) -> torch.Tensor:
+    """Return which pairs of positions of a shifted window come from different regions of the unshifted map.
 
-    Pairs of positions from different regions of the unshifted map are masked. Zero-padded positions are treated like
-    all others.
+    Zero-padded positions are treated like all others.
 
     Args:
-        height, width: of the padded map, multiples of ``window_size``.
+        rows, columns: number of windows in each direction.
         window_size: w.
-        like: tensor with the device and dtype of the result.
+        device: of the result.
 
     Returns:
-        [windows, w², w²]: 0 within a region of the unshifted map, -100 between two regions.
+        bool [rows · columns, w², w²].
     """
     shift = window_size // 2
-    regions = torch.zeros((1, height, width, 1), dtype=torch.int32, device=like.device)
+    regions = torch.zeros((1, rows * window_size, columns * window_size, 1), dtype=torch.int32, device=device)
     bands = (slice(0, -window_size), slice(-window_size, -shift), slice(-shift, None))
-    for i, rows in enumerate(bands):
-        for j, columns in enumerate(bands):
-            regions[:, rows, columns] = 3 * i + j
+    for i, horizontal in enumerate(bands):
+        for j, vertical in enumerate(bands):
+            regions[:, horizontal, vertical] = 3 * i + j
     regions = window_partition(regions, (window_size, window_size)).flatten(1)  # [windows, w²]
-    differ = regions[:, None, :] != regions[:, :, None]
-    return differ.to(like.dtype) * SHIFT_SCORE
+    return regions[:, None, :] != regions[:, :, None]
+
+
+class WindowAttention(swin_transformer.WindowAttention):
+    """Attention within windows, with a learned bias for each relative position."""
+
+    def forward(self, x: torch.Tensor, shifted_grid: tuple[int, int] | None) -> torch.Tensor:
+        """Return the output for windows [B·windows, w², C] → [B·windows, w², C].
+
+        Args:
+            x: the windows of all images.
+            shifted_grid: rows and columns of windows of an image, if the windows are shifted.
+        """
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B·windows, h, w², C/h]
+        x = attention(*qkv.unbind(0), self.bias(shifted_grid))
+        return self.proj(x.transpose(1, 2).flatten(2))
+
+    def bias(self, shifted_grid: tuple[int, int] | None) -> torch.Tensor:
+        """Return what is added to attention scores: [1, h, w², w²], or one per shifted window, [windows, h, w², w²]."""
+        bias = self._get_rel_pos_bias()
+        if shifted_grid is None:
+            return bias
+        return bias + SHIFT_SCORE * shifted_window_mask(*shifted_grid, self.window_size[0], bias.device)[:, None]
 
 
 class SwinBlock(nn.Module):
@@ -66,25 +88,16 @@ class SwinBlock(nn.Module):
         self.shift = window_size // 2 if shifted else 0
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads=num_heads, window_size=window_size)
-        self.attn.fused_attn = True  # timm's default depends on an environment variable
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, hidden_features=4 * dim)
 
-    def forward(self, x: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
-        """Return the block's output.
-
-        Args:
-            x: [B, H, W, C].
-            attn_mask: of :func:`shifted_window_bias`; ignored unless the block is shifted.
-
-        Returns:
-            [B, H, W, C].
-        """
-        x = x + self.drop_path(self._window_attention(self.norm1(x), attn_mask if self.shift else None))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the block's output: [B, H, W, C] → [B, H, W, C]."""
+        x = x + self.drop_path(self._window_attention(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
-    def _window_attention(self, x: torch.Tensor, attn_mask: torch.Tensor | None) -> torch.Tensor:
+    def _window_attention(self, x: torch.Tensor) -> torch.Tensor:
         _, height, width, _ = x.shape
         window = (self.window_size, self.window_size)
         x = F.pad(x, (0, 0, 0, -width % self.window_size, 0, -height % self.window_size))
@@ -92,7 +105,8 @@ class SwinBlock(nn.Module):
         if self.shift:
             x = torch.roll(x, shifts=(-self.shift, -self.shift), dims=(1, 2))
         windows = window_partition(x, window).flatten(1, 2)  # [B·windows, w², C]
-        windows = self.attn(windows, mask=attn_mask).unflatten(1, window)  # [B·windows, w, w, C]
+        grid = (padded_height // self.window_size, padded_width // self.window_size) if self.shift else None
+        windows = self.attn(windows, grid).unflatten(1, window)  # [B·windows, w, w, C]
         x = window_reverse(windows, window, padded_height, padded_width)
         if self.shift:
             x = torch.roll(x, shifts=(self.shift, self.shift), dims=(1, 2))
@@ -160,7 +174,6 @@ class VisionStage(nn.Module):
         self.norm1 = nn.LayerNorm(dim) if index == 1 else None
         self.norm2 = nn.LayerNorm(dim) if index == 2 else None
         self.norm3 = nn.LayerNorm(dim) if index == 3 else None
-        self.window_size = window_size
         self.grad_checkpointing = False
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
@@ -174,13 +187,8 @@ class VisionStage(nn.Module):
         """
         if self.patch_embed is not None:
             x = self.patch_embed(x)
-        _, height, width, _ = x.shape
-        attn_mask = None
-        if any(block.shift for block in self.layers.blocks):
-            padded_height, padded_width = height + -height % self.window_size, width + -width % self.window_size
-            attn_mask = shifted_window_bias(padded_height, padded_width, self.window_size, like=x)
         for block in self.layers.blocks:
-            x = self._run(block, x, attn_mask)
+            x = self._run(block, x)
         return x
 
     def forward(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
@@ -210,7 +218,7 @@ class VisionStage(nn.Module):
             x = x + layers.linear2(fused) * fused
         return VisionStageOutput(decoder_feature, x)
 
-    def _run(self, part: Callable[..., Any], *inputs: torch.Tensor | None) -> Any:
+    def _run(self, part: Callable[..., Any], *inputs: torch.Tensor) -> Any:
         """Call a part of the stage, with gradient checkpointing if it is enabled."""
         return checkpoint(part, *inputs, use_reentrant=False) if self.grad_checkpointing else part(*inputs)
 

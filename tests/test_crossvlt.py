@@ -13,10 +13,10 @@ from CrossVLT import build_crossvlt
 from lib.config import DEFAULTS
 from lib.criterion import CrossVLTCriterion
 from lib.engine.loop import optimizer_step
-from lib.engine.precision import build_scaler
 from lib.engine.state import TrainState
 from lib.fusion import FUSION_LAYERS
 from lib.optim import build_lr_scheduler, build_optimizer, group_parameter_names
+from lib.precision import build_scaler
 from lib.variants import FUSIONS, SWIN_VARIANTS
 
 GOLDEN = ROOT / "tests" / "data" / "golden"

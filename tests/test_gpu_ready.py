@@ -21,7 +21,7 @@ from lib.collector import ResultSink
 from lib.config import DEFAULTS
 from lib.criterion import CrossVLTCriterion
 from lib.engine.loop import optimizer_step
-from lib.engine.precision import AMP_DTYPES, autocast
+from lib.precision import AMP_DTYPES, autocast
 from lib.engine.state import build_train_state
 from lib.evaluation import EvalSetup, alignment_maps, evaluate, predict
 from lib.protocols import PAPER, PROTOCOLS, Protocol

@@ -11,8 +11,8 @@ LAYERS = (
     {"lib.errors", "lib.variants", "lib.files", "lib.cli", "lib.tables", "lib.charts", "lib.locks"},  # without torch
     {"utils"},
     {"refer", "bert", "lib.vision_encoder", "lib.fusion", "lib.seg_decoder",
-     "lib.kernels"},
-    {"CrossVLT", "lib.state_dict", "lib.checkpoint", "lib.options", "lib.config", "data"},
+     "lib.kernels", "lib.precision"},
+    {"CrossVLT", "lib.inference", "lib.state_dict", "lib.checkpoint", "lib.options", "lib.config", "data"},
     {"lib.criterion", "lib.optim", "lib.metrics", "lib.protocols", "lib.collector", "lib.evaluation", "lib.baselines",
      "lib.visualize", "lib.engine"},
     {"lib.loading", "lib.report", "lib.segment"},

@@ -12,12 +12,12 @@ from lib.config import DEFAULTS
 from lib.criterion import CrossVLTCriterion
 from lib.engine import loop
 from lib.engine.loop import optimizer_step
-from lib.engine.precision import compile_blocks
 from lib.engine.preflight import time_training
 from lib.engine.run import NonFiniteError
 from lib.engine.state import build_train_state
 from lib.errors import UserError
 from lib.fusion import LanguageToVisionFusion
+from lib.precision import compile_blocks
 
 
 def build_state(model, **recipe):

@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.loaders import Batch, TrainLoader
 from lib.criterion import CrossVLTCriterion
-from lib.engine.precision import autocast
 from lib.engine.run import NonFiniteError, Run
 from lib.engine.state import TrainState
 from lib.errors import UserError
+from lib.precision import autocast
 from utils import on_main, sum_over_processes
 
 MAX_CONSECUTIVE_SKIPS = 50  # each skip halves the loss scale; if 50 do not help, the scale is not the cause

@@ -29,7 +29,7 @@ def time_training(model: nn.Module, criterion: CrossVLTCriterion, batch: Batch, 
             an uninterrupted one from its first step on.
         criterion: the losses.
         batch: a micro-batch on the model's device.
-        amp: mixed precision, see :func:`lib.engine.precision.autocast`.
+        amp: mixed precision, see :func:`lib.precision.autocast`.
 
     Raises:
         UserError: the pass does not fit into the GPU's memory.

@@ -14,9 +14,9 @@ from torch import nn
 from yacs.config import CfgNode
 
 from lib.checkpoint import Checkpoint, load_strictly
-from lib.engine.precision import build_scaler
 from lib.errors import UserError
 from lib.optim import build_lr_scheduler, build_optimizer, freeze, names_without_gradient
+from lib.precision import build_scaler
 from utils import derive_seed
 
 LOG = logging.getLogger("crossvlt")

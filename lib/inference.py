@@ -1,0 +1,118 @@
+"""Prepare a model for inference: the same numbers, faster.
+
+The prepared model consists of the model's own modules. Only layers are replaced: linear layers and convolutions by
+packed ones (:mod:`lib.kernels`), which contain the folded BatchNorm and the activation that follows them.
+"""
+
+import copy
+import functools
+import itertools
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from transformers.activations import GELUActivation
+from transformers.models.bert.modeling_bert import BertIntermediate
+
+from lib.fusion import LanguageToVisionFusion, PositionwiseConv
+from lib.kernels import PackedConv2d, PackedLinear
+from lib.precision import AMP_DTYPES, autocast
+from lib.seg_decoder import SegDecoder
+from lib.vision_encoder import WindowAttention
+
+PACKABLE = (nn.Linear, nn.Conv2d, PositionwiseConv)
+ACTIVATION_NAMES = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.GELU: "gelu", GELUActivation: "gelu"}
+
+
+class PreparedModel(nn.Module):
+    """A model prepared by :func:`prepare`, with the methods of the original one. It computes no gradients."""
+
+    def __init__(self, model: nn.Module, amp: str) -> None:
+        super().__init__()
+        self.model, self.amp, self.temp, self.config = model, amp, model.temp, model.config
+
+    @torch.inference_mode()
+    def forward(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with autocast(self.amp, images.device):
+            return self.model(images, *args, **kwargs)
+
+    @torch.inference_mode()
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        with autocast(self.amp, images.device):
+            return self.model.encode_images(images)
+
+    @torch.inference_mode()
+    def segment(self, encoded_images: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with autocast(self.amp, encoded_images.device):
+            return self.model.segment(encoded_images, *args, **kwargs)
+
+
+def prepare(model: nn.Module, *, amp: str = "off") -> PreparedModel:
+    """Return a copy of a model that is optimized for inference on the model's device.
+
+    The copy shares the weights that need no other layout. Later changes of the model's weights do not reach it.
+
+    Args:
+        model: a CrossVLT in float32.
+        amp: ``off``; or ``bf16`` or ``fp16``: mixed precision as in :func:`lib.precision.autocast`, with weights cast
+            once.
+    """
+    dtype = AMP_DTYPES[amp] or model.temp.dtype
+    with torch.inference_mode():
+        return PreparedModel(_prepared(model, dtype), amp).eval()
+
+
+def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Return a copy of a module in which layers are replaced by packed ones of this dtype."""
+    if isinstance(module, PACKABLE):
+        return _pack(module, dtype)
+    prepared = copy.copy(module)
+    prepared._compiled_call_impl = None  # compiled blocks would run the original layers
+    prepared._modules = {
+        name: None if child is None else _prepared(child, dtype) for name, child in module._modules.items()
+    }
+    for layer, activation in _layers_with_activation(module):
+        prepared._modules[layer] = _pack(
+            module._modules[layer], dtype, ACTIVATION_NAMES[type(module._modules[activation])]
+        )
+        prepared._modules[activation] = nn.Identity()
+    if isinstance(module, SegDecoder):
+        _fold_batch_norms(prepared, module, dtype)
+    elif isinstance(module, LanguageToVisionFusion):
+        prepared.w_v = _prepared(module.w_v, torch.promote_types(dtype, torch.float32))  # not in mixed precision
+    elif isinstance(module, WindowAttention):
+        prepared.relative_position_bias_table = nn.Parameter(module.relative_position_bias_table.to(dtype), False)
+        prepared.bias = functools.cache(prepared.bias)
+    return prepared
+
+
+def _layers_with_activation(module: nn.Module) -> list[tuple[str, str]]:
+    """Return the names of the packable layers of a module that are followed by an activation, and of the latter."""
+    if isinstance(module, Mlp):
+        return [("fc1", "act")]
+    if isinstance(module, BertIntermediate):
+        return [("dense", "intermediate_act_fn")]
+    if isinstance(module, nn.Sequential):
+        pairs = itertools.pairwise(module._modules.items())
+        return [
+            (a, b) for (a, layer), (b, act) in pairs if isinstance(layer, PACKABLE) and type(act) in ACTIVATION_NAMES
+        ]
+    return []
+
+
+def _pack(layer: nn.Module, dtype: torch.dtype, activation: str = "none") -> nn.Module:
+    if isinstance(layer, nn.Conv2d):
+        return PackedConv2d(layer, activation, dtype)
+    weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight[:, :, 0]
+    return PackedLinear(weight, layer.bias, activation, dtype)
+
+
+def _fold_batch_norms(prepared: nn.Module, decoder: SegDecoder, dtype: torch.dtype) -> None:
+    """Replace the decoder's convolutions by packed ones that contain their BatchNorm and ReLU."""
+    for conv_name, norm_name in decoder.layer_names():
+        conv = fuse_conv_bn_eval(decoder.get_submodule(conv_name), decoder.get_submodule(norm_name))
+        setattr(prepared, conv_name, PackedConv2d(conv, "relu", dtype))
+        setattr(prepared, norm_name, nn.Identity())
+    prepared.relu = nn.Identity()

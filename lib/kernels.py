@@ -1,0 +1,125 @@
+"""The fastest exact kernel of each device for attention in windows, instance normalization, and packed layers.
+
+All other modules call these and contain no code for a particular device.
+
+Shapes: B batch size, G groups (windows of all images), h heads, n positions, d head width, L positions, C channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """Return softmax(query · keyᵀ / √d + bias) · value.
+
+    Args:
+        query: [G, h, n, d].
+        key, value: [G, h, m, d].
+        bias: [W, h or 1, n or 1, m]; W divides G, and group g uses row g mod W.
+
+    Returns:
+        [G, h, n, d].
+    """
+    groups, num_biases = len(query), len(bias)
+    if query.device.type != "cpu":
+        if 1 < num_biases < groups:
+            bias = bias.repeat(groups // num_biases, 1, 1, 1)
+        # With another dtype than the query's, scaled_dot_product_attention may silently return wrong values.
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+    # On CPU, plain matrix products are faster than the fused kernel. Like there, scores are never bf16 or fp16.
+    scale, dtype = query.shape[-1] ** -0.5, torch.promote_types(query.dtype, torch.float32)
+    query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # [G·h, n or m, d]
+    with torch.autocast("cpu", enabled=False):
+        nothing = query.new_empty(1, dtype=dtype)
+        scores = torch.baddbmm(nothing, query.to(dtype), key.to(dtype).transpose(1, 2), beta=0, alpha=scale)
+        scores.view(-1, num_biases, scores.shape[0] // groups, *scores.shape[1:]).add_(bias)
+        weights = torch.softmax(scores, -1, out=None if scores.requires_grad else scores)
+        return torch.bmm(weights.to(value.dtype), value).unflatten(0, (groups, -1))
+
+
+def instance_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """Normalize every channel of every sample over its positions, [B, L, C] → [B, L, C].
+
+    Raises:
+        ValueError: there is only one position.
+    """
+    if x.device.type != "cpu":
+        return F.instance_norm(x.transpose(1, 2), eps=eps).transpose(1, 2)
+    # For one sample, this is batch normalization over positions, whose kernel needs no transposed copy.
+    return torch.stack([F.batch_norm(sample, None, None, training=True, eps=eps) for sample in x])
+
+
+class PackedLinear(nn.Module):
+    """Linear layer for inference with an activation, [..., in] → [..., out]. On CPU, oneDNN computes both at once.
+
+    Args:
+        weight: [out, in].
+        bias: [out] or None.
+        activation: a key of ``ACTIVATIONS``.
+        dtype: of weight, input and output.
+    """
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.activation, self.is_packed = activation, _has_onednn(weight.device, dtype)
+        self.weight = weight.detach().to(dtype).contiguous()
+        self.bias = None if bias is None else bias.detach()
+        if self.is_packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight)
+        elif self.bias is not None:
+            self.bias = self.bias.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.weight.dtype)
+        if self.is_packed:
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *_onednn(self.activation))
+        return ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
+
+
+class PackedConv2d(nn.Module):
+    """Convolution for inference with an activation, [B, in, H, W] → [B, out, H', W']. See :class:`PackedLinear`.
+
+    Args:
+        conv: a convolution; its weight and bias [out, in, kernel height, kernel width], [out] or None, are used.
+        activation, dtype: see :class:`PackedLinear`.
+    """
+
+    def __init__(self, conv: nn.Conv2d, activation: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.activation, self.is_packed = activation, _has_onednn(conv.weight.device, dtype)
+        self.weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
+        self.bias = None if conv.bias is None else conv.bias.detach()
+        self.shape = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        if self.is_packed:
+            self.weight = torch._C._nn.mkldnn_reorder_conv2d_weight(self.weight.to_mkldnn(), *self.shape)
+        elif self.bias is not None:
+            self.bias = self.bias.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.to(self.weight.dtype, memory_format=torch.channels_last)
+        if self.is_packed:
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, self.weight, self.bias, *self.shape, *_onednn(self.activation)
+            )
+        padding, stride, dilation, groups = self.shape
+        return ACTIVATIONS[self.activation](F.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups))
+
+
+ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "tanh": torch.tanh, "gelu": F.gelu}
+
+
+def _onednn(activation: str) -> tuple[str, list, str]:
+    """Return the arguments of oneDNN's fused operators for an activation; the GELU is the exact one."""
+    return activation, [], "none" if activation == "gelu" else ""
+
+
+def _has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether oneDNN has fast kernels for a device and dtype."""
+    if device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype == torch.float32
