@@ -95,8 +95,8 @@ def measure(cfg: CfgNode, case: dict[str, Any], repeats: int, kernel: str, gpu_m
 
 def build_state(cfg: CfgNode, device: "torch.device") -> "TrainState":
     """Return the configured training state with random weights."""
-    from lib.precision import compile_blocks
     from lib.engine.state import build_train_state
+    from lib.precision import compile_blocks
 
     model = network.build_network(cfg, device)
     model.set_grad_checkpointing(cfg.TRAIN.GRAD_CHECKPOINT)

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from timm.layers import Mlp
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers.activations import GELUActivation
 from transformers.models.bert.modeling_bert import BertIntermediate
 
 from lib.fusion import LanguageToVisionFusion, PositionwiseConv
-from lib.kernels import PackedConv2d, PackedLinear
+from lib.kernels import PackedConv2d, PackedLinear, matrix_product_rate
 from lib.precision import AMP_DTYPES, autocast
 from lib.seg_decoder import SegDecoder
 from lib.vision_encoder import WindowAttention
+from utils import warn_once
 
 PACKABLE = (nn.Linear, nn.Conv2d, PositionwiseConv)
 ACTIVATION_NAMES = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.GELU: "gelu", GELUActivation: "gelu"}
@@ -52,7 +53,7 @@ class PreparedModel(nn.Module):
 def prepare(model: nn.Module, *, amp: str = "off") -> PreparedModel:
     """Return a copy of a model that is optimized for inference on the model's device.
 
-    The copy shares the weights that need no other layout. Later changes of the model's weights do not reach it.
+    The copy shares the weights that need no other layout: after changing the model's weights, prepare it again.
 
     Args:
         model: a CrossVLT in float32.
@@ -62,6 +63,14 @@ def prepare(model: nn.Module, *, amp: str = "off") -> PreparedModel:
     dtype = AMP_DTYPES[amp] or model.temp.dtype
     with torch.inference_mode():
         return PreparedModel(_prepared(model, dtype), amp).eval()
+
+
+def warn_if_slower(amp: str, device: torch.device) -> None:
+    """Log a warning if matrix products of a CPU are slower in mixed precision ``amp`` than in float32."""
+    if amp != "off" and device.type == "cpu":
+        full, mixed = matrix_product_rate(torch.float32), matrix_product_rate(AMP_DTYPES[amp])
+        if mixed < full:
+            warn_once("--amp %s is slower on this CPU: %.0f GFLOP/s, %.0f in float32", amp, mixed / 1e9, full / 1e9)
 
 
 def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -112,7 +121,12 @@ def _pack(layer: nn.Module, dtype: torch.dtype, activation: str = "none") -> nn.
 def _fold_batch_norms(prepared: nn.Module, decoder: SegDecoder, dtype: torch.dtype) -> None:
     """Replace the decoder's convolutions by packed ones that contain their BatchNorm and ReLU."""
     for conv_name, norm_name in decoder.layer_names():
-        conv = fuse_conv_bn_eval(decoder.get_submodule(conv_name), decoder.get_submodule(norm_name))
-        setattr(prepared, conv_name, PackedConv2d(conv, "relu", dtype))
+        conv, norm = decoder.get_submodule(conv_name), decoder.get_submodule(norm_name)
+        folded = copy.copy(conv)
+        folded._parameters = {}
+        folded.weight, folded.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        setattr(prepared, conv_name, PackedConv2d(folded, "relu", dtype))
         setattr(prepared, norm_name, nn.Identity())
     prepared.relu = nn.Identity()

@@ -22,6 +22,7 @@ from lib.engine.signals import StopSignals
 from lib.errors import StoppedError, UserError
 from lib.evaluation import EvalSetup
 from lib.files import file_sha256
+from lib.inference import prepare, warn_if_slower
 from lib.protocols import SWITCHES, Protocol, choose_protocols
 from lib.variants import BERT, BERT_VOCAB_SIZE
 from refer.refer import REFER
@@ -44,8 +45,9 @@ class LoadedCheckpoint:
     protocols: list[Protocol]
 
     def build_model(self, device: torch.device) -> nn.Module:
-        """Return the model on a device, in eval mode."""
-        return rebuild(self.checkpoint, build_crossvlt).to(device).eval()
+        """Return the model on a device, prepared for inference in the configured precision."""
+        warn_if_slower(self.cfg.TRAIN.AMP, device)
+        return prepare(rebuild(self.checkpoint, build_crossvlt).to(device).eval(), amp=self.cfg.TRAIN.AMP)
 
     def open_splits(
         self, refer: REFER, splits: Iterable[str], *, shuffle_sentences: bool = False
@@ -92,7 +94,7 @@ class LoadedCheckpoint:
             "protocols": [protocol.settings() for protocol in self.protocols],
             "vocabulary": fingerprint(self.tokenizer),
             "annotations_sha256": on_main(lambda: {path.name: _sha256(path) for path in annotation_files}),
-            "precision": float32_precision(device),
+            "precision": float32_precision(device) if cfg.TRAIN.AMP == "off" else cfg.TRAIN.AMP,
         }
 
 

@@ -263,7 +263,14 @@ OPTIONS = (
         "normalize the cross-entropy over the global batch (published: per forward pass)",
         "--global_norm",
     ),
-    Option("TRAIN.AMP", "off", "mixed precision (published: off)", "--amp", choices=("off", "bf16", "fp16")),
+    Option(
+        "TRAIN.AMP",
+        "off",
+        "mixed precision (published: off; test.py does not inherit it from the training)",
+        "--amp",
+        BOTH,
+        choices=("off", "bf16", "fp16"),
+    ),
     Option("TRAIN.TF32", False, "TF32 matrix products and convolutions on a GPU (published: off)", "--tf32", BOTH),
     Option(
         "TRAIN.COMPILE",

@@ -15,6 +15,7 @@ from lib.criterion import CrossVLTCriterion
 from lib.engine.loop import optimizer_step
 from lib.engine.state import TrainState
 from lib.fusion import FUSION_LAYERS
+from lib.inference import prepare
 from lib.optim import build_lr_scheduler, build_optimizer, group_parameter_names
 from lib.precision import build_scaler
 from lib.variants import FUSIONS, SWIN_VARIANTS
@@ -49,15 +50,16 @@ def test_logits_equal_the_published_ones(swin_type, size, batch):
     golden = np.load(GOLDEN / f"{name}.npz")
     model = set_golden_weights(build_crossvlt(swin_type)).eval()
     inputs = golden_inputs(name, batch, size, size)
-    with torch.inference_mode():
-        output = model(inputs.images, inputs.input_ids, inputs.attention_mask)
-    assert output.similarities is None
-    logits = output.mask_logits.numpy()
-    assert np.abs(logits[:, :, ::8, ::8] - golden["logits"]).max() <= 2e-4
-    differing = np.unpackbits(golden["mask"]) != logits.argmax(1).ravel()
-    assert differing.mean() <= 1e-4
-    assert logits.mean() == pytest.approx(golden["mean"], abs=2e-4)
-    assert logits.std() == pytest.approx(golden["std"], abs=2e-4)
+    for network in (model, prepare(model)):
+        with torch.inference_mode():
+            output = network(inputs.images, inputs.input_ids, inputs.attention_mask)
+        assert output.similarities is None
+        logits = output.mask_logits.numpy()
+        assert np.abs(logits[:, :, ::8, ::8] - golden["logits"]).max() <= 2e-4
+        differing = np.unpackbits(golden["mask"]) != logits.argmax(1).ravel()
+        assert differing.mean() <= 1e-4
+        assert logits.mean() == pytest.approx(golden["mean"], abs=2e-4)
+        assert logits.std() == pytest.approx(golden["std"], abs=2e-4)
 
 
 @pytest.mark.usefixtures("all_threads")

@@ -2,12 +2,12 @@
 
 import time
 
-import torch
 from torch import nn
 
 from data.dataset_refer_bert import ReferDataset
 from lib.collector import EvaluationResult
 from lib.evaluation import EvalSetup, evaluate
+from lib.inference import prepare
 from lib.protocols import PAPER
 from lib.visualize import spread_indices
 
@@ -18,10 +18,7 @@ TRIAL_BATCHES = 2  # per process, before the first epoch
 def validate(
     model: nn.Module, dataset: ReferDataset, setup: EvalSetup, *, indices: range | None = None
 ) -> EvaluationResult:
-    """Evaluate a model on the validation split under the ``paper`` protocol.
-
-    Compiled blocks run uncompiled: compiling them for evaluation would take minutes, and the numbers would differ from
-    those of test.py.
+    """Evaluate a model on the validation split under the ``paper`` protocol, in float32, prepared as in test.py.
 
     Args:
         model: an unwrapped CrossVLT, compiled or not.
@@ -33,8 +30,7 @@ def validate(
         StoppedError: ``setup.stop_requested`` returned True.
     """
     kept = spread_indices(len(dataset), NUM_KEPT_MASKS) if indices is None else ()
-    with torch.compiler.set_stance("force_eager"):
-        return evaluate(model, dataset, [PAPER], setup, indices=indices, keep_masks=kept)[PAPER.name]
+    return evaluate(prepare(model), dataset, [PAPER], setup, indices=indices, keep_masks=kept)[PAPER.name]
 
 
 def time_validation(model: nn.Module, dataset: ReferDataset, setup: EvalSetup) -> float:

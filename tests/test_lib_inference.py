@@ -1,0 +1,95 @@
+"""lib.inference: the prepared model computes what the model computes."""
+
+import pytest
+import torch
+from golden_cases import golden_inputs, set_golden_weights
+from torch import nn
+
+import lib.inference
+from CrossVLT import build_crossvlt
+from lib.fusion import PositionwiseConv
+from lib.inference import prepare, warn_if_slower
+from lib.variants import FUSIONS
+from lib.vision_encoder import WindowAttention
+
+
+@pytest.fixture
+def model(small_model):
+    """A small model whose BatchNorms are not the identity."""
+    model = set_golden_weights(small_model(depths=(2, 2, 1, 1), window_size=3)).eval()
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_var.uniform_(0.5, 2)
+    return model
+
+
+def difference(one, other):
+    maps = [] if one.similarities is None else zip(one.similarities, other.similarities, strict=True)
+    return max((a.float() - b.float()).abs().max().item() for a, b in [(one.mask_logits, other.mask_logits), *maps])
+
+
+@pytest.mark.parametrize("fusion", FUSIONS)
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (72, 104)])
+def test_the_prepared_model_computes_the_same(small_model, small_inputs, fusion, height, width):
+    model = set_golden_weights(small_model(fusion=fusion)).eval()
+    images, ids, attention_mask, _ = small_inputs(2, height, width)
+    prepared = prepare(model)
+    for similarities in (False, True):
+        with torch.inference_mode():
+            expected = model(images, ids, attention_mask, return_similarities=similarities)
+        assert difference(prepared(images, ids, attention_mask, return_similarities=similarities), expected) < 2e-5
+    rows = torch.tensor([0, 1, 1])
+    encoded = prepared.encode_images(images)[rows]
+    segmented = prepared.segment(encoded, ids[rows], attention_mask[rows], size=(height, width))
+    assert difference(segmented, type(expected)(expected.mask_logits[rows], None)) < 2e-5
+
+
+def test_the_original_model_stays_as_it_is(model, small_inputs):
+    images, ids, attention_mask, _ = small_inputs()
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    prepared = prepare(model)
+    assert model.training
+    assert not prepared.training
+    assert model.state_dict().keys() == before.keys()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    prepared(images, ids, attention_mask)
+    model(images, ids, attention_mask).mask_logits.sum().backward()
+
+
+def test_every_layer_is_packed_and_biases_are_computed_once_per_size(model, small_inputs, monkeypatch):
+    computed = []
+    original = WindowAttention._get_rel_pos_bias
+    monkeypatch.setattr(WindowAttention, "_get_rel_pos_bias", lambda self: computed.append(1) or original(self))
+    prepared = prepare(model)
+    kinds = {type(part) for part in prepared.modules()}
+    assert not kinds & {nn.Linear, nn.Conv2d, PositionwiseConv, nn.BatchNorm2d, nn.ReLU, nn.GELU, nn.Tanh}
+    blocks = sum(isinstance(part, WindowAttention) for part in prepared.modules())
+    for height in (64, 64, 96, 64):
+        prepared(*small_inputs(1, height)[:3])
+    shifted = sum(len(stage.layers.blocks) // 2 for stage in model.backbone)
+    assert len(computed) == blocks + shifted  # shifted blocks once for each of two sizes
+
+
+@pytest.mark.usefixtures("all_threads")
+def test_bf16_is_no_less_accurate_than_autocast():
+    model = set_golden_weights(build_crossvlt("tiny")).eval()
+    inputs = golden_inputs("eval_tiny_224", 3, 224, 224)[:3]
+    with torch.inference_mode():
+        exact = model(*inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = model(*inputs)
+    bf16 = prepare(model, amp="bf16")(*inputs)
+    assert bf16.mask_logits.dtype == autocast.mask_logits.dtype
+    errors = [(output.mask_logits - exact.mask_logits).square().mean().sqrt() for output in (bf16, autocast)]
+    assert 0 < errors[0] <= errors[1] < 0.01
+
+
+def test_a_cpu_on_which_mixed_precision_is_slower_gets_a_warning(monkeypatch, capsys):
+    rates = {torch.float32: 316e9, torch.bfloat16: 174e9, torch.float16: 400e9}
+    monkeypatch.setattr(lib.inference, "matrix_product_rate", rates.get)
+    for amp in ("off", "fp16", "bf16"):
+        warn_if_slower(amp, torch.device("cpu"))
+    warnings = capsys.readouterr().err
+    assert warnings.count("slower") == 1
+    assert "--amp bf16 is slower on this CPU: 174 GFLOP/s, 316 in float32" in warnings
