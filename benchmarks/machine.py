@@ -74,23 +74,12 @@ def cpu_name() -> str:
         return platform.processor() or platform.machine()
 
 
-def has_packed_linear(device: "torch.device", dtype: "torch.dtype") -> bool:
-    """Return whether oneDNN can pack the weights of linear layers."""
-    import torch
-
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    checks = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return dtype not in checks or checks[dtype]()
-
-
 def matrix_kernels(device: "torch.device", dtype: "torch.dtype") -> Iterator[Kernel]:
     """Yield the operations that define the matrix rate."""
     import torch
     import torch.nn.functional as F
+
+    from lib.kernels import has_onednn
 
     batch, prefix = GPU_BATCH if device.type == "cuda" else 1, str(dtype).removeprefix("torch.")
     random = partial(torch.randn, device=device, dtype=dtype)
@@ -109,7 +98,7 @@ def matrix_kernels(device: "torch.device", dtype: "torch.dtype") -> Iterator[Ker
 
     for sizes in LINEAR_SIZES:
         gflop = 2 * batch * LINEAR_ROWS * math.prod(sizes) / 1e9
-        for packed in (False, True) if has_packed_linear(device, dtype) else (False,):
+        for packed in (False, True) if has_onednn(device, dtype) else (False,):
             name = f"{prefix} linear {sizes[0]}→{sizes[1]}{', packed' if packed else ''}"
             yield Kernel(name, gflop, partial(linear, *sizes, packed))
     for side, (name, memory_format) in itertools.product(

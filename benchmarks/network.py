@@ -30,8 +30,8 @@ def add_arguments(parser: Parser, *keys: str) -> None:
 
 def add_inference_arguments(parser: Parser) -> None:
     """Add the flags for the first arguments of :func:`for_inference`."""
-    models = {"nargs": "+", "choices": MODELS, "default": ["plain"]}
-    parser.add_argument("--models", **models, help="without and with lib.inference.prepare (default: plain)")
+    models = {"nargs": "+", "choices": MODELS, "default": list(MODELS)}
+    parser.add_argument("--models", **models, help="without and with lib.inference.prepare (default: both)")
     precisions = {"nargs": "+", "choices": tuple(DTYPES), "default": ["off", "bf16"]}
     parser.add_argument("--amp", **precisions, help="precisions (default: off bf16)")
 

@@ -77,7 +77,7 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.activation, self.is_packed = activation, _has_onednn(weight.device, dtype)
+        self.activation, self.is_packed = activation, has_onednn(weight.device, dtype)
         self.weight = weight.detach().to(dtype).contiguous()
         self.bias = None if bias is None else bias.detach()
         if self.is_packed:
@@ -102,7 +102,7 @@ class PackedConv2d(nn.Module):
 
     def __init__(self, conv: nn.Conv2d, activation: str, dtype: torch.dtype) -> None:
         super().__init__()
-        self.activation, self.is_packed = activation, _has_onednn(conv.weight.device, dtype)
+        self.activation, self.is_packed = activation, has_onednn(conv.weight.device, dtype)
         self.weight = conv.weight.detach().to(dtype, memory_format=torch.channels_last)
         self.bias = None if conv.bias is None else conv.bias.detach()
         self.shape = (conv.padding, conv.stride, conv.dilation, conv.groups)
@@ -129,7 +129,7 @@ def _onednn(activation: str) -> tuple[str, list, str]:
     return activation, [], "none" if activation == "gelu" else ""
 
 
-def _has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
+def has_onednn(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether oneDNN has fast kernels for a device and dtype."""
     if device.type != "cpu" or not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return False
