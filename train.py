@@ -34,6 +34,8 @@ def add_arguments(parser: Parser) -> None:
 def main() -> None:
     args = get_parser("train", __doc__, add_arguments).parse_args()
     # Heavy imports come after parsing, so that --help and typos are answered at once.
+    import torch
+
     from bert.tokenization import fingerprint, load_tokenizer
     from data.loaders import build_train_loader
     from lib.criterion import CrossVLTCriterion
@@ -55,7 +57,7 @@ def main() -> None:
     tokenizer = load_tokenizer(cfg.PRETRAINED.TOKENIZER)
     train_set, val_set = build_datasets(cfg, tokenizer)
 
-    distributed = init_distributed(cfg.DEVICE, tf32=cfg.TRAIN.TF32)
+    distributed = init_distributed(cfg.DEVICE, tf32=cfg.TRAIN.TF32, saved_threads=start.saved_threads)
     set_up_logging(distributed.rank)
     agree_on_run(cfg, start.resumed)
     on_main(train_set.check_images)
@@ -88,6 +90,7 @@ def main() -> None:
         "vocabulary": fingerprint(tokenizer),
         # The division of the global batch.
         "share": [distributed.world_size, cfg.BATCH_SIZE, start.accum_steps],
+        "threads": torch.get_num_threads(),
     }
     with Run.open(cfg, distributed, constants, start.resumed) as run:
         run.log_start(state, num_samples=len(train_set))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lib.errors import EXIT_MISTAKE, UserError
 from lib.files import translate_write_errors
+from lib.threads import default_number, number_is_given
 
 LOGGER = logging.getLogger("crossvlt")
 # They stop a training or an evaluation after saving its work. Data-loading processes ignore them.
@@ -52,13 +53,14 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
-def init_distributed(device: str = "auto", *, tf32: bool = False) -> Distributed:
+def init_distributed(device: str = "auto", *, tf32: bool = False, saved_threads: int | None = None) -> Distributed:
     """Join the process group of the launcher (torchrun, torch.distributed.launch), or run as a single process.
 
     Args:
         device: ``auto`` (CUDA if available), ``cpu``, ``cuda`` or, for a single process, ``cuda:N``.
         tf32: allow TF32 matrix products and convolutions on GPUs. Faster, but outside the tolerance of the tests that
                 compare with the published network.
+        saved_threads: number of CPU threads of the run that is resumed; see :func:`set_num_threads`.
 
     Raises:
         UserError: the device does not exist, or there are more processes than GPUs.
@@ -72,6 +74,7 @@ def init_distributed(device: str = "auto", *, tf32: bool = False) -> Distributed
         torch.cuda.set_device(selected)
     elif tf32:
         warn_once("--tf32 is ignored: TF32 needs a CUDA GPU")
+    set_num_threads(saved_threads if selected.type == "cpu" else None)
     if world_size > 1:
         global _cpu_group
         backend = "nccl" if selected.type == "cuda" else "gloo"
@@ -105,6 +108,20 @@ def _select_device(device: str, local_rank: int, world_size: int) -> torch.devic
     if needed > torch.cuda.device_count():
         raise UserError(f"{needed} GPUs needed, {torch.cuda.device_count()} available. Start one process per GPU.")
     return torch.device("cuda", index)
+
+
+def set_num_threads(saved: int | None = None) -> None:
+    """Set the number of CPU threads: that of the environment, else ``saved``, else :func:`lib.threads.default_number`.
+
+    Sums are rounded identically only with the same number of threads.
+    """
+    number = torch.get_num_threads() if number_is_given() else saved or default_number()
+    if saved and number != saved:
+        warn_once(
+            f"The run continues with {number} CPU thread(s), but was saved with {saved}: its results will differ "
+            f"slightly from those of an uninterrupted run. For identical results set OMP_NUM_THREADS={saved}."
+        )
+    torch.set_num_threads(number)
 
 
 def float32_precision(device: torch.device) -> str:

@@ -28,6 +28,7 @@ from lib.errors import (
     UserError,
 )
 from lib.files import Kind, check_replaceable, protect, protecting_inputs
+from lib.threads import set_wait_policy
 
 LOGGER = logging.getLogger("crossvlt")
 STORE_TIMEOUT = 10  # seconds
@@ -94,6 +95,7 @@ def run_command(main: Callable[[], None]) -> None:
     75 stopped by a signal with everything saved; 130 Ctrl-C with nothing to save; 141 stdout was closed by its reader.
     A mistake found before the processes have joined a group is printed by one process per node.
     """
+    set_wait_policy()
     _open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)

@@ -53,6 +53,7 @@ def one_thread():
     """Use one thread, which is fastest for small tensors and also set by torchrun. Return the initial number."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # commands that run in this process keep the number
     return num_threads
 
 

@@ -8,7 +8,8 @@ from conftest import ROOT
 
 # Each module may import from its own layer and from lower ones. The longest matching prefix counts.
 LAYERS = (
-    {"lib.errors", "lib.variants", "lib.files", "lib.cli", "lib.tables", "lib.charts", "lib.locks"},  # without torch
+    {"lib.errors", "lib.variants", "lib.files", "lib.cli", "lib.tables", "lib.charts", "lib.locks",
+     "lib.threads"},  # without torch
     {"utils"},
     {"refer", "bert", "lib.vision_encoder", "lib.fusion", "lib.seg_decoder",
      "lib.kernels", "lib.precision"},
@@ -19,7 +20,7 @@ LAYERS = (
 )  # fmt: skip
 # Entry files may import anything (after parsing their arguments). No module imports them.
 TOOLS = {"train", "test", "lib.plot", "lib.rescore"}
-WITHOUT_TORCH = ("lib.errors", "lib.variants", "lib.files", "lib.cli", "lib.tables", "lib.options",
+WITHOUT_TORCH = ("lib.errors", "lib.variants", "lib.files", "lib.cli", "lib.tables", "lib.threads", "lib.options",
                  "lib.config")  # fmt: skip
 HEAVY = {"torch", "torchvision", "timm", "transformers", "numpy", "PIL", "pycocotools", "matplotlib", "pandas", "scipy"}
 VISION, LANGUAGE = {"lib.vision_encoder", "lib.fusion", "lib.seg_decoder"}, "bert"

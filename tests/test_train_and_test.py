@@ -1,5 +1,6 @@
 """train.py and test.py as a user runs them, end to end on generated data."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data.dataset_refer_bert import ReferDataset
+from lib import threads
 
 
 @pytest.fixture
@@ -56,6 +58,24 @@ def test_the_saved_config_can_be_trained_again(trained, run_here, tmp_path):
 def test_training_with_torch_distributed_launch(run_script, train_flags, tmp_path):
     run_script("train.py", *train_flags, "--steps", 1, "--model_id", "old", processes=2, launcher="launch")
     assert (tmp_path / "checkpoints" / "old" / "best.pth").exists()
+
+
+@pytest.mark.parametrize(("saved", "number"), [(2, 2), (None, 1)])
+def test_a_resumed_run_uses_and_records_the_saved_number_of_threads(
+    trained, run_here, tmp_path, monkeypatch, saved, number
+):
+    """Checkpoints of older versions have no such entry."""
+    content = entries(trained[0] / "checkpoints" / "run" / "last.pth")
+    assert content.pop("threads") == 1
+    torch.save(content | ({"threads": saved} if saved else {}), tmp_path / "saved.pth")
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr(threads, "available_cores", lambda: 1)
+    folders = ["--output-dir", tmp_path / "checkpoints", "--log_dir", tmp_path / "models", "--model_id", "resumed"]
+    run_here("train.py", "--resume", tmp_path / "saved.pth", "-b", 8, "--steps", 29, *folders, check=True)
+    torch.set_num_threads(1)
+    assert entries(tmp_path / "checkpoints" / "resumed" / "last.pth")["threads"] == number
+    (start,) = json.loads((tmp_path / "models" / "resumed" / "environment.json").read_text())
+    assert start["cpu_threads"] == number
 
 
 def test_a_lost_worker_ends_the_training_saved(run_here, train_flags, tmp_path, monkeypatch):

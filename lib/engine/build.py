@@ -41,6 +41,11 @@ class Start(NamedTuple):
     pretrained: tuple[Path | None, Path | None]  # or from these Swin and BERT files
     accum_steps: int  # forward passes per process and optimizer step
 
+    @property
+    def saved_threads(self) -> int | None:
+        """The number of CPU threads of the resumed run. None: a new run, or one of an older version."""
+        return self.resumed.extra.get("threads") if self.resumed else None
+
 
 def load_recipe(args: Any) -> tuple[CfgNode, Start]:
     """Read the configuration and find the weights to start from. When resuming, the saved recipe is the default.
