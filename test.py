@@ -22,6 +22,7 @@ from lib import config
 from lib.cli import Parser, run_command
 from lib.files import Kind
 from lib.protocols import add_protocol_flags
+from lib.report.commands import choose_command
 
 LOG = logging.getLogger("crossvlt")
 
@@ -29,7 +30,7 @@ LOG = logging.getLogger("crossvlt")
 def add_arguments(parser: Parser) -> None:
     """Add the flags that are not configuration keys."""
     add, add_input, add_output = parser.add_argument, parser.add_input, parser.add_output
-    add_input("--resume", metavar="FILE", help="checkpoint: released, or written by train.py")
+    add_input("--resume", must_exist=True, metavar="FILE", help="checkpoint: released, or written by train.py")
     add_protocol_flags(parser)
     json_help = "write the metrics: a list with an object per split and protocol"
     add_output("--json", kind=Kind.JSON_LIST, metavar="FILE", help=json_help)
@@ -44,10 +45,10 @@ def add_arguments(parser: Parser) -> None:
     add_input("--vis_compare", metavar="A,B", help="instead of --resume: draw several checkpoints side by side")
     add("--table", action="store_true", help="instead of --resume: reproduce the paper's table")
     checkpoints_help = "for --table: folder with best_<dataset>.pth, or YAML file with lines dataset: file"
-    add_input("--checkpoints", metavar="DIR", help=checkpoints_help)
+    add_input("--checkpoints", must_exist=True, metavar="DIR", help=checkpoints_help)
     table_help = "for --table: folder of the results (%(default)s)"
     add_output("--table_dir", kind=Kind.FOLDER, metavar="DIR", default="models/table", help=table_help)
-    add_input("--image", metavar="FILE", help="instead of a dataset: segment this image")
+    add_input("--image", must_exist=True, metavar="FILE", help="instead of a dataset: segment this image")
     add("--sentence", metavar="TEXT", help="for --image: the object to segment")
     out_help = "for --image: file of the overlay; the mask is written beside it"
     add_output("--out", kind=Kind.PNG, metavar="PNG", help=out_help)
@@ -56,13 +57,13 @@ def add_arguments(parser: Parser) -> None:
 def main() -> None:
     parser = config.get_parser("test", __doc__, add_arguments)
     args = parser.parse_args()
+    command = choose_command(args, parser)
 
     # Heavy imports come after parsing, so that --help and typos are answered at once.
     from data.pack.source import check_packed
     from lib.evaluation import evaluate
     from lib.files import check_writable
     from lib.loading import load_for_evaluation, start_evaluation
-    from lib.report.commands import choose_command
     from lib.report.figures import ModelResult, compare_models, compute_maps, draw_split
     from lib.report.results import ResultFile
     from lib.report.summary import Summary
@@ -73,7 +74,6 @@ def main() -> None:
     from utils import launched_rank, on_main, set_up_logging
 
     set_up_logging(launched_rank())
-    command = choose_command(args, parser)
     unused = config.unused_flags(args)
     if unused:
         LOG.warning("not used in evaluation: %s", ", ".join(unused))

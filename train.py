@@ -18,12 +18,17 @@ by a signal (SIGTERM, SIGINT, SIGUSR1, SIGHUP) after saving a checkpoint.
 from functools import partial
 
 from lib.cli import Parser, run_command
-from lib.config import flatten, get_parser
+from lib.config import flatten, get_parser, load_config
 from lib.errors import UserError
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_input("--resume", metavar="FILE", help="continue a run from its last.pth with its saved configuration")
+    parser.add_input(
+        "--resume",
+        must_exist=True,
+        metavar="FILE",
+        help="continue a run from its last.pth with its saved configuration",
+    )
     parser.add_argument(
         "--auto_resume",
         action="store_true",
@@ -33,6 +38,8 @@ def add_arguments(parser: Parser) -> None:
 
 def main() -> None:
     args = get_parser("train", __doc__, add_arguments).parse_args()
+    cfg, given = load_config(args)
+
     # Heavy imports come after parsing, so that --help and typos are answered at once.
     import torch
 
@@ -53,7 +60,7 @@ def main() -> None:
 
     # A user's mistakes are reported before any folder is created.
     set_up_logging(launched_rank())
-    cfg, start = load_recipe(args)  # start: the weights or checkpoint to start from
+    cfg, start = load_recipe(args, cfg, given)  # start: the weights or checkpoint to start from
     tokenizer = load_tokenizer(cfg.PRETRAINED.TOKENIZER)
     train_set, val_set = build_datasets(cfg, tokenizer)
 

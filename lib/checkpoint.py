@@ -3,10 +3,20 @@
 python -m lib.checkpoint FILE        print what a checkpoint contains
 """
 
-if __name__ == "__main__":  # Ctrl-C during the imports, which take seconds, ends the command without a traceback
-    import signal
+# ruff: noqa: E402  (the command parses its arguments before the heavy imports)
+from lib.cli import Parser, run_command
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+def get_parser() -> Parser:
+    parser = Parser(prog="python -m lib.checkpoint", description="Print what a checkpoint contains.")
+    parser.add_input(
+        "file", must_exist=True, metavar="FILE", help="checkpoint of this project, or released with the paper"
+    )
+    return parser
+
+
+if __name__ == "__main__":  # --help and mistakes are answered before the imports below, which take seconds
+    run_command(lambda: get_parser().parse_args())
 
 import argparse
 import re
@@ -24,7 +34,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from lib.cli import Parser, run_command
 from lib.errors import MissingFileError, UserError
 from lib.files import atomic_write, protect
 from lib.state_dict import (
@@ -290,12 +299,6 @@ def describe(checkpoint: Checkpoint) -> str:
         "optimizer": "yes: --resume continues the run" if checkpoint.is_resumable else "no: use it with --init_from",
     }
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
-
-
-def get_parser() -> Parser:
-    parser = Parser(prog="python -m lib.checkpoint", description="Print what a checkpoint contains.")
-    parser.add_input("file", metavar="FILE", help="checkpoint of this project, or released with the paper")
-    return parser
 
 
 def main() -> None:

@@ -50,7 +50,8 @@ def get_parser(script: str, description: str, add_arguments: Callable[[Parser], 
     test.py also accepts the flags of train.py and ignores them; see :func:`unused_flags`.
     """
     parser = Parser(prog=f"{script}.py", description=description)
-    parser.add_input("--cfg", metavar="FILE", help="YAML file with configuration keys; flags override it")
+    cfg_help = "YAML file with configuration keys; flags override it"
+    parser.add_input("--cfg", must_exist=True, metavar="FILE", help=cfg_help)
     add_arguments(parser)
     for option in OPTIONS:
         if option.flags:
@@ -83,9 +84,10 @@ def add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
         kwargs["dest"], text = f"unused {names[0]}", argparse.SUPPRESS
     if is_used and option.path == "output":
         parser.add_output(*names, kind=Kind.FOLDER, help=text, **kwargs)
+    elif is_used and option.path:
+        parser.add_input(*names, must_exist=option.path == "file", help=text, **kwargs)
     else:
-        add = parser.add_input if is_used and option.path == "input" else parser.add_argument
-        add(*names, help=text, **kwargs)
+        parser.add_argument(*names, help=text, **kwargs)
 
 
 def unused_flags(args: argparse.Namespace) -> list[str]:

@@ -33,7 +33,8 @@ class Option:
         constant: the value that a flag without argument sets (booleans have ``--x`` and ``--no-x`` instead).
         metavar: placeholder of the flag's argument.
         item: type of the items of a list; its flag can be repeated.
-        path: ``input`` or ``output`` if the value names a file or folder that is read or written.
+        path: ``input`` or ``output`` if the value names a file or folder that is read or written; ``file`` for an input
+            that cannot be anything else, such as the name of a model.
     """
 
     key: str
@@ -201,7 +202,7 @@ OPTIONS = (
         "start a new run from the weights of a checkpoint",
         "--init_from",
         metavar="FILE",
-        path="input",
+        path="file",
     ),
     Option(
         "PRETRAINED.DDP_TRAINED",

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lib.cli import Parser, run_command
-from lib.errors import MissingFileError, UserError
+from lib.errors import UserError
 from lib.files import Kind, check_writable, write_text
 from lib.protocols import SWITCHES
 from lib.tables import to_text
@@ -34,16 +34,16 @@ def get_parser() -> Parser:
 
     parser = Parser(prog="python -m lib.rescore", description=__doc__)
     add = parser.add_argument
-    parser.add_input("files", nargs="*", metavar="FILE", help="result files")
-    parser.add_input(
-        "--compare", nargs=2, metavar=("A", "B"), help="compare two result files on the expressions that both have"
-    )
+    parser.add_input("files", must_exist=True, nargs="*", metavar="FILE", help="result files")
+    compare_help = "compare two result files on the expressions that both have"
+    parser.add_input("--compare", must_exist=True, nargs=2, metavar=("A", "B"), help=compare_help)
     add("--most", type=int, default=10, metavar="N", help="with --compare: print the N most changed expressions (10)")
     add("--split", metavar="NAMES", help="only these splits, such as val,testA")
     add("--protocol", metavar="NAMES", help="only these protocols, by their names in the files")
     add("--sentence", metavar="REGEX", help="only expressions that match this regular expression, ignoring case")
     add("--words", metavar="MIN-MAX", help="only expressions with this number of words; MIN- has no upper limit")
-    parser.add_input("--ids", metavar="TXT", help="only expressions whose sent_id is a line of this file")
+    ids_help = "only expressions whose sent_id is a line of this file"
+    parser.add_input("--ids", must_exist=True, metavar="TXT", help=ids_help)
     add(
         "--sentences",
         choices=("all", "first"),
@@ -68,6 +68,13 @@ def get_parser() -> Parser:
 def main() -> None:
     parser = get_parser()
     args = parser.parse_args(sys.argv[1:])
+    if bool(args.compare) == bool(args.files):
+        raise UserError("Pass result files, or two of them with --compare A B. See --help.")
+    for name, minimum in (("draws", 1), ("seed", 0), ("most", 0)):
+        if getattr(args, name) < minimum:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least {minimum}.")
+    conditions = _parse_filters(args)
+    thresholds = None if args.precision_at is None else _parse_thresholds(args.precision_at)
 
     from lib.metrics import THRESHOLDS, metric_names
     from lib.report import analysis
@@ -76,16 +83,9 @@ def main() -> None:
     from utils import set_up_logging
 
     set_up_logging()
-    paths = args.compare or args.files
-    if bool(args.compare) == bool(args.files):
-        raise UserError("Pass result files, or two of them with --compare A B. See --help.")
-    for name, minimum in (("draws", 1), ("seed", 0), ("most", 0)):
-        if getattr(args, name) < minimum:
-            raise UserError(f"--{name} {getattr(args, name)}: must be at least {minimum}.")
-    filters = analysis.Filters(**_parse_filters(args))
-    thresholds = THRESHOLDS if args.precision_at is None else _parse_thresholds(args.precision_at)
+    filters, thresholds = analysis.Filters(**conditions), thresholds or THRESHOLDS
     scoring = Scoring(thresholds, args.strict, args.draws, args.seed)
-    files = [analysis.load_results(path) for path in paths]
+    files = [analysis.load_results(path) for path in args.compare or args.files]
     analysis.check_names("--split", filters.splits, {results.path: results.splits for results in files})
     analysis.check_names("--protocol", filters.protocols, {results.path: results.protocols for results in files})
     files = [analysis.select(results, filters) for results in files]
@@ -111,8 +111,8 @@ def main() -> None:
         "warnings": warnings,
     }
     given = {name: getattr(args, name) for name in CONDITIONS if getattr(args, name) != parser.get_default(name)}
-    conditions = "".join(f" --{name}" if value is True else f" --{name} {value}" for name, value in given.items())
-    titles = [f"{_title(results)}{conditions}" for results in files]
+    suffix = "".join(f" --{name}" if value is True else f" --{name} {value}" for name, value in given.items())
+    titles = [f"{_title(results)}{suffix}" for results in files]
     names, bootstrap = metric_names(thresholds), f"{args.draws} draws over images, seed {args.seed}"
     if args.compare:
         report["comparison"], report["most_changed"] = analysis.compare(*files, scoring, args.most)
@@ -235,8 +235,6 @@ def _read_ids(path: str) -> frozenset[int]:
     """Read the sent_ids of a text file with one id per line; empty lines are allowed."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise MissingFileError(f"--ids {path}: no such file.") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--ids {path}: cannot read the file: {error}") from error
     for number, line in enumerate(lines, 1):

@@ -9,7 +9,6 @@ from PIL import Image, ImageOps
 
 from bert.tokenization import tokenize
 from data.transforms import preprocess_image, read_image
-from lib.errors import MissingFileError
 from lib.evaluation import predict
 from lib.files import Kind, check_writable
 from lib.loading import load_for_evaluation
@@ -28,8 +27,6 @@ def segment_image(args: Any) -> None:
     """
     image_path, overlay_path = Path(args.image), Path(args.out)
     mask_path = overlay_path.with_name(f"{overlay_path.stem}_mask.png")
-    if not image_path.exists():
-        raise MissingFileError(f"--image {image_path}: no such file.")
     loaded = load_for_evaluation(args, args.resume)
     for path in (overlay_path, mask_path):
         check_writable(path, Kind.PNG)

@@ -1,5 +1,6 @@
 """Datasets and pretrained weights: names, split systems, published counts, download addresses. Imports no torch."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,3 +177,34 @@ def image_folder(data_root: str | Path, dataset: str) -> Path:
     folder = Path(data_root, dataset, "images")
     has_own = dataset == "refshapes" or (dataset not in DATASETS and folder.is_dir())
     return folder if has_own else Path(data_root, COCO_IMAGES)
+
+
+def select_datasets(data_root: str | Path, datasets: str, split_by: str = "") -> list[tuple[str, str]]:
+    """Return the (dataset, splitBy) pairs that the flags --dataset and --splitBy select.
+
+    Args:
+        data_root: folder of the datasets.
+        datasets: names, separated by commas.
+        split_by: one name for all datasets, one for each, or several for one dataset; empty: all that are installed.
+
+    Raises:
+        UserError: there is no such dataset or split system, or the numbers of names differ.
+    """
+    names, systems = ([name.strip() for name in text.split(",") if name.strip()] for text in (datasets, split_by))
+    if not names:
+        raise UserError(f"--dataset {datasets!r} contains no name.")
+    if len(names) > 1 and len(systems) > 1:
+        if len(names) != len(systems):
+            raise UserError(f"--splitBy {split_by}: {len(systems)} names for {len(names)} datasets. Pass one for each.")
+        pairs = list(zip(names, systems, strict=True))
+    else:
+        pairs = [(name, system) for name in names for system in systems or _installed_systems(data_root, name)]
+    for name, system in pairs:
+        check_dataset(data_root, name, system)
+    return list(dict.fromkeys(pairs))
+
+
+def _installed_systems(data_root: str | Path, dataset: str) -> Sequence[str]:
+    """Return the installed split systems. If there is none, return the default, so that REFER raises how to get it."""
+    known = split_systems(data_root, dataset)
+    return [name for name in known if Path(data_root, dataset, f"refs({name}).p").is_file()] or known[:1]

@@ -305,7 +305,7 @@ def test_the_paper_table(best, coco_layout, refshapes_root, run_here, tmp_path, 
     ("flags", "message"),
     [
         ([], "--resume is missing"),
-        (["--resume", "nowhere.pth"], "Checkpoint file nowhere.pth does not exist."),
+        (["--resume", "nowhere.pth"], "--resume nowhere.pth: no such file or folder."),
         (["--resume", "{best}", "--swin_type", "base"], "was trained with swin_type tiny, not base. Drop --swin_type"),
         (["--resume", "{best}", "--window12"], "was trained with window_size 4, not 12. Drop --window12"),
         (["--resume", "{best}", "--ddp_trained_weights"], "do not begin with 'module.'"),

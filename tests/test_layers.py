@@ -87,24 +87,6 @@ def test_no_import_cycles():
     TopologicalSorter({name: set(project_imports(name)) for name in MODULES}).prepare()
 
 
-@pytest.mark.parametrize("name", [name for name in MODULES if is_entry(name) and not name.startswith("benchmarks")])
-def test_entry_files_parse_before_they_import_heavy_packages(name):
-    """Nothing that is imported before main() runs, even indirectly, imports a heavy package, so --help is fast."""
-    visited, waiting = set(), [name]
-    while waiting:
-        current = waiting.pop()
-        visited.add(current)
-        for imported in imported_names(MODULES[current].body):
-            assert imported.split(".")[0] not in HEAVY, f"{name} → {current} imports {imported}"
-        top_level = ast.Module(MODULES[current].body, [])
-        names = set(imported_names(top_level.body))
-        waiting += [module for module in MODULES if module not in visited and _is_imported(module, names)]
-
-
-def _is_imported(module, names):
-    return module in names or any(imported.rpartition(".")[0] == module for imported in names)
-
-
 @pytest.mark.parametrize("name", WITHOUT_TORCH)
 def test_the_bottom_layer_imports_no_heavy_package(name):
     assert not HEAVY & {imported.split(".")[0] for imported in imported_names(ast.walk(MODULES[name]))}

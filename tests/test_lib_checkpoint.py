@@ -209,7 +209,7 @@ def test_the_command_describes_a_file(tmp_path, small_model, monkeypatch, capsys
     assert (lines["window"], lines["fusion"], lines["epoch"]) == ("4", "cross", "12")
     assert (lines["temp"], lines["best oIoU"]) == ("1.0000 1.0000 1.0000 1.0000", "73.44")
     missing = run_in_process(main, ["lib.checkpoint", "nowhere.pth"], monkeypatch, capsys)
-    assert missing == (2, "", "error: Checkpoint file nowhere.pth does not exist.\n")
+    assert missing == (2, "", "error: nowhere.pth: no such file or folder.\n")
 
 
 def test_a_saved_checkpoint_can_be_rebuilt_and_described(tmp_path, small_model):

@@ -87,7 +87,7 @@ def test_repeated_flags_are_a_list_that_replaces_the_saved_one(tmp_path):
         (["--img_size", "32"], "--img_size 32: must be at least 33"),
         (["--max_tokens", "600"], "--max_tokens 600: must be at most 512"),
         (["--dataset", "refcocog"], "--splitBy umd or --splitBy google"),
-        (["--cfg", "nowhere.yaml"], "--cfg nowhere.yaml: No such file"),
+        (["--cfg", "nowhere.yaml"], "--cfg nowhere.yaml: no such file"),
     ],
 )
 def test_messages_of_mistakes_in_flags(flags, message):

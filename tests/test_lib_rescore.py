@@ -144,7 +144,7 @@ def test_partial_files_are_reported(run_rescore, tmp_path):
         (["--gt_mask", "both"], "--gt_mask: invalid choice"),
         (["--gtmask", "union"], r"Unknown flag --gtmask\. Did you mean --gt_mask\?"),
         (["--gt_mask", "union", "--refer_data_root", "/nowhere"], r"/nowhere/refcoco/refs\(unc\)\.p is missing"),
-        (["--ids", "/nowhere.txt"], r"--ids /nowhere.txt: no such file\.$"),
+        (["--ids", "/nowhere.txt"], r"--ids /nowhere.txt: no such file or folder\.$"),
         (["--ids", __file__], "--ids .*: line 1 is not a sent_id"),
         (["--compare", "a", "b"], "Pass result files, or two of them with --compare"),
         (["/nowhere.jsonl"], "/nowhere.jsonl"),

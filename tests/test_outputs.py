@@ -255,7 +255,7 @@ FUNCTIONS = {"torch.save", "json.dump", "pickle.dump", "np.save", "os.replace", 
 EXEMPT = {
     "lib.files", "data.convert.dataset", "data.refshapes.dataset", "refer.prepare.archives",
     "refer.prepare.download", "refer.prepare.files", "refer.prepare.install", "benchmarks.annotations.generate",
-    "benchmarks.generated_split", "benchmarks.fuzz_annotations.run", "benchmarks.stress",
+    "benchmarks.generated_split", "benchmarks.fuzz_annotations.run", "benchmarks.stress.runs",
 }  # fmt: skip
 
 

@@ -7,8 +7,9 @@ import pytest
 from stats_datasets import AREAS, REFS, SEGMENTATIONS, SQUARE, H, W, count_tokens, write_dataset
 
 from lib.errors import MissingFileError, UserError
+from refer.datasets import select_datasets
 from refer.refer import REFER
-from refer.stats.statistics import select_datasets, shared_images, statistics_of
+from refer.stats.statistics import shared_images, statistics_of
 from refer.stats.tables import sharing_table, split_table
 
 

@@ -18,7 +18,7 @@ import torch
 from commands import contents
 from conftest import PROCESS_ENVIRONMENT, ROOT
 
-from benchmarks.stress import Experiment, Kill, difference
+from benchmarks.stress.runs import Experiment, Kill, difference
 from lib.report.curves import read_metrics
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

@@ -24,14 +24,12 @@ def get_parser() -> Parser:
     parser = Parser(prog="python -m data.convert", description=__doc__)
     add = parser.add_argument
     add("--name", help="name of the new dataset, which other commands take as --dataset")
-    parser.add_input(
-        "--sentences", type=Path, metavar="FILE", help="a .csv, .tsv or .jsonl file with one row per sentence"
-    )
-    parser.add_input("--images", type=Path, metavar="DIR", help="folder of the images")
-    parser.add_input("--instances", type=Path, metavar="FILE", help="COCO annotation file with the objects")
-    parser.add_input(
-        "--masks", type=Path, metavar="DIR", help="folder of masks, instead of --instances: PNG files with background 0"
-    )
+    file, folder = ({"must_exist": True, "type": Path, "metavar": kind} for kind in ("FILE", "DIR"))
+    parser.add_input("--sentences", help="a .csv, .tsv or .jsonl file with one row per sentence", **file)
+    parser.add_input("--images", help="folder of the images", **folder)
+    parser.add_input("--instances", help="COCO annotation file with the objects", **file)
+    masks_help = "folder of masks, instead of --instances: PNG files with background 0"
+    parser.add_input("--masks", help=masks_help, **folder)
     root_help = "folder of the datasets (%(default)s)"
     parser.add_output("--refer_data_root", kind=Kind.FOLDER, type=Path, default=ROOT, metavar="DIR", help=root_help)
     add("--splitBy", default="unc", metavar="NAME", help="name of the split system (%(default)s)")
@@ -53,6 +51,8 @@ def main() -> None:
     missing = [flag for flag in ("name", "sentences", "images") if not getattr(args, flag)]
     if missing:  # checked here, because argparse would not suggest the right name for a mistyped flag
         parser.error(f"--{missing[0]} is missing")
+    if (args.instances is None) == (args.masks is None):
+        raise UserError("Pass the objects with either --instances FILE or --masks DIR.")
 
     from data.convert.dataset import SHEET_FILE, Source, convert
     from data.convert.splits import SplitShares

@@ -47,13 +47,16 @@ class Start(NamedTuple):
         return self.resumed.extra.get("threads") if self.resumed else None
 
 
-def load_recipe(args: Any) -> tuple[CfgNode, Start]:
-    """Read the configuration and find the weights to start from. When resuming, the saved recipe is the default.
+def load_recipe(args: Any, cfg: CfgNode, given: dict[str, str]) -> tuple[CfgNode, Start]:
+    """Find the weights to start from, and return the configuration. When resuming, the saved recipe is the default.
+
+    Args:
+        args: the parsed flags.
+        cfg, given: the configuration of a new run, from :func:`lib.config.load_config`.
 
     Raises:
         UserError: a mistake in flags or files.
     """
-    cfg, given = config.load_config(args)
     check_not_running(cfg)
     resumed = find_resumed(args.resume, args.auto_resume, cfg.OUTPUT_DIR, cfg.MODEL_ID)
     if resumed:

@@ -18,7 +18,8 @@ from lib.files import protect
 from lib.metrics import compute_metrics, intersection_and_union, iou
 from lib.protocols import SWITCHES, protocol_name
 from lib.report.intervals import Scoring, intervals, paired_intervals
-from lib.report.results import Line, counts_of, read_results, settings_path
+from lib.report.names import settings_path
+from lib.report.results import Line, counts_of, read_results
 from refer.masks import decode_mask, resize_mask
 from refer.refer import REFER
 

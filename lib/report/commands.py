@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from lib.cli import Parser
+from lib.config import load_config
 from lib.errors import UserError
-from lib.protocols import SWITCHES
-from lib.report.results import PARTIAL, settings_path
+from lib.protocols import SWITCHES, choose_protocols
+from lib.report.names import PARTIAL, settings_path
 
 PROTOCOL_FLAGS = ("protocol", *(name for name, switch in SWITCHES.items() if not switch.config_key))
 # The commands of test.py: the flags that each requires, and those that it accepts besides the configuration's.
@@ -32,7 +33,7 @@ def choose_command(args: Any, parser: Parser) -> str:
         parser: the parser of ``args``.
 
     Raises:
-        UserError: a required flag is missing, or flags cannot be combined.
+        UserError: a required flag is missing, a value is not allowed, or flags cannot be combined.
     """
     if args.image or args.sentence or args.out:
         command = "image"
@@ -55,6 +56,9 @@ def choose_command(args: Any, parser: Parser) -> str:
     if args.vis_num < 1:
         raise UserError(f"--vis_num {args.vis_num}: must be at least 1.")
     _check_outputs(args.predictions, args.json)
+    choose_protocols(args.protocol, **{name: getattr(args, name) for name in PROTOCOL_FLAGS if name in SWITCHES})
+    if command != "table":  # which chooses datasets in its own way
+        load_config(args)
     return command
 
 

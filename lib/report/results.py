@@ -32,10 +32,10 @@ from lib.files import Kind, atomic_write, check_replaceable, open_to_append, tra
 from lib.locks import lock
 from lib.metrics import iou
 from lib.protocols import PROTOCOLS
+from lib.report.names import PARTIAL, settings_path
 from utils import on_main
 
 FORMAT = "crossvlt results 1"
-PARTIAL = ".partial"
 # Settings that may differ when an evaluation is continued. The checkpoint is identified by its SHA-256, not its path,
 # and the batch size may be lowered after running out of memory.
 IGNORED_SETTINGS = ("checkpoint", "batch_size")
@@ -244,11 +244,6 @@ def _expected_keys(header: dict[str, Any]) -> Iterator[Key]:
 def counts_of(lines: Sequence[Line]) -> np.ndarray:
     """Return intersections and unions of lines, int64 [n, 2]."""
     return np.array([(line["intersection"], line["union"]) for line in lines], dtype=np.int64)
-
-
-def settings_path(path: str | Path) -> Path:
-    """Return the path of a result file's settings."""
-    return Path(f"{path}.settings.json")
 
 
 def read_results(path: str | Path) -> tuple[dict[str, Any], list[Line]]:

@@ -18,13 +18,12 @@ from lib.cli import Parser, run_command
 from lib.errors import MissingFileError, UserError
 from lib.files import Kind, check_writable, protect, write_text
 from lib.variants import BERT, MAX_TOKENS
+from refer.datasets import ROOT, select_datasets
 
 FIGURE_FOLDER = Path("models", "stats")
 
 
 def get_parser() -> Parser:
-    from refer.datasets import ROOT
-
     parser = Parser(prog="python -m refer.stats", description=__doc__)
     add = parser.add_argument
     add("--dataset", default="refcoco", metavar="NAMES", help="datasets, separated by commas (%(default)s)")
@@ -45,19 +44,19 @@ def get_parser() -> Parser:
 
 def main() -> None:
     args = get_parser().parse_args(sys.argv[1:])
+    if args.max_tokens <= 0:
+        raise UserError(f"--max_tokens {args.max_tokens}: must be above 0.")
+    pairs = select_datasets(args.refer_data_root, args.dataset, args.splitBy)
 
     from bert.tokenization import fingerprint
     from lib.charts import save_png
     from refer.refer import REFER
     from refer.stats.figure import DPI, draw_statistics
-    from refer.stats.statistics import select_datasets, shared_images, statistics_of
+    from refer.stats.statistics import shared_images, statistics_of
     from refer.stats.tables import json_report, sharing_table, split_table
     from utils import LOGGER, set_up_logging
 
     set_up_logging()
-    if args.max_tokens <= 0:
-        raise UserError(f"--max_tokens {args.max_tokens}: must be above 0.")
-    pairs = select_datasets(args.refer_data_root, args.dataset, args.splitBy)
     names = list(dict.fromkeys(dataset for dataset, _ in pairs))
     out = Path(args.out or FIGURE_FOLDER / ("_".join(names if len(pairs) > 1 else pairs[0]) + ".png"))
     protect(*(Path(args.refer_data_root, name) for name in names))
