@@ -4,6 +4,8 @@ python -m lib.checkpoint FILE        print what a checkpoint contains
 """
 
 # ruff: noqa: E402  (the command parses its arguments before the heavy imports)
+import sys
+
 from lib.cli import Parser, run_command
 
 
@@ -16,7 +18,10 @@ def get_parser() -> Parser:
 
 
 if __name__ == "__main__":  # --help and mistakes are answered before the imports below, which take seconds
-    run_command(lambda: get_parser().parse_args())
+    parsed = []
+    run_command(lambda: parsed.append(get_parser().parse_args()))
+    if not parsed:  # --help
+        sys.exit()
 
 import argparse
 import re

@@ -270,7 +270,9 @@ def test_an_impossible_global_batch_is_rejected():
     assert (config.divide_batch(cfg, given, 1), cfg.TRAIN.GLOBAL_BATCH) == (3, 6)
 
 
-def test_the_message_of_a_conflict_names_the_flag_and_the_file(tmp_path):
+def test_the_message_of_a_conflict_names_the_flag_and_the_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.pth").touch()
     path = tmp_path / "try.yaml"
     path.write_text("PRETRAINED: {FROM_SCRATCH: true}\nTRAIN: {GLOBAL_BATCH: 12}\n")
     with pytest.raises(UserError) as caught:
