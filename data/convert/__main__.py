@@ -51,8 +51,6 @@ def main() -> None:
     missing = [flag for flag in ("name", "sentences", "images") if not getattr(args, flag)]
     if missing:  # checked here, because argparse would not suggest the right name for a mistyped flag
         parser.error(f"--{missing[0]} is missing")
-    if (args.instances is None) == (args.masks is None):
-        raise UserError("Pass the objects with either --instances FILE or --masks DIR.")
 
     from data.convert.dataset import SHEET_FILE, Source, convert
     from data.convert.splits import SplitShares
