@@ -146,7 +146,7 @@ def test_partial_files_are_reported(run_rescore, tmp_path):
         (["--gt_mask", "union", "--refer_data_root", "/nowhere"], r"/nowhere/refcoco/refs\(unc\)\.p is missing"),
         (["--ids", "/nowhere.txt"], r"--ids /nowhere.txt: no such file or folder\.$"),
         (["--ids", __file__], "--ids .*: line 1 is not a sent_id"),
-        (["--compare", "a", "b"], "Pass result files, or two of them with --compare"),
+        (["--compare", __file__, __file__], "Pass result files, or two of them with --compare"),
         (["/nowhere.jsonl"], "/nowhere.jsonl"),
         ([__file__], r"test_lib_rescore\.py is corrupt: line 1 is not a result\."),
     ],

@@ -29,7 +29,6 @@ MISTAKES = (  # found before the heavy imports, unlike those that need the conte
     "data.convert --name mine --sentences nowhere.csv --images refer",
     "benchmarks.inference --device-typo cpu",
 )
-IMPORT_FIRST = {"benchmarks.evaluation"}  # still imports torch before it parses
 # Runs command lines in one process, and prints the status and the imported packages of each as JSON.
 RUN = """
 import io, json, runpy, sys
@@ -54,15 +53,14 @@ for line in sys.stdin.read().splitlines():
 @pytest.fixture(scope="module")
 def outcomes():
     """{command line: (exit status, imported packages, stderr)}."""
-    commands = sorted(set(find_commands()) - IMPORT_FIRST)
-    names = [f"{command}.py" if command in ("train", "test") else command for command in commands]
+    names = [f"{command}.py" if command in ("train", "test") else command for command in find_commands()]
     lines = [f"{name} {flag}" for name in names for flag in ("--help", "--mistyped")] + list(MISTAKES)
     command = [sys.executable, "-c", RUN]
     done = subprocess.run(command, cwd=ROOT, input="\n".join(lines), capture_output=True, text=True, check=True)
     return {line: outcome for line, *outcome in map(json.loads, done.stdout.splitlines())}
 
 
-@pytest.mark.parametrize("command", sorted(set(find_commands()) - IMPORT_FIRST))
+@pytest.mark.parametrize("command", find_commands())
 def test_help_and_mistyped_flags_import_no_heavy_package(command, outcomes):
     name = f"{command}.py" if command in ("train", "test") else command
     for flag, expected in (("--help", 0), ("--mistyped", 2)):
