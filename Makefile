@@ -1,6 +1,7 @@
 # make demo    set up, generate RefShapes, train a small CrossVLT with two CPU processes, evaluate it, draw predictions
 # make test    set up, run the tests
 # make lint    run ruff as CI does
+# make gpu     check the project on a GPU and run the benchmarks there (at most 9 minutes); PYTHON=… uses that Python's packages
 # make docs    generate docs/options.md from lib/options.py
 # make stress  kill 20 trainings at random moments, resume them, compare (about 15 minutes)
 # make lock    resolve requirements*.txt into requirements.lock
@@ -12,7 +13,7 @@ ON_REFSHAPES := --dataset refshapes --device cpu --batch-size 32
 # One thread per process: more threads than cores slow each other down.
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node 2
 
-.PHONY: demo test stress lint docs lock
+.PHONY: demo test stress lint docs lock gpu
 .DELETE_ON_ERROR:
 
 $(VENV)/.installed: requirements.lock
@@ -42,6 +43,14 @@ test: | $(VENV)/.installed
 
 stress: | $(VENV)/.installed
 	$(BIN)/python -m benchmarks.stress --kills 20 --out benchmarks/results/stress.md
+
+ifeq ($(origin PYTHON), command line)
+gpu:
+	@$(PYTHON) -m benchmarks.gpu
+else
+gpu: | $(VENV)/.installed
+	@$(BIN)/python -m benchmarks.gpu
+endif
 
 lint: | $(VENV)/.installed
 	$(BIN)/ruff check .

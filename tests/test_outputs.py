@@ -25,7 +25,7 @@ from lib.checkpoint import save_checkpoint
 
 # Flags that take a text and are no file or folder. Add a new flag here, or with Parser.add_input or add_output.
 TEXTS = {
-    "--batch-sizes", "--commands", "--dataset", "--device", "--mirror", "--model_id", "--name", "--precision_at",
+    "--batch-sizes", "--check", "--commands", "--dataset", "--device", "--mirror", "--model_id", "--name", "--precision_at",
     "--protocol", "--sentence", "--split", "--splitBy", "--weights", "--words",
 }  # fmt: skip
 DATASET = ("data/refshapes/instances.json", "data/refshapes/refs(unc).p", "data/refshapes/vocab.txt",
@@ -72,6 +72,7 @@ COMMANDS = {
         DATASET,
     ),
     "benchmarks.fuzz_annotations": ((), ()),
+    "benchmarks.gpu": (("--device", "cpu", "--seconds", "0"), ()),
     "benchmarks.stress": ((), ()),
     "benchmarks.inference": (("--cfg", "config.yaml"), ("config.yaml", "base.yaml")),
     "benchmarks.startup": (("--compare", "record.md"), ("record.md",)),
@@ -255,7 +256,8 @@ FUNCTIONS = {"torch.save", "json.dump", "pickle.dump", "np.save", "os.replace", 
 EXEMPT = {
     "lib.files", "data.convert.dataset", "data.refshapes.dataset", "refer.prepare.archives",
     "refer.prepare.download", "refer.prepare.files", "refer.prepare.install", "benchmarks.annotations.generate",
-    "benchmarks.generated_split", "benchmarks.fuzz_annotations.run", "benchmarks.stress.runs",
+    "benchmarks.generated_split", "benchmarks.fuzz_annotations.run", "benchmarks.gpu.checks",
+    "benchmarks.stress.runs",
 }  # fmt: skip
 
 
