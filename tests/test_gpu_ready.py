@@ -24,6 +24,7 @@ from lib.engine.loop import optimizer_step
 from lib.engine.state import build_train_state
 from lib.evaluation import EvalSetup, alignment_maps, evaluate, predict
 from lib.precision import AMP_DTYPES, autocast
+from lib.inference import prepare
 from lib.protocols import PAPER, PROTOCOLS, Protocol
 from lib.variants import FUSIONS
 from refer.masks import decode_mask
@@ -107,6 +108,16 @@ def test_forward_pass_and_losses(watched, gpu_model, gpu_inputs, fusion, amp, tr
     assert {last.dtype for last in last_outputs} == {AMP_DTYPES[amp] or torch.float32}
     assert {x.device for x in (output.mask_logits, *output.similarities, *losses.values())} == {GPU}
     assert {term.dtype for term in losses.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("fusion", "amp"), list(itertools.product(FUSIONS, PRECISIONS)))
+def test_a_prepared_model(watched, gpu_model, gpu_inputs, fusion, amp):
+    model, (images, ids, text_mask, _) = gpu_model(fusion=fusion).eval(), gpu_inputs
+    with watched() as watch, torch.inference_mode():
+        prepared = prepare(model, amp=amp)
+        output = prepared(images, ids, text_mask, return_similarities=True)
+    assert (watch.fetches, watch.uploads) == (0, 0)
+    assert {x.device for x in (output.mask_logits, *output.similarities)} == {GPU}
 
 
 def test_normalization(watched):

@@ -1,11 +1,11 @@
-"""Check the project on a GPU and run all benchmarks there, in at most nine minutes: ``make gpu``.
+"""Check the project on a GPU and run the benchmarks there, in at most nine minutes: ``make gpu``.
 
     make gpu                             # with the packages of .venv, which is created if it is missing
     make gpu PYTHON=/usr/bin/python3     # with the packages of that Python; needs no network
     python -m benchmarks.gpu --device cpu --out /tmp/gpu_dry_run.md    # dry run of the command itself, small sizes
 
 Writes benchmarks/results/gpu_NAME.md for a card called NAME. Each section runs in its own process and has a time limit;
-sections that did not fit are listed. benchmarks that use no GPU, such as benchmarks.startup, do not run.
+sections that did not fit are listed. Benchmarks that use no GPU, such as benchmarks.startup, do not run.
 """
 
 import os
