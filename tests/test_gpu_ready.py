@@ -23,8 +23,8 @@ from lib.criterion import CrossVLTCriterion
 from lib.engine.loop import optimizer_step
 from lib.engine.state import build_train_state
 from lib.evaluation import EvalSetup, alignment_maps, evaluate, predict
-from lib.precision import AMP_DTYPES, autocast
 from lib.inference import prepare
+from lib.precision import AMP_DTYPES, autocast
 from lib.protocols import PAPER, PROTOCOLS, Protocol
 from lib.variants import FUSIONS
 from refer.masks import decode_mask
