@@ -73,7 +73,7 @@ def build_optimizer(
     """Build AdamW with the published parameter groups, betas and eps (PyTorch's defaults).
 
     Args:
-        model: a CrossVLT, not wrapped. On a GPU the fused implementation is used, which computes the same update.
+        model: a CrossVLT, not wrapped.
         lr: initial learning rate.
         weight_decay: weight decay of the group ``decay``.
         amsgrad: use the AMSGrad variant.
@@ -90,7 +90,7 @@ def build_optimizer(
         lr=lr,
         weight_decay=weight_decay,
         amsgrad=amsgrad,
-        fused=all(parameter.is_cuda for parameter in parameters.values()),
+        fused=True,
     )
 
 

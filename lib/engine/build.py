@@ -190,7 +190,8 @@ def wrap_model(model: CrossVLT, distributed: Distributed) -> nn.Module:
     """Wrap the model in DistributedDataParallel if there are several processes."""
     if distributed.world_size == 1:
         return model
+    options = {"gradient_as_bucket_view": True, "static_graph": True, "broadcast_buffers": False}
     if distributed.device.type == "cuda":
-        return DistributedDataParallel(model, device_ids=[distributed.device.index])
+        return DistributedDataParallel(model, device_ids=[distributed.device.index], **options)
     LOG.info("BatchNorm is not synchronized (SyncBatchNorm requires CUDA); rank 0's running statistics are used")
-    return DistributedDataParallel(model)
+    return DistributedDataParallel(model, **options)

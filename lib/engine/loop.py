@@ -88,7 +88,7 @@ def optimizer_step(
 
     scaler.unscale_(optimizer)
     trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    grad_norm = nn.utils.clip_grad_norm_(trained, recipe.CLIP_GRAD if recipe.CLIP_GRAD > 0 else math.inf)
+    grad_norm = nn.utils.clip_grad_norm_(trained, recipe.CLIP_GRAD if recipe.CLIP_GRAD > 0 else math.inf, foreach=True)
 
     # The step's only synchronization with the device.
     *local_losses, grad_norm = torch.cat([losses, grad_norm.to(losses)[None]]).tolist()
