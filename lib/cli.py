@@ -29,7 +29,7 @@ from lib.errors import (
     UserError,
 )
 from lib.files import Kind, check_replaceable, protect, protecting_inputs
-from lib.threads import set_wait_policy
+from lib.threads import keep_freed_memory, set_wait_policy
 
 LOGGER = logging.getLogger("crossvlt")
 STORE_TIMEOUT = 10  # seconds
@@ -111,6 +111,7 @@ def run_command(main: Callable[[], None]) -> None:
     A mistake found before the processes have joined a group is printed by one process per node.
     """
     set_wait_policy()
+    keep_freed_memory()
     _open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)

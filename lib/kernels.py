@@ -53,6 +53,14 @@ def instance_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.stack([F.batch_norm(sample, None, None, training=True, eps=eps) for sample in x])
 
 
+def to_conv_layout(x: torch.Tensor) -> torch.Tensor:
+    """Return x [B, C, H, W] in the memory format in which convolutions are fastest."""
+    # oneDNN computes the gradients of float32 weights 20 % faster with this layout, and everything else with the other.
+    if x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
+        return x.contiguous()
+    return x.contiguous(memory_format=torch.channels_last)
+
+
 def matrix_product_rate(dtype: torch.dtype) -> float:
     """Return the FLOP/s of the CPU's matrix products in packed layers, the best of five. Takes about 0.1 s."""
     side, seconds = 1024, math.inf

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from lib.kernels import to_conv_layout
+
 
 class SegDecoder(nn.Module):
     """Top-down decoder, ``classifier`` in the state dict.
@@ -46,7 +48,7 @@ class SegDecoder(nn.Module):
         Args:
             features: y1 to y4, one per vision stage, [B, C·2^i, H/2^(i+2), W/2^(i+2)].
         """
-        y1, y2, y3, y4 = features
+        y1, y2, y3, y4 = map(to_conv_layout, features)
         x = _upsample_and_concatenate(y4, y3)  # [B, 8C + 4C, H/16, W/16]
         x = self.relu(self.bn1_4(self.conv1_4(x)))
         x = self.relu(self.bn2_4(self.conv2_4(x)))
