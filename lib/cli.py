@@ -29,7 +29,7 @@ from lib.errors import (
     UserError,
 )
 from lib.files import Kind, check_replaceable, protect, protecting_inputs
-from lib.threads import keep_freed_memory, set_wait_policy
+from lib.threads import keep_freed_memory, shorten_waiting
 
 LOGGER = logging.getLogger("crossvlt")
 STORE_TIMEOUT = 10  # seconds
@@ -110,7 +110,7 @@ def run_command(main: Callable[[], None]) -> None:
     75 stopped by a signal with everything saved; 130 Ctrl-C with nothing to save; 141 stdout was closed by its reader.
     A mistake found before the processes have joined a group is printed by one process per node.
     """
-    set_wait_policy()
+    shorten_waiting()
     keep_freed_memory()
     _open_closed_streams()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

@@ -6,17 +6,18 @@ from pathlib import Path
 
 NUMBER_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's options of mallopt
+SPIN_COUNT = "10000"
 WAITING_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 
 
-def set_wait_policy() -> None:
-    """Let waiting threads sleep instead of spin, unless the environment sets how they wait.
+def shorten_waiting() -> None:
+    """Let waiting threads spin for about 0.1 ms and then sleep, unless the environment sets how they wait.
 
     OpenMP's threads spin for milliseconds at the end of every parallel region. If other programs use the same cores,
     the spinning thread takes the core of the thread that it waits for. Call this function before torch is imported.
     """
     if not any(name in os.environ for name in WAITING_VARIABLES):
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+        os.environ["GOMP_SPINCOUNT"] = SPIN_COUNT
 
 
 def keep_freed_memory() -> None:

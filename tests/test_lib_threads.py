@@ -20,12 +20,13 @@ def environment(monkeypatch, one_thread):
 
 
 @pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "9"}, {"KMP_BLOCKTIME": "1"}])
-def test_idle_threads_sleep_unless_the_environment_says_how_they_wait(environment, given):
+def test_waiting_threads_soon_sleep_unless_the_environment_says_how_they_wait(environment, given):
     """main() imports torch; OpenMP reads its variables at that moment."""
     environment |= given
     before, seen = dict(environment), []
     run_command(lambda: seen.append(dict(environment)))
-    assert seen == [before if given else {**before, "OMP_WAIT_POLICY": "PASSIVE"}]
+    before |= {"THP_MEM_ALLOC_ENABLE": "1"}
+    assert seen == [before if given else {**before, "GOMP_SPINCOUNT": "10000"}]
 
 
 def test_the_default_number_is_that_of_the_cores_of_each_process(environment, monkeypatch):
