@@ -23,6 +23,8 @@ from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from lib.threads import keep_freed_memory
+
 if TYPE_CHECKING:
     import torch
 
@@ -201,7 +203,9 @@ def run_in_process(function: Callable[..., Any], *args: Any) -> Any:
 
     None if the process was killed, as by the system when memory is too small.
     """
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    # run_command has set this process's allocator; a new process inherits only environment variables.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=keep_freed_memory) as pool:
         try:
             return pool.submit(function, *args).result()
         except BrokenProcessPool:

@@ -1,9 +1,12 @@
 """CPU threads: how they wait, how many there are, and that a resumed run uses the saved number."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 
 from lib import threads
 from lib.cli import run_command
@@ -27,6 +30,19 @@ def test_waiting_threads_soon_sleep_unless_the_environment_says_how_they_wait(en
     run_command(lambda: seen.append(dict(environment)))
     before |= {"THP_MEM_ALLOC_ENABLE": "1"}
     assert seen == [before if given else {**before, "GOMP_SPINCOUNT": "10000"}]
+
+
+def test_freed_memory_is_kept_and_reused(environment):
+    """glibc would return 64 MiB to the system at once. The process's resident memory shows whether it has."""
+    program = "import sys; from lib.threads import keep_freed_memory as keep; sys.argv[1:] and keep()\n" + (
+        "block = bytearray(b'x') * 2**26; del block\n"
+        "print(next(int(line.split()[1]) // 1024 for line in open('/proc/self/status') if line.startswith('VmRSS')))"
+    )
+    default, kept = (
+        int(subprocess.run([sys.executable, "-c", program, *flags], cwd=ROOT, capture_output=True, check=True).stdout)
+        for flags in ([], ["keep"])
+    )
+    assert default < 64 <= kept
 
 
 def test_the_default_number_is_that_of_the_cores_of_each_process(environment, monkeypatch):
