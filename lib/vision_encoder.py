@@ -100,7 +100,9 @@ class SwinBlock(nn.Module):
     def _window_attention(self, x: torch.Tensor) -> torch.Tensor:
         _, height, width, _ = x.shape
         window = (self.window_size, self.window_size)
-        x = F.pad(x, (0, 0, 0, -width % self.window_size, 0, -height % self.window_size))
+        padding = (0, 0, 0, -width % self.window_size, 0, -height % self.window_size)
+        if any(padding):  # F.pad would copy the map
+            x = F.pad(x, padding)
         padded_height, padded_width = x.shape[1:3]
         if self.shift:
             x = torch.roll(x, shifts=(-self.shift, -self.shift), dims=(1, 2))
