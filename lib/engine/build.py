@@ -1,5 +1,6 @@
 """Build the datasets and the network of a training run from its configuration."""
 
+import inspect
 import logging
 import math
 import re
@@ -190,7 +191,11 @@ def wrap_model(model: CrossVLT, distributed: Distributed) -> nn.Module:
     """Wrap the model in DistributedDataParallel if there are several processes."""
     if distributed.world_size == 1:
         return model
-    options = {"gradient_as_bucket_view": True, "static_graph": True, "broadcast_buffers": False}
+    # Training uses no buffer of BatchNorm, so it is enough to copy them at the end of an epoch.
+    buffers = "forward_sync_buffers"  # its name before torch 2.15: broadcast_buffers
+    if buffers not in inspect.signature(DistributedDataParallel).parameters:
+        buffers = "broadcast_buffers"
+    options = {"gradient_as_bucket_view": True, "static_graph": True, buffers: False}
     if distributed.device.type == "cuda":
         return DistributedDataParallel(model, device_ids=[distributed.device.index], **options)
     LOG.info("BatchNorm is not synchronized (SyncBatchNorm requires CUDA); rank 0's running statistics are used")
