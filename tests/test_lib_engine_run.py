@@ -29,14 +29,17 @@ GIB = 2**30
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signals_are_recorded_and_handlers_restored(number):
-    previous = signal.getsignal(number)
-    with StopSignals() as signals:
-        assert not signals.stop_requested()
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)  # as torchrun does, which forwards signals: not a second Ctrl-C
-        assert signals.received == number.name
-        assert signals.stop_requested()
-    assert signal.getsignal(number) is previous
+    previous = signal.signal(number, signal.SIG_DFL)  # under nohup, SIGHUP is ignored
+    try:
+        with StopSignals() as signals:
+            assert not signals.stop_requested()
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)  # as torchrun does, which forwards signals: not a second Ctrl-C
+            assert signals.received == number.name
+            assert signals.stop_requested()
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, previous)
 
 
 def test_an_ignored_hangup_stays_ignored():
