@@ -92,8 +92,12 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     elif isinstance(module, LanguageToVisionFusion):
         prepared.w_v = _prepared(module.w_v, torch.promote_types(dtype, torch.float32))  # not in mixed precision
     elif isinstance(module, WindowAttention):
-        prepared.relative_position_bias_table = nn.Parameter(module.relative_position_bias_table.to(dtype), False)
-        prepared.bias = functools.cache(prepared.bias)
+        # A copy without layers computes the biases. A cache of a method of ``prepared`` would be a reference cycle, and
+        # its weights would stay in memory until the garbage collector runs.
+        source = copy.copy(prepared)
+        source._modules, source._parameters = {}, {}
+        source.relative_position_bias_table = nn.Parameter(module.relative_position_bias_table.to(dtype), False)
+        prepared._parameters, prepared.bias = {}, functools.cache(source.bias)
     return prepared
 
 

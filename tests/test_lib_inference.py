@@ -1,11 +1,15 @@
 """lib.inference: the prepared model computes what the model computes."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from golden_cases import golden_inputs, set_golden_weights
 from torch import nn
 
 import lib.inference
+import lib.kernels
 from CrossVLT import build_crossvlt
 from lib.fusion import PositionwiseConv
 from lib.inference import prepare, warn_if_slower
@@ -42,6 +46,26 @@ def test_the_prepared_model_computes_the_same(small_model, small_inputs, fusion,
     encoded = prepared.encode_images(images)[rows]
     segmented = prepared.segment(encoded, ids[rows], attention_mask[rows], size=(height, width))
     assert difference(segmented, type(expected)(expected.mask_logits[rows], None)) < 2e-5
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16"])
+def test_devices_without_onednn_compute_the_same(model, small_inputs, monkeypatch, amp):
+    inputs = small_inputs()[:3]
+    expected = prepare(model, amp=amp)(*inputs)
+    monkeypatch.setattr(lib.kernels, "has_onednn", lambda device, dtype: False)
+    assert difference(prepare(model, amp=amp)(*inputs), expected) < (2e-5 if amp == "off" else 0.05)
+
+
+def test_an_unused_prepared_model_is_freed_at_once(model, small_inputs):
+    prepared = prepare(model)
+    prepared(*small_inputs()[:3])
+    block = weakref.ref(prepared.model.backbone[0].layers.blocks[0].attn)
+    gc.disable()
+    try:
+        del prepared
+        assert block() is None
+    finally:
+        gc.enable()
 
 
 def test_the_original_model_stays_as_it_is(model, small_inputs):
