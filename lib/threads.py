@@ -46,6 +46,8 @@ def default_number() -> int:
 
 def available_cores(system: Path = Path("/sys")) -> int:
     """Return the number of physical cores in the process's CPU set, at most the CPU quota of its container."""
+    if not hasattr(os, "sched_getaffinity"):  # only Linux has CPU sets
+        return os.cpu_count() or 1
     cpus = os.sched_getaffinity(0)
     topology = [system / f"devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in cpus]
     cores = {_read(file) or str(file) for file in topology}  # the threads of a core have the same siblings

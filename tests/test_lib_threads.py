@@ -68,6 +68,12 @@ def test_cores_are_physical_ones_within_the_quota(tmp_path, monkeypatch):
         assert threads.available_cores(tmp_path) == number
 
 
+def test_systems_without_cpu_sets_use_all_cores(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 10)
+    assert threads.available_cores() == 10
+
+
 def test_a_resumed_run_uses_the_saved_number(environment, monkeypatch, caplog, crossvlt_log):
     monkeypatch.setattr(threads, "available_cores", lambda: 2)
     for saved, number in ((None, 2), (3, 3), (1, 1)):
