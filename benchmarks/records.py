@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -143,12 +142,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def git_revision() -> str:
-    """Return the checked-out commit, with ``+`` if files differ from it; ``unknown`` outside of a repository."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    """Return the checked-out commit; ``unknown`` outside of a repository."""
+    from lib.engine.journal import git_revision  # imports torch
+
+    return git_revision(ROOT) or "unknown"
 
 
 def read_records(path: str | Path) -> list[Record]:
