@@ -4,7 +4,6 @@ Shapes: B batch size, H×W image size, N tokens, T text width, A width of the al
 C = embed_dim·2^i channels and a map of h×w = H/2^(i+2) × W/2^(i+2) positions.
 """
 
-import reprlib
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import nn
 from bert.language_encoder import LanguageStage1, VisionToLanguageStage, bert_config, initialize_language
 from lib.fusion import FUSION_LAYERS, padding_bias
 from lib.seg_decoder import SegDecoder
-from lib.variants import BERT_VOCAB_SIZE, FUSIONS, NUM_STAGES, SIZE_RANGES, SWIN_VARIANTS
+from lib.variants import BERT_VOCAB_SIZE, FUSIONS, NUM_STAGES, check_rates, complete_sizes, drop_path_rates
 from lib.vision_encoder import PATCH_SIZE, VisionStage, initialize_vision
 
 
@@ -182,16 +181,10 @@ def build_crossvlt(
     Raises:
         ValueError: an unknown name, or sizes that do not fit each other.
     """
-    if swin_type not in SWIN_VARIANTS:
-        raise ValueError(f"swin_type must be one of {', '.join(SWIN_VARIANTS)}, not {swin_type!r}.")
     if fusion not in FUSIONS:
         raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, not {fusion!r}.")
-    variant = SWIN_VARIANTS[swin_type]
-    embed_dim = variant["embed_dim"] if embed_dim is None else embed_dim
-    depths = tuple(variant["depths"] if depths is None else depths)
-    num_heads = tuple(variant["num_heads"] if num_heads is None else num_heads)
-    window_size = variant["window_size"] if window_size is None else window_size
-    _check_sizes(
+    sizes = complete_sizes(
+        swin_type,
         window_size=window_size,
         embed_dim=embed_dim,
         depths=depths,
@@ -202,19 +195,17 @@ def build_crossvlt(
         vocab_size=vocab_size,
         align_dim=align_dim,
     )
-    for name, rate in (("drop_path_rate", drop_path_rate), ("text_dropout", text_dropout)):
-        if not 0 <= rate < 1:
-            raise ValueError(f"{name} must be at least 0 and below 1, not {rate}.")
+    check_rates(drop_path_rate=drop_path_rate, text_dropout=text_dropout)
+    embed_dim, depths, num_heads = sizes["embed_dim"], sizes["depths"], sizes["num_heads"]
 
     vision_to_language, language_to_vision = FUSIONS[fusion]
-    rates = [drop_path_rate * k / max(1, sum(depths) - 1) for k in range(sum(depths))]
-    drop_path = [rates[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(NUM_STAGES)]
+    drop_path = drop_path_rates(drop_path_rate, depths)
     vision_stages = [
         VisionStage(
             index=i,
             embed_dim=embed_dim,
             num_heads=num_heads[i],
-            window_size=window_size,
+            window_size=sizes["window_size"],
             drop_path=drop_path[i],
             text_dim=text_dim,
             align_dim=align_dim,
@@ -235,33 +226,9 @@ def build_crossvlt(
     model = CrossVLT(vision_stages, language_stages, SegDecoder(embed_dim))
     model.config = {
         "swin_type": swin_type,
-        "window_size": window_size,
         "drop_path_rate": drop_path_rate,
         "fusion": fusion,
-        "embed_dim": embed_dim,
-        "depths": list(depths),
-        "num_heads": list(num_heads),
-        "text_dim": text_dim,
-        "text_layers": text_layers,
-        "text_heads": text_heads,
         "text_dropout": text_dropout,
-        "vocab_size": vocab_size,
-        "align_dim": align_dim,
+        **{name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()},
     }
     return model
-
-
-def _check_sizes(**sizes: int | tuple[int, ...]) -> None:
-    """Raise a ValueError unless all sizes are integers within their ranges and fit each other."""
-    for name, size in sizes.items():
-        smallest, largest = SIZE_RANGES[name]
-        per_stage = name in ("depths", "num_heads")
-        if per_stage and len(size) != NUM_STAGES:
-            raise ValueError(f"{name} must have {NUM_STAGES} entries, not {reprlib.repr(size)}.")
-        if not all(type(item) is int and smallest <= item <= largest for item in (size if per_stage else [size])):
-            kind = "integers" if per_stage else "an integer"
-            raise ValueError(f"{name} must be {kind} from {smallest} to {largest}, not {reprlib.repr(size)}.")
-    for i, heads in enumerate(sizes["num_heads"]):
-        channels = sizes["embed_dim"] * 2**i
-        if channels % heads:
-            raise ValueError(f"The {channels} channels of stage {i} cannot be divided into {heads} equal heads.")

@@ -1,5 +1,8 @@
 """Names and sizes of the published models. Other modules import them from here."""
 
+import reprlib
+from typing import Any
+
 IMG_SIZE = 480  # pixels per side of the resized square image
 MAX_TOKENS = 21  # token ids per sentence, [CLS] and [SEP] included
 BERT = "bert-base-uncased"
@@ -49,3 +52,47 @@ SIZE_RANGES = {
     "vocab_size": (1, 10_000_000),
     "align_dim": (1, 16384),
 }
+
+
+def complete_sizes(swin_type: str, **sizes: Any) -> dict[str, Any]:
+    """Return the sizes of a network; those that are None have the values of the Swin type.
+
+    Args:
+        swin_type: a name in ``SWIN_VARIANTS``.
+        sizes: names in ``SIZE_RANGES`` with values. ``embed_dim`` and ``num_heads`` must be among them.
+
+    Raises:
+        ValueError: an unknown Swin type, a size that is no integer or outside its range, or sizes that do not fit each
+            other.
+    """
+    if swin_type not in SWIN_VARIANTS:
+        raise ValueError(f"swin_type must be one of {', '.join(SWIN_VARIANTS)}, not {swin_type!r}.")
+    complete = {}
+    for name, size in sizes.items():
+        size = SWIN_VARIANTS[swin_type].get(name) if size is None else size
+        smallest, largest = SIZE_RANGES[name]
+        per_stage = name in ("depths", "num_heads")
+        if per_stage and len(size) != NUM_STAGES:
+            raise ValueError(f"{name} must have {NUM_STAGES} entries, not {reprlib.repr(size)}.")
+        if not all(type(item) is int and smallest <= item <= largest for item in (size if per_stage else [size])):
+            kind = "integers" if per_stage else "an integer"
+            raise ValueError(f"{name} must be {kind} from {smallest} to {largest}, not {reprlib.repr(size)}.")
+        complete[name] = tuple(size) if per_stage else size
+    for i, heads in enumerate(complete["num_heads"]):
+        channels = complete["embed_dim"] * 2**i
+        if channels % heads:
+            raise ValueError(f"The {channels} channels of stage {i} cannot be divided into {heads} equal heads.")
+    return complete
+
+
+def check_rates(**rates: float) -> None:
+    """Raise a ValueError unless all rates of dropout are at least 0 and below 1."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, not {rate}.")
+
+
+def drop_path_rates(largest: float, depths: tuple[int, ...]) -> list[list[float]]:
+    """Return the drop path rates of the blocks of each stage. They increase linearly from 0 in the first block."""
+    rates = [largest * k / max(1, sum(depths) - 1) for k in range(sum(depths))]
+    return [rates[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]
