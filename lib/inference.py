@@ -6,7 +6,6 @@ packed ones (:mod:`lib.kernels`), which contain the folded BatchNorm and the act
 
 import copy
 import functools
-import itertools
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from utils import warn_once
 
 PACKABLE = (nn.Linear, nn.Conv2d, PositionwiseConv)
 ACTIVATION_NAMES = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.GELU: "gelu", GELUActivation: "gelu"}
+FOLLOWERS = (nn.BatchNorm2d, *ACTIVATION_NAMES)
 
 
 class PreparedModel(nn.Module):
@@ -32,7 +32,8 @@ class PreparedModel(nn.Module):
 
     def __init__(self, model: nn.Module, amp: str) -> None:
         super().__init__()
-        self.model, self.amp, self.temp, self.config = model, amp, model.temp, model.config
+        self.model, self.amp, self.config = model, amp, model.config
+        self.temp = getattr(model, "temp", None)  # temperatures of the similarity maps, if the network has any
 
     @torch.inference_mode()
     def forward(self, images: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -56,11 +57,11 @@ def prepare(model: nn.Module, *, amp: str = "off") -> PreparedModel:
     The copy shares the weights that need no other layout: after changing the model's weights, prepare it again.
 
     Args:
-        model: a CrossVLT in float32.
+        model: a network with the methods of :class:`CrossVLT.CrossVLT`, in float32.
         amp: ``off``; or ``bf16`` or ``fp16``: mixed precision as in :func:`lib.precision.autocast`, with weights cast
             once.
     """
-    dtype = AMP_DTYPES[amp] or model.temp.dtype
+    dtype = AMP_DTYPES[amp] or next(model.parameters()).dtype
     with torch.inference_mode():
         return PreparedModel(_prepared(model, dtype), amp).eval()
 
@@ -82,14 +83,14 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     prepared._modules = {
         name: None if child is None else _prepared(child, dtype) for name, child in module._modules.items()
     }
-    for layer, activation in _layers_with_activation(module):
-        prepared._modules[layer] = _pack(
-            module._modules[layer], dtype, ACTIVATION_NAMES[type(module._modules[activation])]
-        )
-        prepared._modules[activation] = nn.Identity()
-    if isinstance(module, SegDecoder):
-        _fold_batch_norms(prepared, module, dtype)
-    elif isinstance(module, LanguageToVisionFusion):
+    for name, *followers in _chains(module):
+        layers = [module._modules[follower] for follower in followers]
+        activation = next(filter(None, (ACTIVATION_NAMES.get(type(layer)) for layer in layers)), "none")
+        norm = next((layer for layer in layers if isinstance(layer, nn.BatchNorm2d)), None)
+        layer = module._modules[name] if norm is None else _folded(module._modules[name], norm)
+        prepared._modules[name] = _pack(layer, dtype, activation)
+        prepared._modules |= {follower: nn.Identity() for follower in followers}
+    if isinstance(module, LanguageToVisionFusion):
         prepared.w_v = _prepared(module.w_v, torch.promote_types(dtype, torch.float32))  # not in mixed precision
     elif isinstance(module, WindowAttention):
         # A copy without layers computes the biases. A cache of a method of ``prepared`` would be a reference cycle, and
@@ -101,18 +102,28 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     return prepared
 
 
-def _layers_with_activation(module: nn.Module) -> list[tuple[str, str]]:
-    """Return the names of the packable layers of a module that are followed by an activation, and of the latter."""
+def _chains(module: nn.Module) -> list[tuple[str, ...]]:
+    """Return the names of the layers of a module that become one packed layer.
+
+    Each chain is a packable layer and its followers: BatchNorm, an activation, or both.
+    """
     if isinstance(module, Mlp):
         return [("fc1", "act")]
     if isinstance(module, BertIntermediate):
         return [("dense", "intermediate_act_fn")]
-    if isinstance(module, nn.Sequential):
-        pairs = itertools.pairwise(module._modules.items())
-        return [
-            (a, b) for (a, layer), (b, act) in pairs if isinstance(layer, PACKABLE) and type(act) in ACTIVATION_NAMES
-        ]
-    return []
+    if isinstance(module, SegDecoder):
+        return [(*names, "relu") for names in module.layer_names()]
+    chains, is_open = [], False
+    for name, layer in module._modules.items() if isinstance(module, nn.Sequential) else ():
+        if isinstance(layer, PACKABLE):
+            chains.append((name,))
+            is_open = True
+        elif is_open and isinstance(layer, FOLLOWERS):
+            chains[-1] += (name,)
+            is_open = isinstance(layer, nn.BatchNorm2d)
+        else:
+            is_open = False
+    return chains
 
 
 def _pack(layer: nn.Module, dtype: torch.dtype, activation: str = "none") -> nn.Module:
@@ -122,15 +133,11 @@ def _pack(layer: nn.Module, dtype: torch.dtype, activation: str = "none") -> nn.
     return PackedLinear(weight, layer.bias, activation, dtype)
 
 
-def _fold_batch_norms(prepared: nn.Module, decoder: SegDecoder, dtype: torch.dtype) -> None:
-    """Replace the decoder's convolutions by packed ones that contain their BatchNorm and ReLU."""
-    for conv_name, norm_name in decoder.layer_names():
-        conv, norm = decoder.get_submodule(conv_name), decoder.get_submodule(norm_name)
-        folded = copy.copy(conv)
-        folded._parameters = {}
-        folded.weight, folded.bias = fuse_conv_bn_weights(
-            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-        )
-        setattr(prepared, conv_name, PackedConv2d(folded, "relu", dtype))
-        setattr(prepared, norm_name, nn.Identity())
-    prepared.relu = nn.Identity()
+def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """Return a copy of a convolution that contains the BatchNorm that follows it."""
+    folded = copy.copy(conv)
+    folded._parameters = {}
+    folded.weight, folded.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+    return folded

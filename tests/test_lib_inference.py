@@ -117,3 +117,27 @@ def test_a_cpu_on_which_mixed_precision_is_slower_gets_a_warning(monkeypatch):
     for amp in ("off", "fp16", "bf16"):
         warn_if_slower(amp, torch.device("cpu"))
     assert warnings == ["--amp bf16 is slower on this CPU: 174 GFLOP/s, 316 in float32"]
+
+
+def test_chains_of_a_sequence_are_folded():
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 1),
+        nn.BatchNorm2d(4),
+    ]
+    model = nn.Sequential(*layers, nn.Conv2d(4, 2, 1), nn.Tanh(), nn.Tanh()).eval()
+    model.config = {}
+    for part in model.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.running_mean.normal_()
+            part.running_var.uniform_(0.5, 2)
+    images = torch.randn(2, 3, 8, 8)
+    prepared = prepare(model)
+    with torch.inference_mode():
+        torch.testing.assert_close(prepared(images), model(images), atol=1e-5, rtol=0)
+    kept = [type(part) for part in prepared.model if not isinstance(part, nn.Identity | lib.kernels.PackedConv2d)]
+    assert kept == [nn.BatchNorm2d, nn.Tanh]  # after an activation
