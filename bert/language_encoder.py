@@ -50,10 +50,10 @@ class _CheckpointedModule(nn.Module):
 class LanguageEncoder(_CheckpointedModule):
     """BERT layers of stage 1, and the projection of [CLS] for the alignment loss; ``lang_stage1.encoder``."""
 
-    def __init__(self, config: BertConfig, num_layers: int, align_dim: int) -> None:
+    def __init__(self, config: BertConfig, num_layers: int, align_dim: int | None) -> None:
         super().__init__()
         self.layer = nn.ModuleList(BertLayer(config) for _ in range(num_layers))
-        self.proj = nn.Linear(config.hidden_size, align_dim)
+        self.proj = nn.Linear(config.hidden_size, align_dim) if align_dim else None
 
     def forward(self, hidden: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Return the hidden states after the layers, [B, N, T], for hidden [B, N, T] and padding bias [B, 1, 1, N]."""
@@ -63,9 +63,15 @@ class LanguageEncoder(_CheckpointedModule):
 
 
 class LanguageStage1(nn.Module):
-    """Stage 1, ``lang_stage1``: BERT's embeddings and first layers, without vision."""
+    """Stage 1, ``lang_stage1``: BERT's embeddings and first layers, without vision.
 
-    def __init__(self, config: BertConfig, num_layers: int, align_dim: int) -> None:
+    Args:
+        config: configuration of the BERT layers.
+        num_layers: number of layers.
+        align_dim: as in :class:`VisionToLanguageStage`. With None the stage has no projection: it is a plain BERT.
+    """
+
+    def __init__(self, config: BertConfig, num_layers: int, align_dim: int | None = None) -> None:
         super().__init__()
         self.embeddings = BertEmbeddings(config)
         self.encoder = LanguageEncoder(config, num_layers, align_dim)

@@ -13,30 +13,33 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return softmax(query · keyᵀ / √d + bias) · value.
 
     Args:
         query: [G, h, n, d].
         key, value: [G, h, m, d].
-        bias: [W, h or 1, n or 1, m]; W divides G, and group g uses row g mod W.
+        bias: [W, h or 1, n or 1, m]; W divides G, and group g uses row g mod W. None: no bias.
 
     Returns:
         [G, h, n, d].
     """
-    groups, num_biases = len(query), len(bias)
+    groups = len(query)
     if query.device.type != "cpu":
-        if 1 < num_biases < groups:
-            bias = bias.repeat(groups // num_biases, 1, 1, 1)
-        # With another dtype than the query's, scaled_dot_product_attention may silently return wrong values.
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
+        if bias is not None:
+            if 1 < len(bias) < groups:
+                bias = bias.repeat(groups // len(bias), 1, 1, 1)
+            # With another dtype than the query's, scaled_dot_product_attention may silently return wrong values.
+            bias = bias.to(query.dtype)
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
     # On CPU, plain matrix products are faster than the fused kernel. Like there, scores are never bf16 or fp16.
     scale, dtype = query.shape[-1] ** -0.5, torch.promote_types(query.dtype, torch.float32)
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # [G·h, n or m, d]
     with torch.autocast("cpu", enabled=False):
         nothing = query.new_empty(1, dtype=dtype)
         scores = torch.baddbmm(nothing, query.to(dtype), key.to(dtype).transpose(1, 2), beta=0, alpha=scale)
-        scores.view(-1, num_biases, scores.shape[0] // groups, *scores.shape[1:]).add_(bias)
+        if bias is not None:
+            scores.view(-1, len(bias), scores.shape[0] // groups, *scores.shape[1:]).add_(bias)
         weights = torch.softmax(scores, -1, out=None if scores.requires_grad else scores)
         return torch.bmm(weights.to(value.dtype), value).unflatten(0, (groups, -1))
 

@@ -124,7 +124,8 @@ class VisionStage(nn.Module):
         num_heads, window_size: of the Swin blocks.
         drop_path: one rate per block.
         text_dim: T, width of the language features.
-        align_dim: width of the space in which pixels and sentence are aligned.
+        align_dim: width of the space in which pixels and sentence are aligned. With None the stage has no
+            projection to it.
         fusion_layer: class of the language-to-vision layers, called as :class:`lib.fusion.LanguageToVisionFusion`.
             With None the stage has no fusion and no gates (ablation ``late``).
     """
@@ -137,7 +138,7 @@ class VisionStage(nn.Module):
         window_size: int,
         drop_path: list[float],
         text_dim: int,
-        align_dim: int,
+        align_dim: int | None,
         fusion_layer: type[nn.Module] | None,
     ) -> None:
         super().__init__()
@@ -163,7 +164,7 @@ class VisionStage(nn.Module):
         self.layers = nn.ModuleDict(
             {
                 "blocks": nn.ModuleList(blocks),
-                "proj": nn.Linear(dim, align_dim),
+                "proj": nn.Linear(dim, align_dim) if align_dim else None,
                 "attn1": fusion_layer(dim, inner_dim, text_dim) if fusion_layer else None,
                 "linear1": gate(dim) if fusion_layer else None,
                 "downsample": None if last else PatchMerging(dim),
@@ -193,17 +194,21 @@ class VisionStage(nn.Module):
             x = self._run(block, x)
         return x
 
-    def forward(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
+    def forward(
+        self, x: torch.Tensor, text: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None
+    ) -> VisionStageOutput:
         """Fuse language into the encoded map and down-sample it.
 
         Args:
             x: output of :meth:`encode`, [B, H, W, C].
-            text: language features of the same stage, [B, N, T].
+            text: language features of the same stage, [B, N, T]; not used by a stage without fusion.
             attention_mask: [B, N], 1 on tokens and 0 on padding.
         """
         return self._run(self._fuse, x, text, attention_mask)
 
-    def _fuse(self, x: torch.Tensor, text: torch.Tensor, attention_mask: torch.Tensor) -> VisionStageOutput:
+    def _fuse(
+        self, x: torch.Tensor, text: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> VisionStageOutput:
         layers = self.layers
         fused = x
         if layers.attn1 is not None:
@@ -220,7 +225,7 @@ class VisionStage(nn.Module):
             x = x + layers.linear2(fused) * fused
         return VisionStageOutput(decoder_feature, x)
 
-    def _run(self, part: Callable[..., Any], *inputs: torch.Tensor) -> Any:
+    def _run(self, part: Callable[..., Any], *inputs: torch.Tensor | None) -> Any:
         """Call a part of the stage, with gradient checkpointing if it is enabled."""
         return checkpoint(part, *inputs, use_reentrant=False) if self.grad_checkpointing else part(*inputs)
 
