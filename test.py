@@ -23,6 +23,7 @@ from lib.cli import Parser, run_command
 from lib.files import Kind
 from lib.protocols import add_protocol_flags
 from lib.report.commands import choose_command
+from lib.variants import RELEASED_HINT
 
 LOG = logging.getLogger("crossvlt")
 
@@ -30,7 +31,8 @@ LOG = logging.getLogger("crossvlt")
 def add_arguments(parser: Parser) -> None:
     """Add the flags that are not configuration keys."""
     add, add_input, add_output = parser.add_argument, parser.add_input, parser.add_output
-    add_input("--resume", must_exist=True, metavar="FILE", help="checkpoint: released, or written by train.py")
+    resume_help = "checkpoint: released, or written by train.py"
+    add_input("--resume", must_exist=True, hint=RELEASED_HINT, metavar="FILE", help=resume_help)
     add_protocol_flags(parser)
     json_help = "write the metrics: a list with an object per split and protocol"
     add_output("--json", kind=Kind.JSON_LIST, metavar="FILE", help=json_help)
@@ -45,7 +47,7 @@ def add_arguments(parser: Parser) -> None:
     add_input("--vis_compare", metavar="A,B", help="instead of --resume: draw several checkpoints side by side")
     add("--table", action="store_true", help="instead of --resume: reproduce the paper's table")
     checkpoints_help = "for --table: folder with best_<dataset>.pth, or YAML file with lines dataset: file"
-    add_input("--checkpoints", must_exist=True, metavar="DIR", help=checkpoints_help)
+    add_input("--checkpoints", must_exist=True, hint=RELEASED_HINT, metavar="DIR", help=checkpoints_help)
     table_help = "for --table: folder of the results (%(default)s)"
     add_output("--table_dir", kind=Kind.FOLDER, metavar="DIR", default="models/table", help=table_help)
     add_input("--image", must_exist=True, metavar="FILE", help="instead of a dataset: segment this image")

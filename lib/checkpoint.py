@@ -7,13 +7,13 @@ python -m lib.checkpoint FILE        print what a checkpoint contains
 import sys
 
 from lib.cli import Parser, run_command
+from lib.variants import RELEASED_HINT
 
 
 def get_parser() -> Parser:
     parser = Parser(prog="python -m lib.checkpoint", description="Print what a checkpoint contains.")
-    parser.add_input(
-        "file", must_exist=True, metavar="FILE", help="checkpoint of this project, or released with the paper"
-    )
+    file_help = "checkpoint of this project, or released with the paper"
+    parser.add_input("file", must_exist=True, hint=RELEASED_HINT, metavar="FILE", help=file_help)
     return parser
 
 
@@ -73,6 +73,7 @@ RESUMABLE = (
 )
 # Arguments of build_crossvlt that follow from the shapes of the weights.
 SIZES = ("window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size", "align_dim")
+PRETRAINED_HINT = "`python -m refer.prepare --weights swin_base bert` downloads pretrained files."
 # Parts of the model that a pretrained file must contain, as patterns of keys.
 SWIN_PART = r"backbone\.(0\.patch_embed|\d\.layers\.(blocks|downsample))\..*"
 BERT_PART = r"lang_stage1\.(embeddings|encoder\.layer)\..*"
@@ -128,17 +129,17 @@ class Checkpoint:
             )
 
 
-def read_checkpoint(path: str | Path) -> Checkpoint:
+def read_checkpoint(path: str | Path, hint: str = RELEASED_HINT) -> Checkpoint:
     """Read a checkpoint or pretrained file without executing code from it.
 
     Only tensors, plain values and argparse.Namespace are loaded.
 
     Raises:
-        MissingFileError: the file does not exist.
+        MissingFileError: the file does not exist; the message ends with ``hint``.
         UserError: the file is corrupt, contains another class or tensors without values, or has no state dict.
     """
     path = Path(path)
-    content = _load_file(path)
+    content = _load_file(path, hint)
     _check_tensors(content, path)
     form, state_dict, extra = "inference", content, {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
@@ -156,11 +157,11 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return Checkpoint(path, form, repair_keys(state_dict), has_prefix(state_dict), extra)
 
 
-def _load_file(path: Path) -> Any:
+def _load_file(path: Path, hint: str) -> Any:
     if path.is_dir():
         raise MissingFileError(f"{path} is a folder, not a checkpoint file.")
     if not path.is_file():
-        raise MissingFileError(f"Checkpoint file {path} does not exist.")
+        raise MissingFileError(f"Checkpoint file {path} does not exist. {hint}")
     protect(path)
     try:
         if path.suffix == ".safetensors":
@@ -255,7 +256,7 @@ def load_pretrained(model: nn.Module, swin: str | Path | None = None, bert: str 
     """
     for kind, path, part in (("Swin", swin, SWIN_PART), ("BERT", bert, BERT_PART)):
         if path is not None:
-            state_dict = adapt_to_model(read_checkpoint(path).state_dict, model)
+            state_dict = adapt_to_model(read_checkpoint(path, PRETRAINED_HINT).state_dict, model)
             load_strictly(model, state_dict, f"{kind} file {path}", part)
 
 

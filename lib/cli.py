@@ -43,26 +43,27 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         inputs: the arguments that name files or folders which the command reads.
-        existing: those of them that must exist.
+        existing: those of them that must exist, with hints where to get them.
         outputs: those that name files or folders which it writes, with their kinds.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
         self.inputs: list[argparse.Action] = []
-        self.existing: list[argparse.Action] = []
+        self.existing: list[tuple[argparse.Action, str]] = []
         self.outputs: list[tuple[argparse.Action, Kind]] = []
 
-    def add_input(self, *names: str, must_exist: bool = False, **kwargs: Any) -> None:
+    def add_input(self, *names: str, must_exist: bool = False, hint: str = "", **kwargs: Any) -> None:
         """Add an argument that names one or several files or folders to read.
 
         Args:
             must_exist: parse_args raises a MissingFileError if one of them does not exist, before anything is imported.
+            hint: a sentence for that message that says where to get the file.
         """
         action = self.add_argument(*names, **kwargs)
         self.inputs.append(action)
         if must_exist:
-            self.existing.append(action)
+            self.existing.append((action, hint))
 
     def add_output(self, *names: str, kind: Kind, **kwargs: Any) -> None:
         """Add an argument that names a file of this kind, or a folder, to write."""
@@ -75,11 +76,11 @@ class Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"Unknown flag {unknown[0]}." + did_you_mean(unknown[0].split("=")[0], self.option_names()))
-        for action in self.existing:
+        for action, hint in self.existing:
             for path in _values(parsed, action):
                 if not os.path.exists(path):
                     name = f"{action.option_strings[0]} " if action.option_strings else ""
-                    raise MissingFileError(f"{name}{path}: no such file or folder.")
+                    raise MissingFileError(f"{name}{path}: no such file or folder. {hint}".rstrip())
         protect(*(path for action in self.inputs for path in _values(parsed, action) if os.path.isfile(path)))
         for action, kind in self.outputs:
             for path in _values(parsed, action):

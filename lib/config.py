@@ -85,7 +85,7 @@ def add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
     if is_used and option.path == "output":
         parser.add_output(*names, kind=Kind.FOLDER, help=text, **kwargs)
     elif is_used and option.path:
-        parser.add_input(*names, must_exist=option.path == "file", help=text, **kwargs)
+        parser.add_input(*names, must_exist=bool(option.hint), hint=option.hint, help=text, **kwargs)
     else:
         parser.add_argument(*names, help=text, **kwargs)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import UserError
-from lib.variants import BERT, BERT_VOCAB_SIZE, FUSIONS, IMG_SIZE, MAX_TOKENS, SWIN_VARIANTS
+from lib.variants import BERT, BERT_VOCAB_SIZE, FUSIONS, IMG_SIZE, MAX_TOKENS, RELEASED_HINT, SWIN_VARIANTS
 from refer.datasets import ROOT
 
 MIN_IMAGE_SIZE = 33  # in the last stage, smaller images have a single position
@@ -33,8 +33,8 @@ class Option:
         constant: the value that a flag without argument sets (booleans have ``--x`` and ``--no-x`` instead).
         metavar: placeholder of the flag's argument.
         item: type of the items of a list; its flag can be repeated.
-        path: ``input`` or ``output`` if the value names a file or folder that is read or written; ``file`` for an input
-            that cannot be anything else, such as the name of a model.
+        path: ``input`` or ``output`` if the value names a file or folder that is read or written.
+        hint: where to get a file that must exist, for the message that it does not.
     """
 
     key: str
@@ -52,6 +52,7 @@ class Option:
     metavar: str | None = None
     item: type = int
     path: str = ""
+    hint: str = ""
 
     @property
     def flag_names(self) -> tuple[str, ...]:
@@ -202,7 +203,8 @@ OPTIONS = (
         "start a new run from the weights of a checkpoint",
         "--init_from",
         metavar="FILE",
-        path="file",
+        path="input",
+        hint=RELEASED_HINT,
     ),
     Option(
         "PRETRAINED.DDP_TRAINED",

@@ -8,6 +8,13 @@ MAX_TOKENS = 21  # token ids per sentence, [CLS] and [SEP] included
 BERT = "bert-base-uncased"
 BERT_VOCAB_SIZE = 30522
 NUM_STAGES = 4  # of either encoder
+# The weights released by the authors: a public Google Drive folder and, by dataset, the names of the files in it.
+RELEASED_URL = "https://drive.google.com/drive/folders/1zEAuhntMjH13rhzSYibw_xXLvp-4xB_v"
+RELEASED_FILES = {name: f"best_{name}.pth" for name in ("refcoco", "refcoco+", "refcocog")}
+RELEASED_HINT = (  # for messages about a missing checkpoint
+    f"The authors' weights ({', '.join(RELEASED_FILES.values())}) are installed in checkpoints/ by `python -m "
+    f"refer.prepare --weights crossvlt`, or by hand: open {RELEASED_URL} in a browser and download these files."
+)
 MASK_MODES = ("paper", "union")  # how target masks are rasterized; see refer.masks
 EVAL_SIZES = ("resized", "original")  # at which size masks are compared; see lib.protocols
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from lib.cli import did_you_mean
 from lib.errors import UserError
-from lib.variants import SWIN_VARIANTS
+from lib.variants import BERT, RELEASED_FILES, RELEASED_URL, SWIN_VARIANTS
 
 DATASETS: dict[str, tuple[str, ...]] = {  # dataset: its splitBy values, the first of which is the default
     "refcoco": ("unc", "google"),
@@ -26,9 +26,10 @@ COCO_ZIP = "train2014.zip"
 REFER_URL = "https://bvisionweb1.cs.unc.edu/licheng/referit/data/"  # this server no longer exists
 ARCHIVE_SNAPSHOTS = {"refcoco": "20220413011718", "refcoco+": "20220413011656", "refcocog": "20220413012904"}
 SWIN_URL = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
-BERT_URL = "https://huggingface.co/bert-base-uncased/resolve/main/"
+BERT_URL = f"https://huggingface.co/{BERT}/resolve/main/"
+README_BERT = "google/bert_uncased_L-12_H-768_A-12"  # the BERT that the README of the authors' repository links
 BERT_VOCABULARY = "vocab.txt"
-WEIGHTS = (*(f"swin_{size}" for size in SWIN_VARIANTS), "bert", "bert_vocabulary")  # names of --weights
+WEIGHTS = (*(f"swin_{size}" for size in SWIN_VARIANTS), "bert", "bert_vocabulary", "crossvlt")  # names of --weights
 BERT_WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # either is accepted; the first is downloaded
 
 
@@ -70,7 +71,9 @@ def annotation_urls(dataset: str) -> list[str]:
 
 
 def weights_url(file_name: str) -> str:
-    """Return the address of a file of pretrained weights or of BERT's vocabulary."""
+    """Return the address of a file of pretrained or released weights, or of BERT's vocabulary."""
+    if file_name in RELEASED_FILES.values():
+        return f"{RELEASED_URL}/{file_name}"
     is_swin = any(file_name == variant["pretrained"] for variant in SWIN_VARIANTS.values())
     return (SWIN_URL if is_swin else BERT_URL) + file_name
 

@@ -14,7 +14,7 @@ LAYERS = (
     {"refer", "bert", "lib.vision_encoder", "lib.fusion", "lib.seg_decoder",
      "lib.kernels", "lib.precision"},
     {"CrossVLT", "lib.rivals", "lib.inference", "lib.state_dict", "lib.checkpoint", "lib.options", "lib.config",
-     "data"},
+     "data", "refer.prepare"},
     {"lib.criterion", "lib.optim", "lib.metrics", "lib.protocols", "lib.collector", "lib.evaluation", "lib.baselines",
      "lib.visualize", "lib.engine"},
     {"lib.loading", "lib.report", "lib.segment"},

@@ -14,6 +14,7 @@ from CrossVLT import build_crossvlt
 from lib.checkpoint import describe, load_pretrained, load_weights, main, read_checkpoint, rebuild, save_checkpoint
 from lib.errors import MissingFileError, UserError
 from lib.state_dict import repair_keys
+from lib.variants import RELEASED_HINT
 
 
 def with_index_buffers(model):
@@ -209,7 +210,7 @@ def test_the_command_describes_a_file(tmp_path, small_model, monkeypatch, capsys
     assert (lines["window"], lines["fusion"], lines["epoch"]) == ("4", "cross", "12")
     assert (lines["temp"], lines["best oIoU"]) == ("1.0000 1.0000 1.0000 1.0000", "73.44")
     missing = run_in_process(main, ["lib.checkpoint", "nowhere.pth"], monkeypatch, capsys)
-    assert missing == (2, "", "error: nowhere.pth: no such file or folder.\n")
+    assert missing == (2, "", f"error: nowhere.pth: no such file or folder. {RELEASED_HINT}\n")
 
 
 def test_a_saved_checkpoint_can_be_rebuilt_and_described(tmp_path, small_model):

@@ -300,7 +300,7 @@ def test_a_root_that_cannot_be_written_is_reported(server, prepare, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "Pass --dataset refcoco refcoco+ refcocog or --weights swin_base bert."),
+        ([], "Pass --dataset refcoco refcoco+ refcocog or --weights swin_base bert crossvlt."),
         (["--dataset", "refcoc0"], "Did you mean refcoco?"),
         (["--dataset", "refshapes"], "python -m data.refshapes"),
         (["--dataset", "refcoco,refcog"], "Did you mean refcocog?"),

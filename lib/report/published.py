@@ -8,6 +8,7 @@ import yaml
 from lib.cli import did_you_mean
 from lib.errors import MissingFileError, UserError
 from lib.metrics import METRIC_NAMES
+from lib.variants import RELEASED_HINT
 
 
 class PublishedRow(NamedTuple):
@@ -84,12 +85,14 @@ def find_checkpoints(source: str | Path) -> dict[str, Path]:
             if first is not None:
                 found[name] = first
         if not found:
-            raise MissingFileError(f"--checkpoints {source}: no best_<dataset>.pth for any of {', '.join(DATASETS)}.")
+            raise MissingFileError(
+                f"--checkpoints {source}: no best_<dataset>.pth for any of {', '.join(DATASETS)}. {RELEASED_HINT}"
+            )
         return found
     try:
         entries = yaml.safe_load(source.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise MissingFileError(f"--checkpoints {source}: no such folder or file.") from error
+        raise MissingFileError(f"--checkpoints {source}: no such folder or file. {RELEASED_HINT}") from error
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"--checkpoints {source} is not a YAML file with lines `dataset: file` ({reason}).") from error

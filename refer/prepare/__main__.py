@@ -3,6 +3,7 @@
     python -m refer.prepare --dataset refcoco refcoco+ refcocog      # everything, with all of COCO train2014 (13 GB)
     python -m refer.prepare --dataset refcoco --images needed        # only the images of RefCOCO
     python -m refer.prepare --weights swin_base bert                 # initial weights, into pretrained/
+    python -m refer.prepare --weights crossvlt                       # the authors' trained weights, into checkpoints/
     python -m refer.prepare --dataset refcoco --from ~/Downloads/refcoco.zip --from /data/coco/train2014
     python -m refer.prepare --check                                  # verify the installed datasets
 
@@ -36,6 +37,8 @@ def get_parser() -> Parser:
     add("--images", choices=("zip", "needed", "none"), default="zip", help=images)
     add("--weights", nargs="+", metavar="NAME", default=[], help=", ".join(WEIGHTS))
     parser.add_output("--pretrained", default=Path("./pretrained"), **root)
+    root["help"] = "folder of --weights crossvlt (default: %(default)s)"
+    parser.add_output("--checkpoints", default=Path("./checkpoints"), **root)
     check = "verify installed files without downloading or writing; exit status 2 if there is a problem"
     add("--check", action="store_true", help=check)
     local = (
@@ -86,7 +89,8 @@ def check(args: argparse.Namespace, given: Sequence[str]) -> None:
 
     set_up_logging()
     problems = check_datasets(args.root, datasets, check_images=args.images != "none") if datasets else []
-    problems += check_weights(weights, args.pretrained)
+    for folder, names in weight_folders(args, weights).items():
+        problems += check_weights(names, folder)
     for problem in problems:
         LOGGER.warning(problem)
     if problems:
@@ -99,7 +103,7 @@ def prepare(args: argparse.Namespace, given: Sequence[str]) -> None:
     weights = parse_names("--weights", args.weights, WEIGHTS)
     datasets = parse_names("--dataset", args.dataset, COCO_DATASETS)
     if not datasets and not weights:
-        raise UserError("Pass --dataset refcoco refcoco+ refcocog or --weights swin_base bert. See --help.")
+        raise UserError("Pass --dataset refcoco refcoco+ refcocog or --weights swin_base bert crossvlt. See --help.")
     if not 0 < args.stall <= MAX_STALL or args.tries < 1:
         raise UserError(f"--stall must be above 0 and at most {MAX_STALL:g}, and --tries must be at least 1.")
     unused = [name for name in given if name in ("again", "keep_zips", "images")]
@@ -121,11 +125,19 @@ def prepare(args: argparse.Namespace, given: Sequence[str]) -> None:
     set_up_logging()
     mirrors = tuple(mirror.rstrip("/") for mirror in args.mirror)
     options = Options(local, args.download or not local, mirrors, args.keep_zips, args.stall, args.tries)
-    if weights:
-        for path in prepare_weights(weights, args.pretrained, options):
+    for folder, names in weight_folders(args, weights).items():
+        for path in prepare_weights(names, folder, options):
             print(path)
     if datasets:
         prepare_datasets(args.root, datasets, options, images=args.images, again=args.again)
+
+
+def weight_folders(args: argparse.Namespace, weights: Sequence[str]) -> dict[Path, list[str]]:
+    """Return {folder: names of the weights that are installed there}."""
+    folders: dict[Path, list[str]] = {}
+    for name in weights:
+        folders.setdefault(args.checkpoints if name == "crossvlt" else args.pretrained, []).append(name)
+    return folders
 
 
 def parse_names(flag: str, values: Sequence[str], known: Sequence[str] = ()) -> list[str]:

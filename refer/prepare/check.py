@@ -46,7 +46,8 @@ def check_datasets(root: Path, datasets: Sequence[str], *, check_images: bool = 
 
 def check_weights(names: Sequence[str], folder: Path) -> list[str]:
     """Return a message for each file of these ``refer.datasets.WEIGHTS`` that is missing or invalid."""
-    command = f"python -m refer.prepare --weights {' '.join(names)} --pretrained {shlex.quote(str(folder))}"
+    flag = "--checkpoints" if "crossvlt" in names else "--pretrained"
+    command = f"python -m refer.prepare --weights {' '.join(names)} {flag} {shlex.quote(str(folder))}"
     faults = find_weight_faults(names, folder, Hashes(folder))
     hint = f"To install the published file: `{command}`."
     return [f"{folder / file} {fault}. {hint}" for file, fault in faults.items() if fault]

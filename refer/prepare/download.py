@@ -17,6 +17,7 @@ from typing import Any
 from lib.cli import LOGGER
 from lib.errors import UserError
 from lib.files import translate_write_errors
+from refer.prepare.drive import DRIVE, download_from_drive
 from refer.prepare.files import Hashes, Progress, RejectedError, check_free_space, replace_keeping
 from refer.prepare.http import ConnectionLostError, VersionChangedError, open_url, parse_number, read_chunks
 
@@ -82,6 +83,7 @@ def install_from_sources(
     hashes: Hashes,
     options: Options,
     unpack_factor: float = 0.0,
+    by_hand: str = "Download it by hand and pass it with --from",
 ) -> None:
     """Install a file from the first valid source: one of the user's files, an earlier download, or an address.
 
@@ -94,6 +96,7 @@ def install_from_sources(
         hashes: a downloaded file is compared with the entry of its name, or recorded if there is none.
         options: sources of files.
         unpack_factor: disk space needed for unpacking, relative to the size of the file.
+        by_hand: for the error message, how to download the file without this command.
 
     Raises:
         UserError: no source has a valid file (the message names the reason for each), or the disk is full.
@@ -129,8 +132,7 @@ def install_from_sources(
             LOGGER.info("Run the same command again to resume the download.")
             raise
     raise UserError(
-        f"Cannot download {target.name} ({'; '.join(reasons)}). Download it by hand and pass it with --from, or pass "
-        "another server with --mirror."
+        f"Cannot download {target.name} ({'; '.join(reasons)}). {by_hand}, or pass another server with --mirror."
     )
 
 
@@ -166,6 +168,11 @@ def download(url: str, target: Path, options: Options, unpack_factor: float = 0.
         UserError: the disk is full or not writable.
     """
     part = Partial(target)
+    if url.startswith(DRIVE):
+        part.delete()
+        download_from_drive(url, part.path, stall=options.stall, tries=options.tries)
+        part.state_path.write_text("{}")
+        return replace_keeping(part.path, target)
     failures, most_received = 0, part.size()
     with translate_write_errors(part.path):
         part.path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,14 @@
-"""Verify and install the pretrained weights and BERT's vocabulary in pretrained/."""
+"""Verify and install pretrained weights, BERT's vocabulary and the released weights of CrossVLT."""
 
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from lib.cli import LOGGER
+from lib.errors import UserError
 from lib.files import translate_write_errors
-from lib.variants import BERT_VOCAB_SIZE, SWIN_VARIANTS
-from refer.datasets import BERT_VOCABULARY, BERT_WEIGHTS, weights_url
+from lib.variants import BERT, BERT_VOCAB_SIZE, RELEASED_FILES, RELEASED_URL, SWIN_VARIANTS
+from refer.datasets import BERT_VOCABULARY, BERT_WEIGHTS, README_BERT, weights_url
 from refer.prepare.download import Options, install_from_sources
 from refer.prepare.files import DOWNLOADS, Hashes, RejectedError, link_or_copy, locked_hashes, replace_keeping
 
@@ -24,6 +25,9 @@ def find_weight_faults(
     """
     files = []
     for name in names:
+        if name == "crossvlt":
+            files += RELEASED_FILES.values()
+            continue
         if name.startswith("swin_"):
             files.append(SWIN_VARIANTS[name.removeprefix("swin_")]["pretrained"])
             continue
@@ -40,6 +44,11 @@ def prepare_weights(names: Sequence[str], folder: Path, options: Options) -> lis
     Raises:
         UserError: no source has a valid file.
     """
+    if "bert" in names:
+        LOGGER.info(
+            f"BERT: {BERT}, the default of --ck_bert. The README of the authors' repository links {README_BERT}, which "
+            "has the same sizes, but was trained differently. See pretrained/README.md."
+        )
     with locked_hashes(folder) as hashes:
         faults = find_weight_faults(names, folder, hashes, options.local)
         for file, fault in faults.items():
@@ -56,6 +65,7 @@ def prepare_weights(names: Sequence[str], folder: Path, options: Options) -> lis
                 target=folder / DOWNLOADS / file,
                 hashes=hashes,
                 options=options,
+                by_hand=_by_hand(file),
             )
     return [folder / file for file in faults]
 
@@ -71,6 +81,16 @@ def install_weights(source: Path, path: Path, hashes: Hashes) -> None:
     hashes.record({path.name: path})
 
 
+def _by_hand(file: str) -> str:
+    """Return the instructions for downloading a file with a browser."""
+    if file in RELEASED_FILES.values():
+        return (
+            f"Open {RELEASED_URL} in a browser, click ⋮ and Download beside {', '.join(RELEASED_FILES.values())}, and "
+            "pass the folder of the downloaded files with --from"
+        )
+    return f"Download it by hand from {weights_url(file)} and pass it with --from"
+
+
 def _find(path: Path, name: str) -> Path:
     """Return the path of the file ``name`` if ``path`` is a folder that may contain it, or the file itself."""
     return path if path.name == name and path.is_file() else path / name
@@ -80,6 +100,8 @@ def weights_fault(path: Path, name: str) -> str:
     """Return what is wrong with a weights or vocabulary file that is published as ``name``; empty if it is valid."""
     if not path.is_file():
         return "is missing"
+    if name in RELEASED_FILES.values():
+        return _crossvlt_fault(path)
     try:
         if name == BERT_VOCABULARY:
             tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
@@ -95,6 +117,18 @@ def weights_fault(path: Path, name: str) -> str:
             return "" if is_valid else f"has no patch_embed.proj.weight of Swin {size}"
     vocab_sizes = [shape[0] for key, shape in shapes.items() if key.endswith(WORD_EMBEDDINGS)]
     return "" if vocab_sizes == [BERT_VOCAB_SIZE] else f"has no {WORD_EMBEDDINGS} with {BERT_VOCAB_SIZE} rows"
+
+
+def _crossvlt_fault(path: Path) -> str:
+    """Return why a file cannot be loaded as a CrossVLT; empty if it can."""
+    from CrossVLT import build_crossvlt
+    from lib.checkpoint import read_checkpoint, rebuild
+
+    try:
+        rebuild(read_checkpoint(path), build_crossvlt)
+    except UserError as error:
+        return str(error).removeprefix(str(path)).strip(" :.")
+    return ""
 
 
 def _read_shapes(path: Path, name: str) -> dict[str, tuple[int, ...]]:
