@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from lib.errors import EXIT_MISTAKE, UserError
 from lib.files import translate_write_errors
+from lib.terminal import draws_bars
 from lib.threads import default_number, number_is_given
 
 LOGGER = logging.getLogger("crossvlt")
@@ -280,7 +281,7 @@ def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
     LOGGER.propagate = False
     LOGGER.setLevel(logging.DEBUG if rank == 0 else logging.WARNING)
     terminal = _TerminalHandler()
-    terminal.setLevel(logging.INFO if sys.stderr.isatty() else logging.DEBUG)
+    terminal.setLevel(logging.INFO if draws_bars() else logging.DEBUG)
     terminal.setFormatter(_ColoredFormatter("%(message)s" if rank == 0 else f"[rank {rank}] %(message)s"))
     LOGGER.addHandler(terminal)
     if file is None:

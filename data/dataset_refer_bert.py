@@ -174,9 +174,13 @@ class ReferDataset(Dataset):
         image_id, ann_id = self._ids[self._ref_of(index)].tolist()
         return image_id, ann_id
 
+    def file_name(self, index: int) -> str:
+        """Return the name of a sample's image file, relative to the folder of the images."""
+        return self._file_names[self._ref_of(index)]
+
     def image_path(self, index: int) -> Path:
         """Return the image file of a sample."""
-        return self.image_dir / self._file_names[self._ref_of(index)]
+        return self.image_dir / self.file_name(index)
 
     def image_paths(self) -> dict[int, Path]:
         """Return the image file of each image id in the split."""

@@ -13,6 +13,7 @@ from data.dataset_refer_bert import ReferDataset
 from lib.errors import CommonError
 from lib.metrics import compute_metrics, iou
 from lib.protocols import Protocol
+from lib.terminal import draws_bars
 from utils import gather, on_main, sum_over_processes
 
 LOG = logging.getLogger("crossvlt")
@@ -172,8 +173,16 @@ class ProgressBar:
         earlier = collector.counts[0][collector.is_earlier[0]]
         self.done = self.initial = len(earlier)
         self.intersection, self.union = earlier.sum(axis=0).tolist()
+        if show and self.done:
+            rest = self.total - self.done
+            LOG.info(f"{title}: continuing, {self.done} of {self.total} expressions are evaluated, {rest} remain")
         self.bar = tqdm(
-            total=self.total, initial=self.done, desc=title, disable=None if show else True, leave=False, unit="expr"
+            total=self.total,
+            initial=self.done,
+            desc=title,
+            disable=not (show and draws_bars()),
+            leave=False,
+            unit="expr",
         )
         self.started = self.logged_at = time.monotonic()
 

@@ -87,6 +87,8 @@ def test_all_outputs_of_an_evaluation(best, data, run_here, tmp_path):
     sizes = {tuple(line["mask"]["size"]) for line in predictions if line["protocol"] == "paper"}
     assert sizes == {(64, 64)}
     assert decode_mask(predictions[0]["mask"]).sum() >= predictions[0]["intersection"]
+    images = REFER(data[3], "refshapes").Imgs
+    assert all(line["file_name"] == images[line["image_id"]]["file_name"] for line in predictions)
 
 
 def test_switches_become_part_of_the_protocol_name(best, data, run_here, tmp_path):
@@ -134,7 +136,10 @@ def test_an_interrupted_evaluation_continues(best, data, run_here, tmp_path, int
     header, lines = read_results(tmp_path / "a.jsonl.partial")
     assert header["complete"] is False
     assert 0 < len(lines) < header["splits"]["val"]
-    run_here(*flags, "--predictions", tmp_path / "a.jsonl", check=True)
+    done = run_here(*flags, "--predictions", tmp_path / "a.jsonl", check=True)
+    count, total = len(lines), header["splits"]["val"]
+    assert f"val: continuing, {count} of {total} expressions are evaluated, {total - count} remain" in done.err
+    assert "testA: continuing" not in done.err
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert not (tmp_path / "a.jsonl.partial").exists()
 

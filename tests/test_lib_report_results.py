@@ -23,6 +23,7 @@ from refer.refer import REFER
 from utils import Distributed
 
 BOTH = list(PROTOCOLS.values())
+NEW_FIELDS = ("crc32", "file_name", "precision")
 
 
 @pytest.fixture(scope="module")
@@ -181,18 +182,19 @@ def test_inconsistent_files_are_refused_and_left_as_they_are(write, header, resu
 
 
 def test_files_of_earlier_versions_are_continued_and_read(write, results, tmp_path):
-    """Their lines have no checksum and their settings no precision, which was float32."""
+    """Their lines have no checksum and no file name, and their settings no precision, which was float32."""
     path = tmp_path / "a.jsonl"
 
     def remove_new_fields(file):
         lines = [json.loads(line) for line in file.read_text().splitlines()]
-        old = [{name: value for name, value in line.items() if name not in ("crc32", "precision")} for line in lines]
+        old = [{name: value for name, value in line.items() if name not in NEW_FIELDS} for line in lines]
         file.write_text("".join(f"{json.dumps(line)}\n" for line in old))
 
     first = write(path, results[:5])
     remove_new_fields(first.partial)
     assert write(path, results[5:]).is_complete()
-    assert ["crc32" in line for line in read_results(path)[1]].count(False) == 5
+    for name in ("crc32", "file_name"):
+        assert [name in line for line in read_results(path)[1]].count(False) == 5
     remove_new_fields(path)
     settings = json.loads(first.settings.read_text())
     del settings["precision"]

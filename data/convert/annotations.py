@@ -14,6 +14,7 @@ from tqdm import tqdm
 from data.convert.sentences import Row, located
 from data.transforms import check_depth, open_image_file
 from lib.errors import UserError
+from lib.terminal import draws_bars
 from refer.annotations import Record, is_file_below, read_instances
 from refer.masks import MAX_PIXELS, MAX_SIDE, encode_mask
 
@@ -95,7 +96,7 @@ def coco_objects(rows: list[Row], instances_path: Path, sizes: ImageSizes) -> Ob
     for image in coco["images"]:
         images_by_name[image["file_name"]].append(image)
     annotation_ids, used = [], set()
-    for row in tqdm(rows, "images", unit="row", disable=None):
+    for row in tqdm(rows, "images", unit="row", disable=not draws_bars()):
         with located(row.location):
             if _is_id(row.image):
                 matches = [images[int(row.image)]] if int(row.image) in images else []
@@ -139,7 +140,7 @@ def mask_objects(rows: list[Row], masks: Path, sizes: ImageSizes) -> Objects:
     categories: dict[int, str] = {}  # by annotation id
     coverage: dict[str, float] = {}  # fraction of the image that each mask covers
     annotation_ids = []
-    for row in tqdm(rows, "masks", unit="row", disable=None):
+    for row in tqdm(rows, "masks", unit="row", disable=not draws_bars()):
         mask_name = row.object or str(Path(row.image).with_suffix(".png"))
         with located(row.location):
             _check_file_name(row.image, "image", sizes.folder)

@@ -18,6 +18,7 @@ from data.convert.sentences import Row, listed, located, read_sentences
 from data.convert.splits import SplitShares, assign_splits
 from lib.errors import MissingFileError, UserError
 from lib.files import atomic_folder, protect, protecting_inputs
+from lib.terminal import draws_bars
 from refer.annotations import Record, read_instances
 from refer.datasets import COCO_IMAGES, DATASETS, ROOT
 from refer.refer import REFER
@@ -160,7 +161,7 @@ def _check_masks(refer: REFER, rows: list[Row], objects: Objects, source: Source
     first_rows: dict[int, Row] = {}
     for row, annotation_id in zip(rows, objects.annotation_ids, strict=True):
         first_rows.setdefault(annotation_id, row)
-    for annotation_id, row in tqdm(first_rows.items(), "verifying", unit="ref", disable=None):
+    for annotation_id, row in tqdm(first_rows.items(), "verifying", unit="ref", disable=not draws_bars()):
         with located(f"{row.location}: annotation {annotation_id} of {source.instances or source.masks}"):
             try:
                 area = refer.getMask(refer.annToRef[annotation_id])["area"]
@@ -172,7 +173,7 @@ def _check_masks(refer: REFER, rows: list[Row], objects: Objects, source: Source
 
 
 def _copy_images(names: Iterable[str], source: Path, target: Path, link: bool) -> None:
-    for name in tqdm(names, "linking" if link else "copying", unit="image", disable=None):
+    for name in tqdm(names, "linking" if link else "copying", unit="image", disable=not draws_bars()):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if link:
             os.symlink(os.path.abspath(source / name), target / name)

@@ -10,6 +10,7 @@ from data.transforms import check_image_size, read_image, resize_image
 from lib.errors import UserError
 from lib.files import file_sha256, fsync, open_to_append, translate_write_errors
 from lib.locks import lock
+from lib.terminal import draws_bars
 from refer.masks import resize_mask
 from refer.refer import REFER
 
@@ -40,7 +41,7 @@ def pack_split(refer: REFER, split: str, img_size: int, folder: Path) -> Path:
         if path.exists():
             file = PackedFile(path)
             file.check_header(expected)
-            for row in tqdm(range(len(objects)), desc=f"verifying {split}", disable=None, leave=False):
+            for row in tqdm(range(len(objects)), desc=f"verifying {split}", disable=not draws_bars(), leave=False):
                 if not _is_current(file, row, refer):
                     image = refer.get_image_path(int(file.image_ids[row]))
                     raise UserError(
@@ -53,7 +54,9 @@ def pack_split(refer: REFER, split: str, img_size: int, folder: Path) -> Path:
         file = PackedFile(partial)
         file.check_header(expected)
         with open_to_append(partial, must_exist=True) as out:
-            for row, image_id in enumerate(tqdm(objects, desc=split, disable=None, leave=False, unit="image")):
+            for row, image_id in enumerate(
+                tqdm(objects, desc=split, disable=not draws_bars(), leave=False, unit="image")
+            ):
                 if _is_current(file, row, refer):
                     continue
                 source = refer.get_image_path(image_id)

@@ -17,6 +17,7 @@ from data.refshapes.scenes import generate_scene
 from data.refshapes.settings import DEFAULT_IMAGES, IDS_PER_SPLIT, NAME, SPLITS, Settings
 from lib.errors import UserError
 from lib.files import atomic_folder
+from lib.terminal import draws_bars
 from refer.annotations import Record
 
 INFO_FILE = "refshapes.json"
@@ -97,7 +98,7 @@ def write_files(folder: Path, settings: Settings) -> None:
     ref_ids, sent_ids = count(), count()
     split_of_scene: dict[tuple, str] = {}
     indices = [(split, index) for split in SPLITS for index in range(settings.images[split])]
-    for split, index in tqdm(indices, desc=NAME, unit="image", disable=None):
+    for split, index in tqdm(indices, desc=NAME, unit="image", disable=not draws_bars()):
         scene = generate_scene(settings.seed, split, index, settings.level)
         assert split_of_scene.setdefault(scene.key(), split) == split, "a scene occurs in two splits"
         pixels, masks = render(scene)

@@ -24,6 +24,7 @@ from lib.evaluation import EvaluationResult
 from lib.files import release, write_text
 from lib.locks import Lock
 from lib.metrics import METRIC_NAMES
+from lib.terminal import draws_bars
 from utils import (
     Distributed,
     continue_without,
@@ -199,7 +200,7 @@ class Run:
             desc=f"epoch {state.epoch + 1}",
             leave=False,
             unit="step",
-            disable=None if self.distributed.is_main else True,
+            disable=not (self.distributed.is_main and draws_bars()),
         )
         self._logged_at, self._logged_step = time.monotonic(), state.step
 

@@ -57,7 +57,7 @@ def draw_expression(models: Sequence[ModelResult], index: int) -> Image.Image:
         for model in models
     ]
     target = dataset.full_size_mask(index, models[0].gt_mask).astype(bool)
-    note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}"
+    note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}  {dataset.file_name(index)}"
     return expression_panel(dataset.load_image(index), target, predictions, expression.sentence, note)
 
 

@@ -3,7 +3,8 @@
 A line of ``out.jsonl`` is one expression under one protocol:
 
     {"dataset": "refcoco", "split_by": "unc", "split": "val", "protocol": "paper", "index": 0, "image_id": 9,
-     "ref_id": 3, "ann_id": 7, "sent_id": 5, "sentence": "left dog", "intersection": 90, "union": 120, "iou": 0.75,
+     "file_name": "COCO_train2014_000000000009.jpg", "ref_id": 3, "ann_id": 7, "sent_id": 5, "sentence": "left dog",
+     "intersection": 90, "union": 120, "iou": 0.75,
      "mask": {"size": [480, 480], "counts": "…"}, "crc32": "9b2d71c4"}
 
 Lines are sorted by split, expression and protocol. ``mask`` is the predicted mask as COCO RLE, at the size at which it
@@ -203,6 +204,7 @@ def _make_line(dataset: ReferDataset, result: ExpressionResult) -> Line:
         "protocol": result.protocol,
         "index": result.index,
         "image_id": expression.image_id,
+        "file_name": dataset.file_name(result.index),
         "ref_id": expression.ref_id,
         "ann_id": expression.ann_id,
         "sent_id": expression.sent_id,

@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from lib.cli import LOGGER
 from lib.errors import UserError
 from lib.files import check_writable, file_sha256, fsync, translate_write_errors, write_text
 from lib.locks import lock
+from lib.terminal import draws_bars
 
 DOWNLOADS = "downloads"  # folder in the data root and in pretrained/, removed when it is empty
 HASHES_FILE = "hashes.json"
@@ -79,7 +79,7 @@ class Progress(tqdm):
         settings: dict[str, Any] = {"desc": description, "total": total, "initial": initial, "unit": unit}
         settings["unit_scale"] = unit == "B"
         settings["disable"] = unit == "B" and total is not None and total < MIN_PROGRESS_BYTES
-        self.is_logged = not sys.stderr.isatty()
+        self.is_logged = not draws_bars()
         if self.is_logged:
             settings["bar_format"] = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}"
             settings |= {"mininterval": LOG_INTERVAL, "maxinterval": 2 * LOG_INTERVAL, "delay": LOG_INTERVAL}

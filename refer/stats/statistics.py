@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lib.errors import UserError
+from lib.terminal import draws_bars
 from lib.variants import MAX_TOKENS
 from refer.annotations import Record
 from refer.masks import is_number
@@ -111,7 +112,9 @@ def statistics_of(
     splits = {name: SplitStatistics(refer.dataset, refer.splitBy, name, max_tokens) for name in refer.splits()}
     image_keys = refer.image_keys()
     same_sentence = defaultdict(set)  # (image, sentence): annotation ids of the objects it refers to
-    for ref in tqdm(refer.data["refs"], desc=f"{refer.dataset} ({refer.splitBy})", unit="ref", disable=None):
+    for ref in tqdm(
+        refer.data["refs"], desc=f"{refer.dataset} ({refer.splitBy})", unit="ref", disable=not draws_bars()
+    ):
         ann_id, split = ref["ann_id"], splits[ref["split"]]
         if ann_id not in known_objects:
             known_objects[ann_id] = _measure_object(refer, ref)
