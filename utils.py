@@ -266,8 +266,9 @@ def continue_without(stream: str) -> None:
 def set_up_logging(rank: int = 0, file: Path | None = None) -> logging.Logger:
     """Configure the project's logger: stderr (warnings only on ranks above 0) and, on the main process, ``file``.
 
-    Debug lines (progress) go to the file and to a redirected stderr. They do not go to a terminal, which shows a
-    progress bar instead. If an earlier call had no ``file``, the lines logged since then are written to the file first.
+    Debug lines (progress) go to the file and to a redirected stderr. They do not go to a terminal that shows progress
+    bars instead (:func:`lib.terminal.draws_bars`). If an earlier call had no ``file``, the lines logged since then are
+    written to the file first.
     A closed stderr does not end the program.
 
     Raises:

@@ -1,7 +1,8 @@
 """Tokenize sentences with BERT's uncased WordPiece tokenizer, as published."""
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,28 @@ def read_vocabulary(path: str | Path) -> BertTokenizer:
         duplicate = next(token for i, token in enumerate(tokens) if token in tokens[:i])
         raise UserError(f"{path} is not a BERT vocabulary: {duplicate!r} occurs twice.")
     return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=True)
+
+
+def build_vocabulary(sentences: Iterable[str], max_tokens: int = BERT_VOCAB_SIZE) -> list[str]:
+    """Return a WordPiece vocabulary of sentences, for models that are trained from scratch.
+
+    It contains the special tokens, the characters of the sentences, also as continuations (``##a``), and their words:
+    the most frequent ones, if they do not fit. Words are lower-cased and split as :func:`read_vocabulary` does.
+
+    Args:
+        sentences: any number of sentences.
+        max_tokens: largest number of entries.
+    """
+    tokenizer = BertTokenizer(vocab={token: i for i, token in enumerate(SPECIAL_TOKENS)}, do_lower_case=True)
+    normalizer, splitter = tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer
+    words: Counter[str] = Counter()
+    for sentence, count in Counter(sentences).items():
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(sentence)):
+            words[word] += count
+    characters = sorted({character for word in words for character in word})
+    pieces = [piece for character in characters for piece in (character, f"##{character}")]
+    frequent = sorted(words, key=lambda word: (-words[word], word))
+    return list(dict.fromkeys((*SPECIAL_TOKENS, *pieces, *frequent)))[:max_tokens]
 
 
 def fingerprint(tokenizer: BertTokenizer) -> str:

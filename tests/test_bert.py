@@ -7,7 +7,15 @@ import pytest
 
 from bert import files, tokenization
 from bert.files import resolve_bert_file
-from bert.tokenization import SPECIAL_TOKENS, check_vocabulary, fingerprint, load_tokenizer, read_vocabulary, tokenize
+from bert.tokenization import (
+    SPECIAL_TOKENS,
+    build_vocabulary,
+    check_vocabulary,
+    fingerprint,
+    load_tokenizer,
+    read_vocabulary,
+    tokenize,
+)
 from data.refshapes.language import vocabulary as refshapes_vocabulary
 from lib.errors import MissingFileError, UserError
 
@@ -164,3 +172,20 @@ def test_other_files_are_not_accepted_as_vocabulary(tmp_path, content, message):
 def test_a_folder_without_a_vocabulary_is_reported(tmp_path):
     with pytest.raises(MissingFileError, match=r"the folder contains no vocab\.txt"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_vocabulary_is_built_from_sentences(tmp_path):
+    sentences = ["The dog", "the CAFÉ's golden dog, left", "", "左边的狗 🐶\t\0", "[SEP] a-b"]
+    tokens = build_vocabulary(sentences)
+    assert tokens[: len(SPECIAL_TOKENS)] == list(SPECIAL_TOKENS)
+    assert {"the", "cafe", "狗", "🐶", "c", "##c"} < set(tokens)
+    assert len(set(tokens)) == len(tokens)
+    (tmp_path / "vocab.txt").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    tokenizer = read_vocabulary(tmp_path / "vocab.txt")
+    ids, _ = tokenize(tokenizer, [*sentences, "gold"], 20)  # an unknown word of known letters is spelled
+    assert tokenizer.unk_token_id not in ids
+    assert tokenizer.convert_ids_to_tokens(ids[-1][1:5].tolist()) == ["g", "##o", "##l", "##d"]
+    characters = len(build_vocabulary(["a b c"]))
+    assert build_vocabulary(["a b c", *["abc"] * 2, *["cab"] * 3], characters + 1)[-1] == "cab"
+    assert len(build_vocabulary(sentences, 7)) == 7
+    assert build_vocabulary([]) == list(SPECIAL_TOKENS)

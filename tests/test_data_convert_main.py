@@ -1,12 +1,14 @@
 """python -m data.convert: its output, its mistakes, and training and evaluation on its result."""
 
 import json
+import shlex
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from own_data import by_mask, rows_by_id, rows_by_mask, run_main, table, write
+from conftest import ROOT
+from own_data import rows_by_id, rows_by_mask, run_main, table, write
 from PIL import Image
 
 from refer.refer import REFER
@@ -34,6 +36,8 @@ def test_the_output_of_the_command(source, monkeypatch, capsys):
         f"python -m refer.stats {dataset}",
         f"python train.py {dataset} --model_id mine",
         f"python test.py {dataset} --split all --resume ./checkpoints/mine/best.pth",
+        f"python train.py --cfg configs/try.yaml --bert_tokenizer data/mine/vocab.txt {dataset} --model_id mine_try",
+        f"python test.py {dataset} --split all --resume ./checkpoints/mine_try/best.pth",
     ]
 
 
@@ -100,20 +104,33 @@ def test_help_imports_neither_torch_nor_pillow():
     assert not {"torch", "numpy", "PIL"} & set(done.stdout.split())
 
 
-def test_training_and_evaluation_on_a_converted_dataset(source, small_config, refshapes_root, run_here):
-    by_mask(source, rows_by_mask())
-    vocabulary = refshapes_root / "refshapes" / "vocab.txt"
-    common = ["--dataset", "drawn", "--refer_data_root", source / "data", "--bert_tokenizer", vocabulary]
-    outputs = ["--output-dir", source / "checkpoints", "--log_dir", source / "models", "--model_id", "own"]
-    run_here("train.py", "--cfg", small_config, *common, *outputs, "--steps", "3", "--print-freq", "1", check=True)
-    logged = [json.loads(line) for line in (source / "models/own/metrics.jsonl").read_text().splitlines()]
+def test_the_last_commands_train_and_evaluate_without_downloads(source, monkeypatch, capsys, run_here):
+    """The words of the sentences are the vocabulary, so that nothing is needed besides the dataset."""
+    rows = rows_by_mask()
+    rows[-1]["sentence"] = "Das Äpfelchen, 左边的狗 🐶"
+    write(source / "sentences.csv", table(rows))
+    _, out, _ = run_main(monkeypatch, capsys, *FLAGS, "--masks", "masks", "--samples", "0")
+    train, test = (shlex.split(line)[1:] for line in out.splitlines()[-2:])
+    train[train.index("--cfg") + 1] = str(ROOT / "configs" / "try.yaml")
+    run_here(*train, check=True)
+    logged = [json.loads(line) for line in (source / "models/mine_try/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in logged if line["kind"] == "train"]
-    assert len(losses) == 3
+    assert len(losses) == 6
     assert np.isfinite(losses).all()
-    best = source / "checkpoints/own/best.pth"
-    done = run_here("test.py", *common, "--split", "all", "--resume", best, "--device", "cpu", "-j", "0", check=True)
-    refer = REFER(source / "data", "drawn", "unc")
+    done = run_here(*test, check=True)
+    refer = REFER("data", "mine", "unc")
     for split in ("val", "test"):
         count = sum(len(ref["sentences"]) for ref in refer.loadRefs(refer.getRefIds(split=split)))
         row = [line for line in done.out.splitlines() if line.split()[:1] == [split]][-1]
         assert row.split()[-1] == str(count)
+
+
+def test_a_dataset_without_training_images_suggests_no_training(source, monkeypatch, capsys):
+    write(source / "sentences.csv", table([row | {"split": "val"} for row in rows_by_mask()]))
+    _, out, _ = run_main(monkeypatch, capsys, *FLAGS, "--masks", "masks", "--samples", "0")
+    dataset = "--dataset mine --refer_data_root data"
+    assert out.splitlines()[-3:] == [
+        "Next:",
+        f"    python -m refer.stats {dataset}",
+        f"    python test.py {dataset} --split all --resume ./checkpoints/best_refcoco.pth",
+    ]

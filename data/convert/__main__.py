@@ -86,9 +86,8 @@ def main() -> None:
         path = args.contact_sheet or folder / SHEET_FILE
         save_image(contact_sheet(panels), path)
         print(f"Contact sheet: {path}. Check that the sentences fit the masks.")
-    print("\nNext:")
-    for command in next_commands(converted.refer, list(counts), args.refer_data_root):
-        print(f"    {command}")
+    for title, commands in next_commands(converted.refer, list(counts), args.refer_data_root).items():
+        print("\n    ".join([f"\n{title}", *commands]))
 
 
 if __name__ == "__main__":

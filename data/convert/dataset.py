@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from bert.tokenization import build_vocabulary
 from data.convert.annotations import ImageSizes, Objects, coco_objects, mask_objects
 from data.convert.refs import build_refs, find_problems
 from data.convert.sentences import Row, listed, located, read_sentences
@@ -20,7 +21,7 @@ from lib.errors import MissingFileError, UserError
 from lib.files import atomic_folder, protect, protecting_inputs
 from lib.terminal import draws_bars
 from refer.annotations import Record, read_instances
-from refer.datasets import COCO_IMAGES, DATASETS, ROOT
+from refer.datasets import BERT_VOCABULARY, COCO_IMAGES, DATASETS, ROOT
 from refer.refer import REFER
 
 INFO_FILE, SHEET_FILE = "convert.json", "samples.png"
@@ -98,6 +99,8 @@ def convert(
         instances = {"info": {"description": f"{name}, made by {MADE_BY}"}, **objects.instances}
         (new / "instances.json").write_text(json.dumps(instances), encoding="utf-8")
         (new / f"refs({split_by}).p").write_bytes(pickle.dumps(refs, protocol=2))
+        vocabulary = build_vocabulary(row.sentence for row in rows)
+        (new / BERT_VOCABULARY).write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
         _check_masks(REFER(data_root, new.name, split_by), rows, objects, source)
         if (data_root / COCO_IMAGES).resolve() != source.images.resolve():
             _copy_images(images, source.images, new / "images", link)
@@ -128,7 +131,7 @@ def _check_replaceable(folder: Path, force: bool) -> None:
         raise UserError(f"{folder} exists and was not made by `{MADE_BY}`. Choose another --name, or move it.")
     if not force:
         raise UserError(f"{folder} exists. Replace it with --force, or choose another --name.")
-    known = {INFO_FILE, SHEET_FILE, "instances.json", "images", f"refs({info.get('splitBy')}).p"}
+    known = {INFO_FILE, SHEET_FILE, BERT_VOCABULARY, "instances.json", "images", f"refs({info.get('splitBy')}).p"}
     unfinished_sheet = f".{SHEET_FILE}.*.part"  # left by a process that was killed
     others = {path.name for path in folder.iterdir() if not path.match(unfinished_sheet)} - known
     if (folder / "images").is_dir():

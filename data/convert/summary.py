@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from data.transforms import read_image
-from refer.datasets import ROOT
+from refer.datasets import BERT_VOCABULARY, ROOT
 from refer.refer import REFER
 
 
@@ -32,17 +32,24 @@ def samples(refer: REFER, indices: Sequence[int]) -> Iterator[Sample]:
         yield Sample(image, refer.getMask(ref)["mask"].astype(bool), sentence["raw"], note)
 
 
-def next_commands(refer: REFER, splits: Sequence[str], data_root: Path) -> list[str]:
-    """Return shell commands that use the dataset."""
+def next_commands(refer: REFER, splits: Sequence[str], data_root: Path) -> dict[str, list[str]]:
+    """Return shell commands that use the dataset, below titles. Those of the last title download nothing."""
     flags = ["--dataset", refer.dataset]
     flags += ["--splitBy", refer.splitBy] if refer.splitBy != "unc" else []
     flags += ["--refer_data_root", str(data_root)] if data_root != ROOT else []
     evaluation_splits = [split for split in splits if split != "train"]
-    commands = [["python", "-m", "refer.stats", *flags]]
+    commands = {"Next:": [["python", "-m", "refer.stats", *flags]]}
     if "train" in splits and evaluation_splits:
         validation = [] if "val" in splits else ["--split", evaluation_splits[0]]
-        commands.append(["python", "train.py", *flags, *validation, "--model_id", refer.dataset])
-    if evaluation_splits:
-        checkpoint = f"./checkpoints/{refer.dataset}/best.pth"
-        commands.append(["python", "test.py", *flags, "--split", "all", "--resume", checkpoint])
-    return [shlex.join(command) for command in commands]
+        small = ["--cfg", "configs/try.yaml", "--bert_tokenizer", str(data_root / refer.dataset / BERT_VOCABULARY)]
+        for title, options, run in (
+            ("With pretrained weights (see docs/custom_data.md):", [], refer.dataset),
+            ("Six steps of a small model, without any download:", small, f"{refer.dataset}_try"),
+        ):
+            training = ["python", "train.py", *options, *flags, *validation, "--model_id", run]
+            checkpoint = f"./checkpoints/{run}/best.pth"
+            commands[title] = [training, ["python", "test.py", *flags, "--split", "all", "--resume", checkpoint]]
+    elif evaluation_splits:
+        checkpoint = "./checkpoints/best_refcoco.pth"
+        commands["Next:"].append(["python", "test.py", *flags, "--split", "all", "--resume", checkpoint])
+    return {title: [shlex.join(command) for command in group] for title, group in commands.items()}

@@ -73,7 +73,7 @@ class Hashes:
 
 
 class Progress(tqdm):
-    """A progress bar, or a log line every 15 seconds if stderr is not a terminal. Files below 10 MB have neither."""
+    """A progress bar, or a log line every 15 seconds if stderr draws no bars. Files below 10 MB have neither."""
 
     def __init__(self, description: str, total: int | None, *, initial: int = 0, unit: str = "B") -> None:
         settings: dict[str, Any] = {"desc": description, "total": total, "initial": initial, "unit": unit}
