@@ -16,7 +16,7 @@ from transformers.activations import GELUActivation
 from transformers.models.bert.modeling_bert import BertIntermediate
 
 from lib.fusion import LanguageToVisionFusion, PositionwiseConv
-from lib.kernels import PackedConv2d, PackedLinear, matrix_product_rate
+from lib.kernels import PackedLinear, matrix_product_rate, pack_conv
 from lib.precision import AMP_DTYPES, autocast
 from lib.seg_decoder import SegDecoder
 from lib.vision_encoder import WindowAttention
@@ -91,7 +91,8 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         prepared._modules[name] = _pack(layer, dtype, activation)
         prepared._modules |= {follower: nn.Identity() for follower in followers}
     if isinstance(module, LanguageToVisionFusion):
-        prepared.w_v = _prepared(module.w_v, torch.promote_types(dtype, torch.float32))  # not in mixed precision
+        for name in ("l_q", "values_l", "w_v"):  # not in mixed precision: InstanceNorm amplifies their rounding errors
+            setattr(prepared, name, _prepared(getattr(module, name), torch.promote_types(dtype, torch.float32)))
     elif isinstance(module, WindowAttention):
         # A copy without layers computes the biases. A cache of a method of ``prepared`` would be a reference cycle, and
         # its weights would stay in memory until the garbage collector runs.
@@ -128,7 +129,7 @@ def _chains(module: nn.Module) -> list[tuple[str, ...]]:
 
 def _pack(layer: nn.Module, dtype: torch.dtype, activation: str = "none") -> nn.Module:
     if isinstance(layer, nn.Conv2d):
-        return PackedConv2d(layer, activation, dtype)
+        return pack_conv(layer, activation, dtype)
     weight = layer.weight if isinstance(layer, nn.Linear) else layer.weight[:, :, 0]
     return PackedLinear(weight, layer.bias, activation, dtype)
 

@@ -1,5 +1,6 @@
 """lib.inference: the prepared model computes what the model computes."""
 
+import copy
 import gc
 import weakref
 
@@ -13,6 +14,7 @@ import lib.kernels
 from CrossVLT import build_crossvlt
 from lib.fusion import PositionwiseConv
 from lib.inference import prepare, warn_if_slower
+from lib.kernels import PackedConv2d, WinogradConv2d, pack_conv
 from lib.variants import FUSIONS
 from lib.vision_encoder import WindowAttention
 
@@ -46,6 +48,18 @@ def test_the_prepared_model_computes_the_same(small_model, small_inputs, fusion,
     encoded = prepared.encode_images(images)[rows]
     segmented = prepared.segment(encoded, ids[rows], attention_mask[rows], size=(height, width))
     assert difference(segmented, type(expected)(expected.mask_logits[rows], None)) < 2e-5
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 6), (2, 7, 9), (1, 1, 1)])
+def test_winograd_convolutions_round_like_ordinary_ones(batch, height, width):
+    conv = nn.Conv2d(96, 32, 3, padding=1)
+    x = torch.randn(batch, 96, height, width)
+    packed = pack_conv(conv, "relu", torch.float32)
+    assert isinstance(packed, WinogradConv2d)
+    with torch.inference_mode():
+        exact = copy.deepcopy(conv).double()(x.double()).relu()
+        assert (packed(x) - exact).abs().max() <= 2 * (conv(x).relu() - exact).abs().max() + 1e-7
+    assert isinstance(pack_conv(nn.Conv2d(96, 32, 3), "relu", torch.float32), PackedConv2d)
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16"])
