@@ -82,7 +82,7 @@ def main() -> None:
     )
 
     model = build_model(cfg, start, tokenizer, distributed)
-    criterion = CrossVLTCriterion(cfg.TRAIN.ALIGNMENT)
+    criterion = CrossVLTCriterion(cfg.TRAIN.ALIGNMENT, cfg.TRAIN.SEGMENTATION_WEIGHT)
     state = build_train_state(model, cfg.TRAIN, train_loader.steps_per_epoch, start.resumed)
     if state.is_finished:
         message = f"All {state.step} steps of this run are done. Pass a larger --epochs or --steps to continue."
@@ -92,6 +92,7 @@ def main() -> None:
         return
 
     constants = {  # saved in every checkpoint together with the state
+        "model_name": cfg.MODEL.NAME,
         "model_config": model.config,
         "config": flatten(cfg),
         "vocabulary": fingerprint(tokenizer),

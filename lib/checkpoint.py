@@ -41,20 +41,21 @@ from torch import nn
 
 from lib.errors import MissingFileError, UserError
 from lib.files import atomic_write, protect
+from lib.models import NETWORKS, Network, network_of, recognize, titles
 from lib.state_dict import (
     PREFIX,
     StateDict,
     adapt_to_model,
     describe_unusable_weights,
     has_prefix,
-    infer_model_config,
     load_strictly,
     repair_keys,
 )
+from lib.variants import MODELS
 
 # Entries that a file must have besides the weights, so that a run can resume from it.
 RESUMABLE = (
-    "model_config",  # arguments of build_crossvlt
+    "model_config",  # arguments of the network's build function
     "config",  # all settings of the run
     "vocabulary",  # fingerprint of the tokenizer's vocabulary
     "optimizer",
@@ -71,12 +72,7 @@ RESUMABLE = (
     "meters",  # means since the last log line
     "skipped",  # number of steps that fp16 skipped
 )
-# Arguments of build_crossvlt that follow from the shapes of the weights.
-SIZES = ("window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size", "align_dim")
 PRETRAINED_HINT = "`python -m refer.prepare --weights swin_base bert` downloads pretrained files."
-# Parts of the model that a pretrained file must contain, as patterns of keys.
-SWIN_PART = r"backbone\.(0\.patch_embed|\d\.layers\.(blocks|downsample))\..*"
-BERT_PART = r"lang_stage1\.(embeddings|encoder\.layer)\..*"
 
 
 @dataclass
@@ -90,24 +86,48 @@ class Checkpoint:
     extra: dict[str, Any]  # all other entries of the file
 
     @property
-    def model_config(self) -> dict[str, Any]:
-        """The arguments of build_crossvlt: saved in the file, or inferred from the shapes.
+    def model_name(self) -> str:
+        """The name of the network (``--model``): saved in the file, or recognized by its keys.
 
         Raises:
-            UserError: the file does not contain a CrossVLT.
+            UserError: the file does not contain a network of this project.
         """
+        recognized = recognize(self.state_dict)
+        if recognized is None:
+            raise UserError(f"{self.path} is not a checkpoint of {titles()}: its keys or shapes do not fit any model.")
+        saved = self.extra.get("model_name", recognized)
+        if saved not in list(NETWORKS) or NETWORKS[saved] is not NETWORKS[recognized]:
+            raise UserError(
+                f"{self.path} is corrupt: its model_name is {reprlib.repr(saved)}, but its weights are those of "
+                f"{MODELS[recognized].title}."
+            )
+        return saved
+
+    @property
+    def network(self) -> Network:
+        """The entry of the network in lib.models."""
+        return NETWORKS[self.model_name]
+
+    @property
+    def model_config(self) -> dict[str, Any]:
+        """The arguments of the network's build function: saved in the file, or inferred from the shapes.
+
+        Raises:
+            UserError: the file does not contain a network of this project.
+        """
+        network, title = self.network, MODELS[self.model_name].title
         try:
-            inferred = infer_model_config(self.state_dict)
+            inferred = network.infer_config(self.state_dict, self.published_options)
         except (KeyError, IndexError, ValueError, StopIteration) as error:
             raise UserError(
-                f"{self.path} is not a checkpoint of CrossVLT: its keys or shapes do not fit any model."
+                f"{self.path} is not a checkpoint of {title}: its keys or shapes do not fit any model."
             ) from error
         if "model_config" not in self.extra:
             return inferred
         saved = self.extra["model_config"]
         if not isinstance(saved, dict) or not {"swin_type", "window_size", "vocab_size"} <= set(saved):
-            raise UserError(f"{self.path} is not a checkpoint of CrossVLT: its model_config has other keys.")
-        for name in SIZES:
+            raise UserError(f"{self.path} is not a checkpoint of {title}: its model_config has other keys.")
+        for name in network.inferred:
             size = list(saved[name]) if isinstance(saved.get(name), tuple) else saved.get(name)
             if size is not None and repr(size) != repr(inferred[name]):
                 raise UserError(
@@ -117,9 +137,22 @@ class Checkpoint:
         return saved
 
     @property
+    def published_options(self) -> dict[str, Any]:
+        """The options of the published training that a released file contains."""
+        options = self.extra.get("args")
+        return vars(options) if isinstance(options, argparse.Namespace) else {}
+
+    @property
     def is_resumable(self) -> bool:
         """Whether the file contains everything that a run needs to resume."""
         return set(RESUMABLE) <= set(self.extra)
+
+    def check_network(self, name: str, *, hint: str) -> None:
+        """Raise a UserError that ends with ``hint`` unless the file contains the network ``name``."""
+        if self.network is not NETWORKS[name]:
+            raise UserError(
+                f"{self.path} is a checkpoint of {MODELS[self.model_name].title}, not of {MODELS[name].title}. {hint}"
+            )
 
     def check_prefix(self, expected: bool) -> None:
         """Raise a UserError if ``--ddp_trained_weights`` (``expected``) was given, but the keys have no prefix."""
@@ -154,7 +187,7 @@ def read_checkpoint(path: str | Path, hint: str = RELEASED_HINT) -> Checkpoint:
         raise UserError(f"{path} contains no state dict of tensors.")
     if form == "training" and zipfile.is_zipfile(path):
         _verify_checksums(path)
-    return Checkpoint(path, form, repair_keys(state_dict), has_prefix(state_dict), extra)
+    return Checkpoint(path, form, repair_keys(state_dict, ()), has_prefix(state_dict), extra)
 
 
 def _load_file(path: Path, hint: str) -> Any:
@@ -216,7 +249,7 @@ def load_weights(model: nn.Module, path: str | Path | Checkpoint) -> Checkpoint:
     """Load a checkpoint of any form into a model and return the checkpoint.
 
     Args:
-        model: a CrossVLT, not wrapped.
+        model: a network of lib.models, not wrapped.
         path: the file, or a checkpoint that was already read.
 
     Raises:
@@ -227,17 +260,17 @@ def load_weights(model: nn.Module, path: str | Path | Checkpoint) -> Checkpoint:
     return checkpoint
 
 
-def rebuild(checkpoint: Checkpoint, build: Callable[..., nn.Module]) -> nn.Module:
+def rebuild(checkpoint: Checkpoint, build: Callable[..., nn.Module] | None = None) -> nn.Module:
     """Build the model of a checkpoint and load its weights.
 
     Args:
         checkpoint: a checkpoint of any form.
-        build: the builder of the model, such as build_crossvlt.
+        build: the build function. None: that of the checkpoint's network.
 
     Raises:
-        UserError: the builder rejects the checkpoint's model_config, or the weights do not fit.
+        UserError: the build function rejects the checkpoint's model_config, or the weights do not fit.
     """
-    config = checkpoint.model_config
+    config, build = checkpoint.model_config, build or checkpoint.network.build
     try:
         model = build(**config)
     except (TypeError, ValueError) as error:
@@ -254,9 +287,11 @@ def load_pretrained(model: nn.Module, swin: str | Path | None = None, bert: str 
     Raises:
         MissingFileError, UserError: see :func:`read_checkpoint`. UserError also if a file does not fit the model.
     """
-    for kind, path, part in (("Swin", swin, SWIN_PART), ("BERT", bert, BERT_PART)):
+    network = network_of(model)
+    for kind, path, part in (("Swin", swin, network.swin_part), ("BERT", bert, network.bert_part)):
         if path is not None:
-            state_dict = adapt_to_model(read_checkpoint(path, PRETRAINED_HINT).state_dict, model)
+            state_dict = repair_keys(read_checkpoint(path, PRETRAINED_HINT).state_dict, network.pretrained_names)
+            state_dict = adapt_to_model(state_dict, model)
             load_strictly(model, state_dict, f"{kind} file {path}", part)
 
 
@@ -293,6 +328,7 @@ def describe(checkpoint: Checkpoint) -> str:
         epoch += f" (step {extra['step']})" if "step" in extra else ""
     lines = {
         "file": checkpoint.path,
+        "model": MODELS[checkpoint.model_name].title,
         "form": checkpoint.form + (f", keys prefixed with {PREFIX}" if checkpoint.prefixed else ""),
         "Swin type": config["swin_type"],
         "window": config["window_size"],

@@ -13,10 +13,11 @@ from lib.cli import Parser, did_you_mean
 from lib.errors import MissingFileError, UserError
 from lib.files import Kind, protect
 from lib.options import OPTIONS, Option
-from lib.variants import BERT
+from lib.variants import BERT, MODELS
 from refer.datasets import parse_datasets
 
 BASE_KEY = "_BASE_"
+NAME_KEY = "MODEL.NAME"
 MAX_LEVELS = max(option.key.count(".") for option in OPTIONS) + 1  # of nested keys
 
 
@@ -79,7 +80,7 @@ def add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
         kwargs |= {"type": kind, "choices": option.choices, "metavar": metavar}
         # Show the default, unless the help text already states one.
         if option.default not in ("", 0, []) and "(default" not in text and "(test.py" not in text:
-            text += f" (default: {option.default})"
+            text += f" (default: {_defaults_text(option)})"
     if not is_used:  # accepted, hidden from --help, and returned by unused_flags
         kwargs["dest"], text = f"unused {names[0]}", argparse.SUPPRESS
     if is_used and option.path == "output":
@@ -90,13 +91,22 @@ def add_flags(parser: Parser, option: Option, *, is_used: bool) -> None:
         parser.add_argument(*names, help=text, **kwargs)
 
 
+def _defaults_text(option: Option) -> str:
+    """Return the default of an option, and those of the networks that have another one."""
+    different: dict[str, list[str]] = {}
+    for model in MODELS:
+        if option.applies_to(model) and option.default_of(model) != option.default:
+            different.setdefault(str(option.default_of(model)), []).append(model)
+    return "; ".join([str(option.default), *(f"{', '.join(names)}: {value}" for value, names in different.items())])
+
+
 def unused_flags(args: argparse.Namespace) -> list[str]:
     """Return the flags on the command line that only the other script uses."""
     return [name.removeprefix("unused ") for name in vars(args) if name.startswith("unused ")]
 
 
 def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) -> tuple[CfgNode, dict[str, str]]:
-    """Combine the defaults, ``base``, the YAML file and the flags; later ones override earlier ones.
+    """Combine the network's defaults, ``base``, the YAML file and the flags; later ones override earlier ones.
 
     Args:
         args: parsed by the parser of :func:`get_parser`.
@@ -109,9 +119,15 @@ def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) ->
         UserError: an unknown key, a value of another type or outside its range, or conflicting settings.
     """
     cfg, given = DEFAULTS.clone(), {}
-    for key, value in (base or {}).items():
+    base, from_file = base or {}, read_config_file(args.cfg) if args.cfg else {}
+    candidates = (vars(args).get(NAME_KEY), from_file.get(NAME_KEY, (None,))[0], base.get(NAME_KEY))
+    name = next((name for name in candidates if name is not None), DEFAULTS.MODEL.NAME)
+    if name in list(MODELS):  # checked below
+        for key, value in MODELS[name].defaults.items():
+            _set(cfg, key, value, f"defaults of {name}")
+    for key, value in base.items():
         _set(cfg, key, value, "saved configuration")
-    for key, (value, path) in (read_config_file(args.cfg) if args.cfg else {}).items():
+    for key, (value, path) in from_file.items():
         _set(cfg, key, value, path)
         given[key] = path
     for option in OPTIONS:
@@ -159,6 +175,15 @@ def _shortened(value: Any) -> str:
 
 def _check_conflicts(cfg: CfgNode, given: dict[str, str]) -> None:
     """Raise a UserError that names two settings, and where they were set, if they exclude each other."""
+    name, model = cfg.MODEL.NAME, MODELS[cfg.MODEL.NAME]
+    for option in OPTIONS:
+        # Keys without a flag are sizes, which a file that is shared by several networks may contain.
+        is_set = option.key in given and option.flags and lookup(cfg, option.key) != option.default_of(name)
+        if is_set and not option.applies_to(name):
+            raise UserError(
+                f"{_setting(option.key, given)} does not apply to {model.title} (--model {name}), only to "
+                f"{', '.join(option.models)}. Drop it."
+            )
     if cfg.PRETRAINED.FROM_SCRATCH and cfg.PRETRAINED.INIT_FROM:
         _raise_conflict("PRETRAINED.FROM_SCRATCH", "PRETRAINED.INIT_FROM", given, remedy="--no-from_scratch")
     if cfg.TRAIN.TRAIN_TEMPERATURE and not cfg.TRAIN.ALIGNMENT:  # only the alignment losses depend on the temperatures
@@ -269,9 +294,9 @@ def divide_batch(cfg: CfgNode, given: dict[str, str], world_size: int) -> int:
 
 
 def model_keywords(cfg: CfgNode, window_size: int) -> dict[str, Any]:
-    """Return the configured keyword arguments of build_crossvlt."""
+    """Return the configured keyword arguments of the network's build function."""
     model = cfg.MODEL
-    return {
+    keywords = {
         "swin_type": model.SWIN_TYPE,
         "window_size": window_size or None,
         "drop_path_rate": model.DROP_PATH_RATE,
@@ -286,6 +311,8 @@ def model_keywords(cfg: CfgNode, window_size: int) -> dict[str, Any]:
         "vocab_size": model.VOCAB_SIZE,
         "align_dim": model.ALIGN_DIM,
     }
+    applicable = {option.key for option in OPTIONS if option.applies_to(model.NAME)}
+    return {name: value for name, value in keywords.items() if f"MODEL.{name.upper()}" in applicable}
 
 
 def tokenizer_name(cfg: CfgNode, vocab_size: int) -> str:
@@ -312,6 +339,7 @@ def options_table() -> str:
         flags = " ".join(f"`{flag}`" for flag in option.flag_names) or "YAML only"
         choices = f" ({', '.join(option.choices)})" if option.choices else ""
         scripts, resume = ", ".join(option.scripts), "yes" if option.may_change_on_resume else ""
-        cells = (f"`{option.key}`", flags, f"`{option.default!r}`", f"{option.help}{choices}", scripts, resume)
+        default = f"`{option.default!r}`{_defaults_text(option).removeprefix(str(option.default))}"
+        cells = (f"`{option.key}`", flags, default, f"{option.help}{choices}", scripts, resume)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(["# Options", "", intro, "", *rows, ""])

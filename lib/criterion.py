@@ -14,8 +14,9 @@ class CrossVLTCriterion(nn.Module):
     """Published loss: 2 · cross-entropy + sum of the alignment terms of the four stages.
 
     Args:
-        alignment: whether the loss has the alignment terms. False is an ablation of the paper.
-        segmentation_weight: factor of the cross-entropy.
+        alignment: whether the loss has the alignment terms. False is an ablation of the paper, and necessary for
+            networks without similarity maps.
+        segmentation_weight: factor of the cross-entropy; 1 in LAVT.
         class_weights: weights of background and object in the cross-entropy.
     """
 

@@ -13,7 +13,6 @@ from transformers import BertTokenizer
 from yacs.config import CfgNode
 
 from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer
-from CrossVLT import build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.pack.source import open_source
 from lib import config
@@ -24,7 +23,7 @@ from lib.evaluation import EvalSetup
 from lib.files import file_sha256
 from lib.inference import prepare, warn_if_slower
 from lib.protocols import SWITCHES, Protocol, choose_protocols
-from lib.variants import BERT, BERT_VOCAB_SIZE
+from lib.variants import BERT, BERT_VOCAB_SIZE, MODELS
 from refer.refer import REFER
 from utils import float32_precision, init_distributed, on_main, set_up_logging
 
@@ -47,7 +46,7 @@ class LoadedCheckpoint:
     def build_model(self, device: torch.device) -> nn.Module:
         """Return the model on a device, prepared for inference in the configured precision."""
         warn_if_slower(self.cfg.TRAIN.AMP, device)
-        return prepare(rebuild(self.checkpoint, build_crossvlt).to(device).eval(), amp=self.cfg.TRAIN.AMP)
+        return prepare(rebuild(self.checkpoint).to(device).eval(), amp=self.cfg.TRAIN.AMP)
 
     def open_splits(
         self, refer: REFER, splits: Iterable[str], *, shuffle_sentences: bool = False
@@ -82,6 +81,7 @@ class LoadedCheckpoint:
         return {
             "checkpoint": str(self.checkpoint.path),
             "checkpoint_sha256": on_main(lambda: _sha256(self.checkpoint.path)),
+            "model": self.checkpoint.model_name,
             "swin_type": model_config["swin_type"],
             "window_size": model_config["window_size"],
             "img_size": cfg.DATA.IMG_SIZE,
@@ -110,12 +110,13 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
     """
     checkpoint = read_checkpoint(path)
     saved = checkpoint.extra.get("config", {})
-    base = {key: saved[key] for key in KEYS_AS_TRAINED if key in saved}
+    base = {key: saved[key] for key in KEYS_AS_TRAINED if key in saved} | {config.NAME_KEY: checkpoint.model_name}
     vocabulary = Path(base.get("PRETRAINED.TOKENIZER", ""))
     vocabulary_is_missing = vocabulary.suffix == ".txt" and not vocabulary.exists()
     if vocabulary_is_missing:
         del base["PRETRAINED.TOKENIZER"]  # saved on another machine; check_vocabulary verifies the replacement
     cfg, given = config.load_config(args, base)
+    checkpoint.check_network(cfg.MODEL.NAME, hint=f"Drop {given.get(config.NAME_KEY)} or pass another checkpoint.")
     checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
     for key, name, flag in MODEL_FLAGS:
         expected, trained = config.lookup(cfg, key), checkpoint.model_config[name]
@@ -134,7 +135,8 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
         name: config.lookup(cfg, switch.config_key) if switch.config_key else getattr(args, name)
         for name, switch in SWITCHES.items()
     }
-    return LoadedCheckpoint(checkpoint, cfg, tokenizer, choose_protocols(args.protocol, **switches))
+    protocols = choose_protocols(args.protocol or MODELS[checkpoint.model_name].protocol, **switches)
+    return LoadedCheckpoint(checkpoint, cfg, tokenizer, protocols)
 
 
 @contextmanager

@@ -6,18 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-POLY_POWER = 0.9
+from lib.models import NETWORKS, Network, network_of
 
-# The published parameter groups, as patterns of parameter names; the first pattern that matches decides.
-# The word embeddings and the temperature keep their initial values. Weight decay also acts on the decoder's BatchNorm
-# and BERT's LayerNorm.
-PARAMETER_GROUPS = {
-    "not_optimized": r"temp|lang_stage1\.embeddings\..*",
-    "no_decay": r"backbone\..*(norm|relative_position_bias_table).*",
-    "decay": r".*",
-}
-UNUSED = r"backbone\.3\.layers\.linear1\..*"  # the gate of the last stage, which has no next stage
-ALIGNMENT_ONLY = r"(backbone\.\d\.layers|lang_stage1\.encoder|lang_stage[234])\.proj\..*"
+POLY_POWER = 0.9
 
 
 class ParameterGroups(NamedTuple):
@@ -28,21 +19,25 @@ class ParameterGroups(NamedTuple):
     not_optimized: list[str]
 
 
-def group_parameter_names(names: list[str], *, train_temperature: bool = False) -> ParameterGroups:
-    """Divide parameter names into ``PARAMETER_GROUPS``.
+def group_parameter_names(
+    names: list[str], *, train_temperature: bool = False, network: Network = NETWORKS["crossvlt"]
+) -> ParameterGroups:
+    """Divide parameter names into the published groups.
 
     Args:
-        names: of all parameters of a CrossVLT.
-        train_temperature: put ``temp`` into ``no_decay``. The paper describes a trained temperature, the published
-            code keeps it at 1.
+        names: of all parameters of a model.
+        train_temperature: put CrossVLT's ``temp`` into ``no_decay``. The paper describes a trained temperature, the
+            published code keeps it at 1.
+        network: the model's entry in lib.models.
     """
-    groups: dict[str, list[str]] = {group: [] for group in PARAMETER_GROUPS}
+    groups = ParameterGroups([], [], [])
     for name in names:
-        group = next(group for group, pattern in PARAMETER_GROUPS.items() if re.fullmatch(pattern, name))
-        if name == "temp" and train_temperature:
-            group = "no_decay"
-        groups[group].append(name)
-    return ParameterGroups(**groups)
+        if re.fullmatch(network.not_optimized, name):
+            group = groups.no_decay if name == "temp" and train_temperature else groups.not_optimized
+        else:
+            group = groups.no_decay if re.fullmatch(network.no_decay, name) else groups.decay
+        group.append(name)
+    return groups
 
 
 def names_without_gradient(model: nn.Module, *, alignment: bool, train_temperature: bool = False) -> list[str]:
@@ -51,14 +46,14 @@ def names_without_gradient(model: nn.Module, *, alignment: bool, train_temperatu
     DistributedDataParallel waits for the gradients of all parameters that are not frozen.
 
     Args:
-        model: a CrossVLT.
+        model: a network of lib.models, not wrapped.
         alignment: whether the loss has alignment terms.
         train_temperature: as in :func:`group_parameter_names`; without alignment the temperature is never trained.
     """
-    names = [name for name, _ in model.named_parameters()]
-    not_optimized = group_parameter_names(names, train_temperature=train_temperature and alignment).not_optimized
-    without_influence = UNUSED if alignment else f"{UNUSED}|{ALIGNMENT_ONLY}"
-    return [name for name in names if name in not_optimized or re.fullmatch(without_influence, name)]
+    network, names = network_of(model), [name for name, _ in model.named_parameters()]
+    groups = group_parameter_names(names, train_temperature=train_temperature and alignment, network=network)
+    without_influence = network.unused if alignment else f"{network.unused}|{network.alignment_only}"
+    return [name for name in names if name in groups.not_optimized or re.fullmatch(without_influence, name)]
 
 
 def freeze(model: nn.Module, names: list[str]) -> None:
@@ -73,14 +68,14 @@ def build_optimizer(
     """Build AdamW with the published parameter groups, betas and eps (PyTorch's defaults).
 
     Args:
-        model: a CrossVLT, not wrapped.
+        model: a network of lib.models, not wrapped.
         lr: initial learning rate.
         weight_decay: weight decay of the group ``decay``.
         amsgrad: use the AMSGrad variant.
         train_temperature: as in :func:`group_parameter_names`.
     """
     parameters = dict(model.named_parameters())
-    groups = group_parameter_names(list(parameters), train_temperature=train_temperature)
+    groups = group_parameter_names(list(parameters), train_temperature=train_temperature, network=network_of(model))
     assert len(parameters) == sum(map(len, groups)), "A parameter is in no group or in two groups."
     return torch.optim.AdamW(
         [

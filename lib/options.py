@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import UserError
-from lib.variants import BERT, BERT_VOCAB_SIZE, FUSIONS, IMG_SIZE, MAX_TOKENS, RELEASED_HINT, SWIN_VARIANTS
+from lib.variants import BERT, BERT_VOCAB_SIZE, FUSIONS, IMG_SIZE, MAX_TOKENS, MODELS, RELEASED_HINT, SWIN_VARIANTS
 from refer.datasets import ROOT
 
 MIN_IMAGE_SIZE = 33  # in the last stage, smaller images have a single position
@@ -35,6 +35,7 @@ class Option:
         item: type of the items of a list; its flag can be repeated.
         path: ``input`` or ``output`` if the value names a file or folder that is read or written.
         hint: where to get a file that must exist, for the message that it does not.
+        models: the networks (MODEL.NAME) that it applies to; empty: all.
     """
 
     key: str
@@ -53,10 +54,19 @@ class Option:
     item: type = int
     path: str = ""
     hint: str = ""
+    models: tuple[str, ...] = ()
 
     @property
     def flag_names(self) -> tuple[str, ...]:
         return tuple(self.flags.split())
+
+    def applies_to(self, model: str) -> bool:
+        """Return whether the network ``model`` has this setting."""
+        return not self.models or model in self.models
+
+    def default_of(self, model: str) -> Any:
+        """Return the published value for the network ``model``."""
+        return MODELS[model].defaults.get(self.key, self.default)
 
     def check(self, value: Any, name: str) -> None:
         """Raise a UserError that begins with ``name`` if the value is not allowed."""
@@ -136,6 +146,14 @@ OPTIONS = (
     ),
     # Model
     Option(
+        "MODEL.NAME",
+        "crossvlt",
+        "the network (test.py: read from the checkpoint); it determines the defaults of other options",
+        "--model",
+        BOTH,
+        choices=tuple(MODELS),
+    ),
+    Option(
         "MODEL.SWIN_TYPE",
         "base",
         "size of the Swin encoder (test.py: read from the checkpoint)",
@@ -158,6 +176,7 @@ OPTIONS = (
         "direction of early fusion: cross (published), vision or late (ablations)",
         "--fusion",
         choices=tuple(FUSIONS),
+        models=("crossvlt",),
     ),
     Option("MODEL.DROP_PATH_RATE", 0.3, "stochastic depth of the last Swin block", at_least=0, below=1),
     Option("MODEL.TEXT_DROPOUT", 0.1, "dropout of the language encoder", at_least=0, below=1),
@@ -168,7 +187,13 @@ OPTIONS = (
     Option("MODEL.TEXT_LAYERS", 6, "BERT layers of language stage 1", above=0),
     Option("MODEL.TEXT_HEADS", 12, "attention heads of the language encoder", above=0),
     Option("MODEL.VOCAB_SIZE", BERT_VOCAB_SIZE, "entries of the word embedding", above=0),
-    Option("MODEL.ALIGN_DIM", 256, "width of the space in which the alignment losses compare features", above=0),
+    Option(
+        "MODEL.ALIGN_DIM",
+        256,
+        "width of the space in which the alignment losses compare features; of VLT's transformer",
+        above=0,
+        models=("crossvlt", "vlt"),
+    ),
     # Initial weights
     Option(
         "PRETRAINED.SWIN",
@@ -229,12 +254,18 @@ OPTIONS = (
     Option("TRAIN.AMSGRAD", False, "AMSGrad variant of AdamW", "--amsgrad"),
     Option("TRAIN.WARMUP_STEPS", 0, "steps of linear warm-up (published: 0)", "--warmup_steps", at_least=0),
     Option("TRAIN.CLIP_GRAD", 0.0, "largest gradient norm; 0: no clipping (published)", "--clip_grad", at_least=0),
-    Option("TRAIN.ALIGNMENT", True, "train with the alignment losses", "--alignment --no_alignment"),
+    Option(
+        "TRAIN.SEGMENTATION_WEIGHT", 2.0, "factor of the cross-entropy in the loss", "--segmentation_weight", above=0
+    ),
+    Option(
+        "TRAIN.ALIGNMENT", True, "train with the alignment losses", "--alignment --no_alignment", models=("crossvlt",)
+    ),
     Option(
         "TRAIN.TRAIN_TEMPERATURE",
         False,
         "train the temperatures (paper: yes, published code: no)",
         "--train_temperature",
+        models=("crossvlt",),
     ),
     Option(
         "TRAIN.EMA",

@@ -109,8 +109,8 @@ def add_protocol_flags(parser: Parser) -> None:
     parser.add_argument(
         "--protocol",
         metavar="NAMES",
-        default="paper",
-        help=f"{', '.join(PROTOCOLS)} or several (paper,original); see docs/protocols.md (default: paper)",
+        help=f"{', '.join(PROTOCOLS)} or several (paper,original); see docs/protocols.md (default: the one with which "
+        "the model was published; CrossVLT: paper)",
     )
     for name, switch in SWITCHES.items():
         if not switch.config_key:

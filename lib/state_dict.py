@@ -1,6 +1,7 @@
 """State dicts: renaming keys of the supported files, strict loading, inferring sizes from shapes."""
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,13 +14,12 @@ from lib.variants import FUSIONS, SWIN_VARIANTS
 StateDict = dict[str, torch.Tensor]
 
 PREFIX = "module."  # added to all keys by DistributedDataParallel
-RENAMED_KEYS = (
+RENAMED_KEYS = (  # to CrossVLT's names
     (r"^patch_embed\.", "backbone.0.patch_embed."),  # the official Swin repository
     (r"^layers\.(\d+)\.", r"backbone.\1.layers."),
     (r"^(bert\.)?(embeddings|encoder)\.", r"lang_stage1.\2."),  # BERT
-    (r"\.LayerNorm\.gamma$", ".LayerNorm.weight"),  # BERT's original files
-    (r"\.LayerNorm\.beta$", ".LayerNorm.bias"),
 )
+ORIGINAL_BERT_KEYS = ((r"\.LayerNorm\.gamma$", ".LayerNorm.weight"), (r"\.LayerNorm\.beta$", ".LayerNorm.bias"))
 # Index buffers, which the model computes itself, and the heads of pretrained Swin and BERT models.
 DROPPED_KEYS = r".*\.(relative_position_index|attn_mask|position_ids)|(head|norm|cls|(bert\.)?pooler)\..*"
 OPTIONAL_KEYS = {"temp"}  # missing in the released inference files
@@ -31,10 +31,14 @@ def has_prefix(state_dict: StateDict) -> bool:
     return all(key.startswith(PREFIX) for key in state_dict)
 
 
-def repair_keys(state_dict: StateDict) -> StateDict:
-    """Return the entries of a CrossVLT, official Swin or BERT file under the names that CrossVLT's state dict uses.
+def repair_keys(state_dict: StateDict, renamed: tuple[tuple[str, str], ...] = RENAMED_KEYS) -> StateDict:
+    """Return the entries of a checkpoint, official Swin or BERT file under the names that a network's state dict uses.
 
-    The prefix ``module.`` is removed if all keys have it. Entries that are not part of CrossVLT are dropped.
+    The prefix ``module.`` is removed if all keys have it. Entries that are not part of any network are dropped.
+
+    Args:
+        state_dict: of a file.
+        renamed: patterns and replacements for the names in official Swin and BERT files, by default CrossVLT's.
     """
     prefix = PREFIX if has_prefix(state_dict) else ""
     repaired = {}
@@ -42,7 +46,7 @@ def repair_keys(state_dict: StateDict) -> StateDict:
         key = key.removeprefix(prefix)
         if re.fullmatch(DROPPED_KEYS, key):
             continue
-        for pattern, replacement in RENAMED_KEYS:
+        for pattern, replacement in (*ORIGINAL_BERT_KEYS, *renamed):
             key = re.sub(pattern, replacement, key)
         repaired[key] = value
     return repaired
@@ -55,7 +59,7 @@ def adapt_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:
     model does not have are dropped.
     """
     expected = model.state_dict()
-    layer = re.compile(r"lang_stage1\.encoder\.layer\.\d+\.")
+    layer = re.compile(r"\w+\.encoder\.layer\.\d+\.")
     layers = {match[0] for key in expected if (match := layer.match(key))}
     adapted = {}
     for key, value in state_dict.items():
@@ -121,41 +125,65 @@ def _first_keys(keys: list[str]) -> str:
     return ", ".join(keys[:MAX_NAMED_KEYS]) + (f", and {num_hidden} more" if num_hidden > 0 else "")
 
 
-def infer_model_config(state_dict: StateDict) -> dict[str, Any]:
+def infer_model_config(state_dict: StateDict, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Return the arguments of build_crossvlt that fit a state dict with repaired keys.
 
     No shape depends on the number of text heads. The heads are assumed to have 64 channels each, as in BERT.
 
+    Args:
+        state_dict: with repaired keys.
+        options: those that the published code saves; all of them follow from the shapes.
+
     Raises:
         KeyError, IndexError, ValueError, StopIteration: the state dict is not from a CrossVLT.
     """
-    embed_dim = state_dict["backbone.0.patch_embed.proj.weight"].shape[0]
-    bias_tables = {
-        (int(match[1]), int(match[2])): value
-        for key, value in state_dict.items()
-        if (match := re.fullmatch(r"backbone\.(\d)\.layers\.blocks\.(\d+)\.attn\.relative_position_bias_table", key))
-    }
-    stages = sorted({stage for stage, _ in bias_tables})
-    depths = [sum(block_stage == stage for block_stage, _ in bias_tables) for stage in stages]
-    vocab_size, text_dim = state_dict["lang_stage1.embeddings.word_embeddings.weight"].shape
-    text_layers = {key.split(".")[3] for key in state_dict if key.startswith("lang_stage1.encoder.layer.")}
     connections = (
         "lang_stage2.crossattention.self.key.weight" in state_dict,
         "backbone.0.layers.attn1.l_q.weight" in state_dict,
     )
+    return {
+        **infer_swin_config(state_dict, "backbone.0.patch_embed.", r"backbone\.(\d)\.layers\.blocks\.(\d+)\."),
+        "fusion": next(name for name, fusion in FUSIONS.items() if fusion == connections),
+        **infer_text_config(state_dict, "lang_stage1."),
+        "align_dim": state_dict["backbone.0.layers.proj.weight"].shape[0],
+    }
+
+
+def infer_swin_config(state_dict: StateDict, patch_embed: str, blocks: str) -> dict[str, Any]:
+    """Return the sizes of a Swin encoder from the shapes in a state dict.
+
+    Args:
+        state_dict: of a network.
+        patch_embed: beginning of the keys of the patch embedding.
+        blocks: pattern of the beginning of the keys of a block, with groups for stage and block.
+    """
+    embed_dim = state_dict[f"{patch_embed}proj.weight"].shape[0]
+    bias_tables = {
+        (int(match[1]), int(match[2])): value
+        for key, value in state_dict.items()
+        if (match := re.fullmatch(rf"{blocks}attn\.relative_position_bias_table", key))
+    }
+    stages = sorted({stage for stage, _ in bias_tables})
+    depths = [sum(block_stage == stage for block_stage, _ in bias_tables) for stage in stages]
     swin_types = [name for name, variant in SWIN_VARIANTS.items() if variant["embed_dim"] == embed_dim] or ["base"]
     return {
         "swin_type": swin_types[-1] if depths[2] == 18 else swin_types[0],
         "window_size": _window_size(bias_tables[0, 0].shape[0]),
-        "fusion": next(name for name, fusion in FUSIONS.items() if fusion == connections),
         "embed_dim": embed_dim,
         "depths": depths,
         "num_heads": [bias_tables[stage, 0].shape[1] for stage in stages],
+    }
+
+
+def infer_text_config(state_dict: StateDict, prefix: str) -> dict[str, Any]:
+    """Return the sizes of a BERT whose keys begin with ``prefix``."""
+    vocab_size, text_dim = state_dict[f"{prefix}embeddings.word_embeddings.weight"].shape
+    layer = f"{prefix}encoder.layer."
+    return {
         "text_dim": text_dim,
-        "text_layers": len(text_layers),
+        "text_layers": len({key.removeprefix(layer).split(".")[0] for key in state_dict if key.startswith(layer)}),
         "text_heads": max(1, text_dim // 64),
         "vocab_size": vocab_size,
-        "align_dim": state_dict["backbone.0.layers.proj.weight"].shape[0],
     }
 
 

@@ -1,7 +1,7 @@
-"""Names and sizes of the published models. Other modules import them from here."""
+"""Names and sizes of the published models. Other modules import them from here. Imports no torch."""
 
 import reprlib
-from typing import Any
+from typing import Any, NamedTuple
 
 IMG_SIZE = 480  # pixels per side of the resized square image
 MAX_TOKENS = 21  # token ids per sentence, [CLS] and [SEP] included
@@ -103,3 +103,15 @@ def drop_path_rates(largest: float, depths: tuple[int, ...]) -> list[list[float]
     """Return the drop path rates of the blocks of each stage. They increase linearly from 0 in the first block."""
     rates = [largest * k / max(1, sum(depths) - 1) for k in range(sum(depths))]
     return [rates[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]
+
+
+class ModelFacts(NamedTuple):
+    """What configuration and commands know about a network without importing it."""
+
+    title: str  # name in messages
+    protocol: str  # name of the published protocol, see lib.protocols
+    defaults: dict[str, Any]  # published values of configuration keys where they differ from those in lib/options.py
+
+
+# The networks of --model. A new one also needs an entry in NETWORKS (lib/models.py).
+MODELS = {"crossvlt": ModelFacts("CrossVLT", "paper", {})}

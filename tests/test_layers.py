@@ -13,10 +13,9 @@ LAYERS = (
     {"utils"},
     {"refer", "bert", "lib.vision_encoder", "lib.fusion", "lib.seg_decoder",
      "lib.kernels", "lib.precision"},
-    {"CrossVLT", "lib.rivals", "lib.inference", "lib.state_dict", "lib.checkpoint", "lib.options", "lib.config",
-     "data", "refer.prepare"},
-    {"lib.criterion", "lib.optim", "lib.metrics", "lib.protocols", "lib.collector", "lib.evaluation", "lib.baselines",
-     "lib.visualize", "lib.engine"},
+    {"CrossVLT", "lib.inference", "lib.state_dict", "lib.options", "lib.config", "data"},
+    {"lib.rivals", "lib.models", "lib.checkpoint", "lib.criterion", "lib.optim", "lib.metrics", "lib.protocols",
+     "lib.collector", "lib.evaluation", "lib.baselines", "lib.visualize", "lib.engine", "refer.prepare"},
     {"lib.loading", "lib.report", "lib.segment"},
 )  # fmt: skip
 # Entry files may import anything (after parsing their arguments). No module imports them.

@@ -17,7 +17,6 @@ from yacs.config import CfgNode
 
 from bert.files import resolve_bert_file
 from bert.tokenization import check_vocabulary
-from CrossVLT import CrossVLT, build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.mixed import MixedDataset, mix
 from data.pack.source import check_packed, open_source
@@ -26,6 +25,7 @@ from lib.checkpoint import Checkpoint, load_pretrained, load_weights, read_check
 from lib.engine.checkpoints import check_recipe, check_same, division_of, find_resumed, match_division
 from lib.engine.folders import check_not_running
 from lib.errors import MissingFileError, UserError
+from lib.models import NETWORKS
 from lib.variants import SWIN_VARIANTS
 from refer.datasets import BERT_WEIGHTS, SWIN_URL, check_dataset
 from refer.refer import REFER
@@ -77,6 +77,8 @@ def load_recipe(args: Any, cfg: CfgNode, given: dict[str, str]) -> tuple[CfgNode
         check_dataset(cfg.DATA.ROOT, dataset, split_by)
     pretrained = (None, None) if resumed else find_pretrained(cfg)
     initial = read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM and not resumed else None
+    if initial is not None:
+        initial.check_network(cfg.MODEL.NAME, hint=f"Pass --model {initial.model_name} or another checkpoint.")
     if cfg.PRETRAINED.DDP_TRAINED and "PRETRAINED.DDP_TRAINED" in given:
         checkpoint = resumed or initial
         if checkpoint is None:
@@ -151,7 +153,7 @@ def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
         raise MissingFileError(f"{error} Or train with --from_scratch.") from error
 
 
-def build_model(cfg: CfgNode, start: Start, tokenizer: BertTokenizer, distributed: Distributed) -> CrossVLT:
+def build_model(cfg: CfgNode, start: Start, tokenizer: BertTokenizer, distributed: Distributed) -> nn.Module:
     """Build the network with the weights that training starts from, on this process's device.
 
     Raises:
@@ -159,11 +161,12 @@ def build_model(cfg: CfgNode, start: Start, tokenizer: BertTokenizer, distribute
     """
     torch.manual_seed(derive_seed("initialisation", cfg.SEED))
     if start.resumed is not None:
-        model = rebuild(start.resumed, build_crossvlt)
+        model = rebuild(start.resumed)
     else:
         swin, bert = start.pretrained
         try:
-            model = build_crossvlt(**config.model_keywords(cfg, _window_size(cfg, swin, start.initial)))
+            keywords = config.model_keywords(cfg, _window_size(cfg, swin, start.initial))
+            model = NETWORKS[cfg.MODEL.NAME].build(**keywords)
         except ValueError as error:
             raise UserError(f"Cannot build the configured MODEL: {error}") from error
         if start.initial is not None:
@@ -187,7 +190,7 @@ def _window_size(cfg: CfgNode, swin: Path | None, initial: Checkpoint | None) ->
     return int(match[1]) if match else 0
 
 
-def wrap_model(model: CrossVLT, distributed: Distributed) -> nn.Module:
+def wrap_model(model: nn.Module, distributed: Distributed) -> nn.Module:
     """Wrap the model in DistributedDataParallel if there are several processes."""
     if distributed.world_size == 1:
         return model

@@ -171,9 +171,12 @@ def check_recipe(resumed: Checkpoint, config: dict[str, Any], given: dict[str, s
         config: dotted keys of the current configuration.
         given: the file or flag that sets each key, by key; keys with their default value are absent.
     """
-    changeable = {option.key for option in OPTIONS if option.may_change_on_resume}
-    for key in sorted(given.keys() - changeable):
-        saved, current = resumed.extra["config"].get(key), config[key]
+    for option in sorted(OPTIONS, key=lambda option: option.key):
+        key = option.key
+        if option.may_change_on_resume or key not in given:
+            continue
+        # Runs of older versions have no value for options that did not exist; they all trained CrossVLT.
+        saved, current = resumed.extra["config"].get(key, option.default), config[key]
         if key == "MODEL.WINDOW_SIZE" and current:  # saved as 0 if the window was taken from a file name
             saved = resumed.model_config["window_size"]
         if saved != current:

@@ -6,7 +6,7 @@ from typing import Any
 from lib.cli import Parser
 from lib.config import load_config
 from lib.errors import UserError
-from lib.protocols import SWITCHES, choose_protocols
+from lib.protocols import PAPER, SWITCHES, choose_protocols
 from lib.report.names import PARTIAL, settings_path
 
 PROTOCOL_FLAGS = ("protocol", *(name for name, switch in SWITCHES.items() if not switch.config_key))
@@ -56,7 +56,9 @@ def choose_command(args: Any, parser: Parser) -> str:
     if args.vis_num < 1:
         raise UserError(f"--vis_num {args.vis_num}: must be at least 1.")
     _check_outputs(args.predictions, args.json)
-    choose_protocols(args.protocol, **{name: getattr(args, name) for name in PROTOCOL_FLAGS if name in SWITCHES})
+    choose_protocols(
+        args.protocol or PAPER.name, **{name: getattr(args, name) for name in PROTOCOL_FLAGS if name in SWITCHES}
+    )
     if command != "table":  # which chooses datasets in its own way
         load_config(args)
     return command

@@ -1,0 +1,86 @@
+"""The networks of ``--model``: their build functions, the names in their files, and which parameters are trained.
+
+The part of the registry that needs no torch (titles, published settings) is ``MODELS`` in lib/variants.py.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from CrossVLT import CrossVLT, build_crossvlt
+from lib.state_dict import RENAMED_KEYS, infer_model_config
+from lib.variants import MODELS
+
+
+@dataclass(frozen=True)
+class Network:
+    """What training and checkpoints know about a network. Patterns match whole names of its state dict.
+
+    Args:
+        network: its class.
+        build: build function; its arguments are the ``model_config`` of checkpoints.
+        key_prefix: beginning of state-dict keys that no other network has.
+        infer_config: returns arguments of ``build`` that fit a state dict (first argument), and those in the options
+            that the published code saves (second argument, by name).
+        inferred: the arguments that follow from shapes.
+        pretrained_names: patterns and replacements that turn the names of official Swin and BERT files into its own.
+        swin_part, bert_part: the entries that such a file must contain.
+        not_optimized, no_decay: the published parameter groups. All other parameters have weight decay.
+        unused: parameters without influence on the output.
+        alignment_only: parameters that only the alignment losses depend on.
+    """
+
+    network: type[nn.Module]
+    build: Callable[..., nn.Module]
+    key_prefix: str
+    infer_config: Callable[..., dict[str, Any]]
+    inferred: tuple[str, ...]
+    pretrained_names: tuple[tuple[str, str], ...]
+    swin_part: str
+    bert_part: str
+    not_optimized: str
+    no_decay: str
+    unused: str
+    alignment_only: str = ""
+
+
+# The keys are those of MODELS (lib/variants.py).
+NETWORKS = {
+    "crossvlt": Network(
+        CrossVLT,
+        build_crossvlt,
+        key_prefix="lang_stage1.",
+        infer_config=infer_model_config,
+        inferred=(
+            "window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size", "align_dim"
+        ),
+        pretrained_names=RENAMED_KEYS,
+        swin_part=r"backbone\.(0\.patch_embed|\d\.layers\.(blocks|downsample))\..*",
+        bert_part=r"lang_stage1\.(embeddings|encoder\.layer)\..*",
+        # The word embeddings and the temperature keep their initial values. Weight decay also acts on the decoder's
+        # BatchNorm and BERT's LayerNorm.
+        not_optimized=r"temp|lang_stage1\.embeddings\..*",
+        no_decay=r"backbone\..*(norm|relative_position_bias_table).*",
+        unused=r"backbone\.3\.layers\.linear1\..*",  # the gate of the last stage, which has no next stage
+        alignment_only=r"(backbone\.\d\.layers|lang_stage1\.encoder|lang_stage[234])\.proj\..*",
+    ),
+}  # fmt: skip
+
+
+def network_of(model: nn.Module) -> Network:
+    """Return the entry of a model, which must not be wrapped."""
+    return next(entry for entry in NETWORKS.values() if isinstance(model, entry.network))
+
+
+def recognize(keys: Iterable[str]) -> str | None:
+    """Return the name of the network with these state-dict keys; None: not a network of this project."""
+    keys = list(keys)
+    names = (name for name, entry in NETWORKS.items() if any(key.startswith(entry.key_prefix) for key in keys))
+    return next(names, None)
+
+
+def titles() -> str:
+    """Return the names of all networks for messages."""
+    return " or ".join(dict.fromkeys(facts.title for facts in MODELS.values()))
