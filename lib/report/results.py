@@ -37,8 +37,8 @@ from lib.report.names import PARTIAL, settings_path
 from utils import on_main
 
 FORMAT = "crossvlt results 1"
-# Settings that are not compared when an evaluation is continued. The checkpoint is identified by its SHA-256, not by its
-# path and network, and the batch size may be lowered after running out of memory.
+# Settings that are not compared when an evaluation is continued. The checkpoint is identified by its SHA-256, not by
+# its path and network, and the batch size may be lowered after running out of memory.
 IGNORED_SETTINGS = ("checkpoint", "model", "batch_size")
 DEFAULT_SETTINGS = {"precision": "float32"}  # of files written before these settings existed
 INTEGER_FIELDS = ("index", "image_id", "ref_id", "sent_id", "intersection", "union")
