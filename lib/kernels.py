@@ -25,7 +25,7 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias:
     Returns:
         [G, h, n, d].
     """
-    groups = len(query)
+    groups, heads = query.shape[:2]
     if query.device.type != "cpu":
         if bias is not None:
             if 1 < len(bias) < groups:
@@ -37,10 +37,11 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias:
     scale, dtype = query.shape[-1] ** -0.5, torch.promote_types(query.dtype, torch.float32)
     query, key, value = (x.flatten(0, 1) for x in (query, key, value))  # [G·h, n or m, d]
     with torch.autocast("cpu", enabled=False):
-        nothing = query.new_empty(1, dtype=dtype)
-        scores = torch.baddbmm(nothing, query.to(dtype), key.to(dtype).transpose(1, 2), beta=0, alpha=scale)
-        if bias is not None:
-            scores.view(-1, len(bias), scores.shape[0] // groups, *scores.shape[1:]).add_(bias)
+        # The products are added to copies of the bias.
+        bias = query.new_zeros(1, 1, 1, 1) if bias is None else bias
+        shape = (groups // len(bias), len(bias), heads, query.shape[1], key.shape[1])
+        scores = bias.to(dtype).expand(shape).clone(memory_format=torch.contiguous_format).flatten(0, 2)
+        scores.baddbmm_(query.to(dtype), key.to(dtype).transpose(1, 2), alpha=scale)
         weights = torch.softmax(scores, -1, out=None if scores.requires_grad else scores)
         return torch.bmm(weights.to(value.dtype), value).unflatten(0, (groups, -1))
 

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, PatchEmbed
 from timm.models import swin_transformer
-from timm.models.swin_transformer import PatchMerging, window_partition, window_reverse
+from timm.models.swin_transformer import PatchMerging, window_partition
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -53,19 +52,52 @@ def shifted_window_mask(rows: int, columns: int, window_size: int, device: torch
     return regions[:, None, :] != regions[:, :, None]
 
 
+def _pad_and_shift(x: torch.Tensor, dim: int, size: int, shift: int, fill: torch.Tensor) -> torch.Tensor:
+    """Return x with a dimension padded at its end to ``size`` with ``fill`` [C], then rotated by -``shift``."""
+    real, rotated = x.shape[dim], min(x.shape[dim], shift)
+    if real == size and not shift:
+        return x
+
+    def padding(length: int) -> torch.Tensor:
+        return fill.expand(*x.shape[:dim], length, *x.shape[dim + 1 :])
+
+    front, back = x.narrow(dim, rotated, real - rotated), x.narrow(dim, 0, rotated)
+    return torch.cat([front, padding(size - max(real, shift)), back, padding(shift - rotated)], dim)
+
+
+def _shift_back(x: torch.Tensor, dim: int, real: int, shift: int) -> torch.Tensor:
+    """Return the input of :func:`_pad_and_shift` for its output, without padding; ``real`` is its size."""
+    rotated = min(real, shift)
+    if not shift:
+        return x.narrow(dim, 0, real)
+    return torch.cat([x.narrow(dim, x.shape[dim] - shift, rotated), x.narrow(dim, 0, real - rotated)], dim)
+
+
 class WindowAttention(swin_transformer.WindowAttention):
     """Attention within windows, with a learned bias for each relative position."""
 
-    def forward(self, x: torch.Tensor, shifted_grid: tuple[int, int] | None) -> torch.Tensor:
-        """Return the output for windows [B·windows, w², C] → [B·windows, w², C].
+    def forward(self, x: torch.Tensor, shift: int) -> torch.Tensor:
+        """Return the output for a map, [B, H, W, C] → [B, H, W, C].
+
+        The map is padded to whole windows with zeros, which take part in the attention like all other positions. Their
+        query, key and value are the bias of ``qkv``, and their outputs are not needed, so neither is computed.
 
         Args:
-            x: the windows of all images.
-            shifted_grid: rows and columns of windows of an image, if the windows are shifted.
+            x: the map.
+            shift: by how many positions the windows are shifted, 0 or w // 2.
         """
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # [3, B·windows, h, w², C/h]
-        x = attention(*qkv.unbind(0), self.bias(shifted_grid))
-        return self.proj(x.transpose(1, 2).flatten(2))
+        batch, height, width, _ = x.shape
+        size = self.window_size[0]
+        rows, columns = -(-height // size), -(-width // size)
+        x = self.qkv(x)
+        fill = self.qkv.bias.to(x.dtype)
+        x = _pad_and_shift(_pad_and_shift(x, 2, columns * size, shift, fill), 1, rows * size, shift, fill)
+        x = x.view(batch, rows, size, columns, size, 3, self.num_heads, -1)
+        qkv = x.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(1, 3).flatten(3, 4)  # [3, B·windows, h, w², C/h]
+        x = attention(*qkv.unbind(0), self.bias((rows, columns) if shift else None))
+        x = x.view(batch, rows, columns, self.num_heads, size, size, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        x = x.flatten(5).flatten(3, 4).flatten(1, 2)  # [B, rows·w, columns·w, C]
+        return self.proj(_shift_back(_shift_back(x, 1, height, shift), 2, width, shift))
 
     def bias(self, shifted_grid: tuple[int, int] | None) -> torch.Tensor:
         """Return what is added to attention scores: [1, h, w², w²], or one per shifted window, [windows, h, w², w²]."""
@@ -84,7 +116,6 @@ class SwinBlock(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, window_size: int, *, shifted: bool, drop_path: float) -> None:
         super().__init__()
-        self.window_size = window_size
         self.shift = window_size // 2 if shifted else 0
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, num_heads=num_heads, window_size=window_size)
@@ -94,25 +125,8 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output: [B, H, W, C] → [B, H, W, C]."""
-        x = x + self.drop_path(self._window_attention(self.norm1(x)))
+        x = x + self.drop_path(self.attn(self.norm1(x), self.shift))
         return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def _window_attention(self, x: torch.Tensor) -> torch.Tensor:
-        _, height, width, _ = x.shape
-        window = (self.window_size, self.window_size)
-        padding = (0, 0, 0, -width % self.window_size, 0, -height % self.window_size)
-        if any(padding):  # F.pad would copy the map
-            x = F.pad(x, padding)
-        padded_height, padded_width = x.shape[1:3]
-        if self.shift:
-            x = torch.roll(x, shifts=(-self.shift, -self.shift), dims=(1, 2))
-        windows = window_partition(x, window).flatten(1, 2)  # [B·windows, w², C]
-        grid = (padded_height // self.window_size, padded_width // self.window_size) if self.shift else None
-        windows = self.attn(windows, grid).unflatten(1, window)  # [B·windows, w, w, C]
-        x = window_reverse(windows, window, padded_height, padded_width)
-        if self.shift:
-            x = torch.roll(x, shifts=(self.shift, self.shift), dims=(1, 2))
-        return x[:, :height, :width]
 
 
 class VisionStage(nn.Module):
