@@ -1,0 +1,63 @@
+"""Compare models: train each with several seeds, evaluate all under one protocol, and report the differences.
+
+    python -m data.refshapes --level full --train-images 1600 --root refer/data/full
+    python -m lib.compare configs/compare/refshapes.yaml --seeds 3 --jobs 2       # writes models/compare
+    python -m lib.compare configs/compare/refshapes.yaml --seeds 3 --dry-run      # prints the commands of all runs
+
+Interrupt it at any time: the same command continues. Finished runs are kept, and the report is written again from the
+stored predictions. The commands of --dry-run can also be run elsewhere, for example on a cluster.
+"""
+
+import sys
+from pathlib import Path
+
+from lib.cli import Parser, run_command
+from lib.errors import UserError
+from lib.files import Kind, check_writable
+
+
+def get_parser() -> Parser:
+    parser = Parser(prog="python -m lib.compare", description=__doc__)
+    add = parser.add_argument
+    parser.add_input("config", metavar="YAML", must_exist=True, help="the comparison, such as configs/compare/refshapes.yaml")
+    add("--seeds", type=int, default=3, metavar="N", help="train each model with the seeds 0 to N - 1 (%(default)s)")
+    parser.add_output(
+        "--out", kind=Kind.FOLDER, default="models/compare", metavar="DIR", help="folder of runs and report (%(default)s)"
+    )
+    add("--jobs", type=int, default=1, metavar="N", help="number of runs at a time; they share the cores (%(default)s)")
+    add("--dry-run", action="store_true", help="only print the commands of the runs, one line per run")
+    return parser
+
+
+def main() -> None:
+    args = get_parser().parse_args(sys.argv[1:])
+    for name in ("seeds", "jobs"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: must be at least 1.")
+
+    from lib.compare.jobs import execute, threads_per_job
+    from lib.compare.plan import command_lines, plan_runs, read_comparison
+    from lib.locks import lock
+    from refer.datasets import check_dataset
+
+    folder = Path(args.out)
+    comparison = read_comparison(args.config)
+    runs = plan_runs(comparison, folder, args.seeds)
+    if args.dry_run:
+        print("\n".join(command_lines(runs, threads_per_job(args.jobs))))
+        return
+    data = comparison.models[0].cfg.DATA
+    check_dataset(data.ROOT, data.NAME, data.SPLIT_BY)
+    check_writable(folder, Kind.FOLDER)
+    busy = f"Another comparison is writing {folder}"
+    with lock(folder / ".lock", busy, "Wait until it has finished, stop it, or choose another --out."):
+        execute(runs, args.jobs)
+
+        from lib.compare.report import write_report  # after the runs, which need the memory
+
+        for path in write_report(comparison, runs, folder):
+            print(path)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,145 @@
+"""The table of a comparison as text, Markdown, LaTeX and CSV."""
+
+import csv
+import io
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from lib.compare.results import ModelResults
+from lib.compare.statistics import Estimate, estimate_difference, estimate_mean, holm
+from lib.tables import to_latex, to_markdown, to_text
+
+METRICS = ("P@0.5", "P@0.9", "oIoU")  # columns besides the mean IoU
+
+
+class Row(NamedTuple):
+    """A model on one split, in percent."""
+
+    split: str
+    model: str
+    seeds: int
+    mean: Estimate  # mean IoU
+    metrics: dict[str, tuple[float, float]]  # mean and standard deviation over the seeds
+    shuffled: float  # mean IoU with shuffled sentences; nan if not evaluated
+    difference: Estimate | None  # from the reference; None: it is the reference
+    p_corrected: float  # p-value of the difference, corrected for all differences of the table; nan for the reference
+
+
+def make_rows(
+    results: Mapping[str, Sequence[ModelResults]], shuffled: Mapping[str, Sequence[ModelResults]], reference: str
+) -> list[Row]:
+    """Return a row for each split and model.
+
+    Args:
+        results: by split.
+        shuffled: the same with shuffled sentences; models may be missing.
+        reference: name of the model from which the differences are computed.
+    """
+    rows = []
+    for split, models in results.items():
+        base = next(model for model in models if model.name == reference)
+        controls = {model.name: 100 * model.ious.mean() for model in shuffled.get(split, ())}
+        for model in models:
+            values = {name: [metrics[name] for metrics in model.metrics()] for name in METRICS}
+            metrics = {name: (float(np.mean(items)), _std(items)) for name, items in values.items()}
+            is_reference = model.name == reference
+            difference = None if is_reference else estimate_difference(model.ious, base.ious, base.images)
+            mean, control = estimate_mean(model.ious, base.images), controls.get(model.name, math.nan)
+            rows.append(Row(split, model.name, len(model.ious), mean, metrics, control, difference, math.nan))
+    compared = [i for i, row in enumerate(rows) if row.difference]
+    corrected = holm([rows[i].difference.p_value for i in compared])
+    for i, p_value in zip(compared, corrected, strict=True):
+        rows[i] = rows[i]._replace(p_corrected=p_value)
+    return rows
+
+
+def _std(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def method(rows: Sequence[Row], reference: str) -> str:
+    """Return the sentences below the table that say how it was computed."""
+    count = sum(row.difference is not None for row in rows)
+    seeds = sorted({row.seeds for row in rows})
+    over = "images only (a single seed)" if seeds == [1] else "seeds and images"
+    return (
+        f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seed(s), in percent; 95 % intervals cover "
+        f"{over}, with all expressions of an image as one unit; differences are from {reference}, their p-values from a "
+        f"two-sided paired t-test over images that includes the variance between seeds, Holm-corrected for all "
+        f"{count} differences of the table."
+    )
+
+
+def cells(rows: Sequence[Row]) -> list[list[str]]:
+    """Return the cells of the table, a header row first."""
+    header = ["split", "model", "mIoU", "95 % interval", "shuffled", *METRICS, "difference", "95 % interval", "p (Holm)"]
+    table, previous = [header], ""
+    for row in rows:
+        metrics = [f"{mean:.2f}{_plus_minus(std)}" for mean, std in row.metrics.values()]
+        difference = ["–", "–", "–"]
+        if row.difference:
+            difference = [_signed(row.difference.value), _interval(row.difference), _p_value(row.p_corrected)]
+        table.append(
+            [
+                row.split if row.split != previous else "",
+                row.model,
+                f"{row.mean.value:.2f}{_plus_minus(row.mean.std)}",
+                f"{row.mean.low:.2f}…{row.mean.high:.2f}",
+                "–" if math.isnan(row.shuffled) else f"{row.shuffled:.2f}",
+                *metrics,
+                *difference,
+            ]
+        )
+        previous = row.split
+    return table
+
+
+def _plus_minus(std: float) -> str:
+    return "" if math.isnan(std) else f" ± {std:.2f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{_signed(estimate.low)}…{_signed(estimate.high)}"
+
+
+def _p_value(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def text_table(rows: Sequence[Row], reference: str) -> str:
+    """Return the table for a terminal."""
+    return f"{to_text(cells(rows), left=(0, 1))}\n{method(rows, reference)}"
+
+
+def markdown_table(rows: Sequence[Row], reference: str) -> str:
+    """Return the table as Markdown."""
+    return f"{to_markdown(cells(rows), left=(0, 1))}\n\n{method(rows, reference)}\n"
+
+
+def latex_table(rows: Sequence[Row], reference: str) -> str:
+    """Return the table as LaTeX (booktabs)."""
+    return f"{to_latex(cells(rows), left=(0, 1), notes=[method(rows, reference)])}\n"
+
+
+def csv_table(rows: Sequence[Row]) -> str:
+    """Return the table as CSV with unrounded numbers."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    header = ["split", "model", "seeds", "mIoU", "std", "low", "high", "shuffled"]
+    header += [f"{name}{suffix}" for name in METRICS for suffix in ("", " std")]
+    writer.writerow([*header, "difference", "difference low", "difference high", "p", "p Holm"])
+    for row in rows:
+        numbers = [*row.mean[:4], row.shuffled, *(x for pair in row.metrics.values() for x in pair)]
+        if row.difference:
+            numbers += [row.difference.value, *row.difference[2:], row.p_corrected]
+        else:
+            numbers += [math.nan] * 5
+        writer.writerow([row.split, row.model, row.seeds, *("" if math.isnan(x) else repr(float(x)) for x in numbers)])
+    return text.getvalue()
