@@ -6,7 +6,9 @@ A table is a list of rows, and a row is a list of cells (strings). All rows have
 from collections.abc import Collection, Iterable, Sequence
 
 Rows = Sequence[Sequence[str]]
-LATEX_SYMBOLS = {"−": "$-$", "–": "--", "†": r"\textsuperscript{\dag}"} | {symbol: f"\\{symbol}" for symbol in "&%#_$"}
+LATEX_SYMBOLS = {
+    "−": "$-$", "–": "--", "†": r"\textsuperscript{\dag}", "±": r"$\pm$", "…": r"\ldots{}", "<": "$<$",
+} | {symbol: f"\\{symbol}" for symbol in "&%#_$"}  # fmt: skip
 
 
 def to_text(rows: Rows, *, left: Collection[int] = (0,)) -> str:

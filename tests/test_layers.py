@@ -17,6 +17,7 @@ LAYERS = (
     {"lib.rivals", "lib.models", "lib.checkpoint", "lib.criterion", "lib.optim", "lib.metrics", "lib.protocols",
      "lib.collector", "lib.evaluation", "lib.baselines", "lib.visualize", "lib.engine", "refer.prepare"},
     {"lib.loading", "lib.report", "lib.segment"},
+    {"lib.compare"},
 )  # fmt: skip
 # Entry files may import anything (after parsing their arguments). No module imports them.
 TOOLS = {"train", "test", "lib.plot", "lib.rescore"}

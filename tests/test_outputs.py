@@ -47,6 +47,7 @@ COMMANDS = {
         ("--cfg", "config.yaml", "--init_from", "best.pth", "--model_id", "run", "--epochs", "1"),
         ("best.pth", "config.yaml", "base.yaml", *DATASET),
     ),
+    "lib.compare": (("comparison.yaml", "--seeds", "1"), ("comparison.yaml", "config.yaml", "base.yaml")),
     "lib.plot": (("run",), ("run/metrics.jsonl",)),
     "lib.rescore": (
         ("out.jsonl", "--ids", "ids.txt", "--gt_mask", "union", "--refer_data_root", "data", "--draws", "2"),
@@ -127,6 +128,7 @@ def made_files(tmp_path_factory, made_source):
     )
     (folder / "config.yaml").write_text("_BASE_: base.yaml\nDEVICE: cpu\nWORKERS: 0\n")
     (folder / "table.yaml").write_text("refcoco: best.pth\n")
+    (folder / "comparison.yaml").write_text("MODELS: {small: config.yaml}\n")
     for name in ("photo.png", DATASET[-1]):
         Image.new("RGB", (70, 50), "red").save(folder / name)
     (folder / "record.md").write_text("the record of a benchmark\n")

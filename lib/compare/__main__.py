@@ -8,6 +8,7 @@ Interrupt it at any time: the same command continues. Finished runs are kept, an
 stored predictions. The commands of --dry-run can also be run elsewhere, for example on a cluster.
 """
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -19,10 +20,16 @@ from lib.files import Kind, check_writable
 def get_parser() -> Parser:
     parser = Parser(prog="python -m lib.compare", description=__doc__)
     add = parser.add_argument
-    parser.add_input("config", metavar="YAML", must_exist=True, help="the comparison, such as configs/compare/refshapes.yaml")
+    parser.add_input(
+        "config", metavar="YAML", must_exist=True, help="the comparison, such as configs/compare/refshapes.yaml"
+    )
     add("--seeds", type=int, default=3, metavar="N", help="train each model with the seeds 0 to N - 1 (%(default)s)")
     parser.add_output(
-        "--out", kind=Kind.FOLDER, default="models/compare", metavar="DIR", help="folder of runs and report (%(default)s)"
+        "--out",
+        kind=Kind.FOLDER,
+        default="models/compare",
+        metavar="DIR",
+        help="folder of runs and report (%(default)s)",
     )
     add("--jobs", type=int, default=1, metavar="N", help="number of runs at a time; they share the cores (%(default)s)")
     add("--dry-run", action="store_true", help="only print the commands of the runs, one line per run")
@@ -40,6 +47,8 @@ def main() -> None:
     from lib.locks import lock
     from refer.datasets import check_dataset
 
+    if importlib.util.find_spec("scipy") is None and not args.dry_run:
+        raise UserError("Comparing needs SciPy. Run: pip install -r requirements-extra.txt")
     folder = Path(args.out)
     comparison = read_comparison(args.config)
     runs = plan_runs(comparison, folder, args.seeds)

@@ -55,9 +55,7 @@ def load_models(files: dict[str, list[Path]], splits: Sequence[str]) -> dict[str
     first = next(iter(loaded.values()))[0]
     for results in (results for of_model in loaded.values() for results in of_model):
         _check_comparable(results, first)
-    return {
-        split: [_of_split(name, of_model, first, split) for name, of_model in loaded.items()] for split in splits
-    }
+    return {split: [_of_split(name, of_model, first, split) for name, of_model in loaded.items()] for split in splits}
 
 
 def _check_comparable(results: Results, first: Results) -> None:

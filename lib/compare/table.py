@@ -75,7 +75,17 @@ def method(rows: Sequence[Row], reference: str) -> str:
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """Return the cells of the table, a header row first."""
-    header = ["split", "model", "mIoU", "95 % interval", "shuffled", *METRICS, "difference", "95 % interval", "p (Holm)"]
+    header = [
+        "split",
+        "model",
+        "mIoU",
+        "95 % interval",
+        "shuffled",
+        *METRICS,
+        "difference",
+        "95 % interval",
+        "p (Holm)",
+    ]
     table, previous = [header], ""
     for row in rows:
         metrics = [f"{mean:.2f}{_plus_minus(std)}" for mean, std in row.metrics.values()]
