@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from lib.compare.plan import Run, Step
 from lib.errors import StoppedError, UserError
-from lib.files import translate_write_errors
+from lib.files import open_to_append, translate_write_errors
 from lib.threads import NUMBER_VARIABLES, available_cores
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -85,16 +85,16 @@ def _start(run: Run, steps: list[Step], threads: int) -> Running:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with translate_write_errors(run.output):
         run.output.parent.mkdir(parents=True, exist_ok=True)
-        with open(run.output, "ab") as output:
-            process = subprocess.Popen(
-                step.command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,  # a Ctrl-C in the terminal reaches lib.compare only, which passes it on
-                preexec_fn=_end_with_parent(),
-            )
+    with open_to_append(run.output) as output:
+        process = subprocess.Popen(
+            step.command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,  # a Ctrl-C in the terminal reaches lib.compare only, which passes it on
+            preexec_fn=_end_with_parent(),
+        )
     print(f"{run.name}: {step.title}", flush=True)
     return Running(run, steps, process, time.monotonic())
 
