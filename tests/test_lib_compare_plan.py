@@ -69,7 +69,8 @@ def test_commands_are_those_of_train_and_test(write, tmp_path):
     cfg, _ = load_config(args)
     assert args.auto_resume
     assert (cfg.MODEL.FUSION, cfg.SEED, cfg.MODEL_ID, cfg.TRAIN.STEPS) == ("late", 2, "late-seed2", 7)
-    assert (cfg.OUTPUT_DIR, cfg.LOG_DIR) == (str(tmp_path / "checkpoints"), str(tmp_path / "runs"))
+    folders = [cfg.OUTPUT_DIR, cfg.LOG_DIR]
+    assert folders == [str(tmp_path / "checkpoints"), str(tmp_path / "runs")]
     assert evaluate[evaluate.index("--resume") + 1] == str(tmp_path / "checkpoints" / "late-seed2" / "best.pth")
     assert evaluate[evaluate.index("--split") + 1] == "val,testA"
     assert shuffled[-1] == "--shuffle_sentences"
@@ -145,7 +146,7 @@ def test_mistyped_key_of_a_model(write, tmp_path):
 
 def test_models_need_the_same_data(write, tmp_path):
     (tmp_path / "late.yaml").write_text("_BASE_: full.yaml\nDATA: {IMG_SIZE: 64}\n")
-    with pytest.raises(UserError, match="late.yaml: DATA.IMG_SIZE is 64, but 480 in full.yaml"):
+    with pytest.raises(UserError, match=r"late.yaml: DATA.IMG_SIZE is 64, but 480 in full.yaml"):
         read_comparison(write())
 
 

@@ -81,8 +81,8 @@ def test_other_expressions_are_refused(files, tmp_path):
 
 def test_other_protocols_and_partial_files_are_refused(files, tmp_path):
     others = {"ours": files["ours"], "late_1": [write_results(tmp_path / "original.jsonl", protocols="original")]}
-    with pytest.raises(UserError, match="original.jsonl has protocol original, but .*ours-0.jsonl has paper"):
+    with pytest.raises(UserError, match=r"original.jsonl has protocol original, but .*ours-0.jsonl has paper"):
         load_models(others, SPLITS)
     partial = write_results(tmp_path / "cut.jsonl", splits={"val": 3, "testA": 2}, complete=False)
-    with pytest.raises(UserError, match="is partial: it has 4 of 5 expressions. Finish its evaluation first"):
+    with pytest.raises(UserError, match=r"is partial: it has 4 of 5 expressions. Finish its evaluation first"):
         load_models({"ours": [partial]}, SPLITS)

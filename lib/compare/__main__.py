@@ -20,17 +20,11 @@ from lib.files import Kind, check_writable
 def get_parser() -> Parser:
     parser = Parser(prog="python -m lib.compare", description=__doc__)
     add = parser.add_argument
-    parser.add_input(
-        "config", metavar="YAML", must_exist=True, help="the comparison, such as configs/compare/refshapes.yaml"
-    )
+    config_help = "the comparison, such as configs/compare/refshapes.yaml"
+    parser.add_input("config", must_exist=True, metavar="YAML", help=config_help)
     add("--seeds", type=int, default=3, metavar="N", help="train each model with the seeds 0 to N - 1 (%(default)s)")
-    parser.add_output(
-        "--out",
-        kind=Kind.FOLDER,
-        default="models/compare",
-        metavar="DIR",
-        help="folder of runs and report (%(default)s)",
-    )
+    out_help = "folder of the runs and the report (%(default)s)"
+    parser.add_output("--out", kind=Kind.FOLDER, default="models/compare", metavar="DIR", help=out_help)
     add("--jobs", type=int, default=1, metavar="N", help="number of runs at a time; they share the cores (%(default)s)")
     add("--dry-run", action="store_true", help="only print the commands of the runs, one line per run")
     return parser

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import yaml
 from yacs.config import CfgNode
 
-from lib.cli import Parser, did_you_mean
+from lib.cli import did_you_mean
 from lib.config import flatten, get_parser, load_config
 from lib.errors import MissingFileError, UserError
 from lib.files import file_sha256, protect
@@ -192,7 +192,7 @@ def read_comparison(path: str) -> Comparison:
         key = str(next(iter(tree)))
         raise UserError(f"{path}: unknown key {key}.{did_you_mean(key, list(KEYS))} Its keys are {', '.join(KEYS)}.")
     for key, value in values.items():
-        if type(value) is not KEYS[key][0] or not value and KEYS[key][1] is None:
+        if type(value) is not KEYS[key][0] or (not value and KEYS[key][1] is None):
             raise UserError(f"{path}: {key} must be a {KEYS[key][0].__name__} that is not empty, not {value!r}.")
     for name, file in values["MODELS"].items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name) or not isinstance(file, str):
@@ -225,7 +225,7 @@ def _check_same_data(models: Sequence[Model]) -> None:
             a, b = (flatten(of.cfg)[key] for of in (first, model))
             if a != b:
                 raise UserError(
-                    f"{model.path}: {key} is {b}, but {a} in {first.path}. All models of a comparison need the same data."
+                    f"{model.path}: {key} is {b}, but {a} in {first.path}. Compare models on the same data."
                 )
 
 

@@ -67,26 +67,16 @@ def method(rows: Sequence[Row], reference: str) -> str:
     over = "images only (a single seed)" if seeds == [1] else "seeds and images"
     return (
         f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seed(s), in percent; 95 % intervals cover "
-        f"{over}, with all expressions of an image as one unit; differences are from {reference}, their p-values from a "
-        f"two-sided paired t-test over images that includes the variance between seeds, Holm-corrected for all "
+        f"{over}, with all expressions of an image as one unit; differences are from {reference}, their p-values from "
+        f"a two-sided paired t-test over images that includes the variance between seeds, Holm-corrected for all "
         f"{count} differences of the table."
     )
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """Return the cells of the table, a header row first."""
-    header = [
-        "split",
-        "model",
-        "mIoU",
-        "95 % interval",
-        "shuffled",
-        *METRICS,
-        "difference",
-        "95 % interval",
-        "p (Holm)",
-    ]
-    table, previous = [header], ""
+    header = ["split", "model", "mIoU", "95 % interval", "shuffled", *METRICS]
+    table, previous = [[*header, "difference", "95 % interval", "p (Holm)"]], ""
     for row in rows:
         metrics = [f"{mean:.2f}{_plus_minus(std)}" for mean, std in row.metrics.values()]
         difference = ["–", "–", "–"]
