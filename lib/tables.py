@@ -3,12 +3,23 @@
 A table is a list of rows, and a row is a list of cells (strings). All rows have the same length.
 """
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 
 Rows = Sequence[Sequence[str]]
+# How LaTeX writes characters that have a meaning there, at the beginning of a row ([ and *), or are not in its fonts.
 LATEX_SYMBOLS = {
-    "−": "$-$", "–": "--", "†": r"\textsuperscript{\dag}", "±": r"$\pm$", "…": r"\ldots{}", "<": "$<$",
-} | {symbol: f"\\{symbol}" for symbol in "&%#_$"}  # fmt: skip
+    **{symbol: f"\\{symbol}" for symbol in "&%#_${}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "[": "{[}", "*": "{*}"},
+    **{"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", '"': r"\textquotedbl{}"},
+    **{"−": "$-$", "×": r"$\times$", "±": r"$\pm$", "–": r"\textendash{}", "…": r"\dots{}"},
+    **{"†": r"\textsuperscript{\dag}", "‡": r"\textsuperscript{\ddag}"},
+}
+LATEX_LIGATURES = "-'`,"  # two of these would become one character
+LATEX_PREAMBLE = r"""\documentclass{article}
+\usepackage[T1]{fontenc}
+\usepackage[utf8]{inputenc}
+\usepackage{booktabs}"""
 
 
 def to_text(rows: Rows, *, left: Collection[int] = (0,)) -> str:
@@ -34,13 +45,16 @@ def to_markdown(rows: Rows, *, left: Collection[int] = (0,)) -> str:
 
 
 def to_latex(rows: Rows, *, left: Collection[int] = (0,), notes: Iterable[str] = ()) -> str:
-    """Return the rows as a LaTeX tabular (package booktabs) with special characters escaped.
+    """Return the rows as a LaTeX tabular, and notes below it. It needs the packages of ``LATEX_PREAMBLE``.
+
+    Characters that are special in LaTeX are escaped. A character that is neither ASCII nor a letter of Latin-1 nor in
+    ``LATEX_SYMBOLS`` is written as its code point (``U+72D7``), because LaTeX would refuse it.
 
     Args:
         rows: the table; its first row is the header. A row whose first cell is not empty starts a group of rows, with
             a rule above it.
         left: as for :func:`to_text`.
-        notes: lines below the table, in footnote size.
+        notes: paragraphs below the table, in footnote size.
     """
     header, *body = rows
     columns = "".join("l" if i in left else "r" for i in range(len(header)))
@@ -49,8 +63,20 @@ def to_latex(rows: Rows, *, left: Collection[int] = (0,), notes: Iterable[str] =
         if row[0]:
             lines.append(r"\midrule")
         lines.append(_latex_row(row))
-    lines += [rf"\multicolumn{{{len(header)}}}{{l}}{{\footnotesize {_escape_latex(note)}}} \\" for note in notes]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"])
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    paragraphs = [rf"{_escape_latex(note)}\par" for note in notes]
+    if paragraphs:
+        lines += [r"\par\smallskip{\footnotesize\raggedright\parindent0pt", *paragraphs, "}"]
+    return "\n".join(lines)
+
+
+def latex_document(parts: Iterable[tuple[str, str]]) -> str:
+    """Return a LaTeX document of tables (title and tabular) that compiles as it is."""
+    body = "\n\n".join(
+        f"\\noindent\\textbf{{{_escape_latex(title)}}}\n\n\\medskip\\noindent\n{table}" for title, table in parts
+    )
+    packages = "% To use a table in your own document, copy it and the packages that it needs (\\usepackage)."
+    return f"{packages}\n{LATEX_PREAMBLE}\n\n\\begin{{document}}\n\\small\\setlength{{\\tabcolsep}}{{4pt}}\n{body}\n\\end{{document}}\n"
 
 
 def _latex_row(row: Sequence[str]) -> str:
@@ -58,4 +84,12 @@ def _latex_row(row: Sequence[str]) -> str:
 
 
 def _escape_latex(text: str) -> str:
-    return "".join(LATEX_SYMBOLS.get(character, character) for character in text)
+    escaped = "".join(map(_latex_symbol, " ".join(text.split())))
+    return re.sub(rf"([{LATEX_LIGATURES}])(?=\1)", r"\1{}", escaped)
+
+
+def _latex_symbol(character: str) -> str:
+    is_letter = "À" <= character <= "ÿ" and character != "÷"
+    if character in LATEX_SYMBOLS or is_letter or " " <= character <= "~":
+        return LATEX_SYMBOLS.get(character, character)
+    return f"U+{ord(character):04X}"

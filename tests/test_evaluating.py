@@ -288,6 +288,7 @@ def test_the_paper_table(best, coco_layout, refshapes_root, run_here, tmp_path, 
     assert entries[0]["difference"]["oIoU"] == entries[0]["ours"]["oIoU"] - 73.44
     assert f"{entries[1]['ours']['mIoU']:.2f}" in done.out
     assert "71.54†" in done.out
+    assert f"‡ RefCOCO val has {entries[0]['num_expressions']} expressions here, but 10834 as published" in done.out
     again = run_here(*flags, check=True)
     assert len(calls) == num_calls  # complete rows are not evaluated again
     assert again.err.count("already complete") == 3

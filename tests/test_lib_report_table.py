@@ -63,24 +63,40 @@ def test_written_tables_agree(rows, tmp_path):
     assert markdown == "\n".join(markdown_table(rows, name) for name in ("paper", "original"))
     columns = {line.count("|") for line in markdown.splitlines() if line.startswith("|")}
     assert columns == {len(METRIC_NAMES) + 3}
-    assert latex == "\n".join(latex_table(rows, name) for name in ("paper", "original"))
-    body = [line for line in latex.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
+    assert all(latex_table(rows, name) in latex for name in ("paper", "original"))
+    assert latex.index(r"\usepackage{booktabs}") < latex.index(r"\begin{document}") < latex.index("tabular")
+    body = [line for line in latex.splitlines() if line.endswith(r"\\")]
     assert {line.count("&") for line in body} == {len(METRIC_NAMES) + 1}
     assert r"71.54\textsuperscript{\dag}" in latex
     assert "$-$63.44" in latex
-    assert r"\multicolumn{9}{l}{\footnotesize \textsuperscript{\dag} equals the value" in latex
+    assert r"\textsuperscript{\dag} equals the value" in latex
     assert not set("−–†") & set("\n".join(body))
     lines = list(csv.DictReader(io.StringIO(table)))
     assert len(lines) == 3 * len(METRIC_NAMES)
     assert lines[6] == {
         "dataset": "refcoco", "split_by": "unc", "split": "val", "protocol": "paper", "metric": "oIoU",
         "ours": "73.9400", "low": "72.9400", "high": "74.9400", "paper": "73.44", "difference": "0.5000",
-        "doubtful": "0",
+        "doubtful": "0", "expressions": "10834", "published_expressions": "10834",
     }  # fmt: skip
     assert (lines[-2]["ours"], lines[-2]["doubtful"], lines[-1]["doubtful"]) == ("", "1", "0")
     first, _, last = json.loads(entries)
     assert first["difference"]["mIoU"] == pytest.approx(0.5)
     assert (last["ours"], last["not_measured"]) == (None, "no checkpoint for refcocog")
+
+
+def test_rows_with_another_number_of_expressions_are_marked(rows, tmp_path):
+    note = "RefCOCO val has 10833 expressions here, but 10834 as published"
+    assert "‡" not in text_table(rows, "paper")
+    other = [rows[0]._replace(num_expressions=10833), *rows[1:]]
+    assert "RefCOCO val‡ " in text_table(other, "paper")
+    assert f"‡ {note}" in text_table(other, "paper")
+    assert "‡" not in text_table(other, "original")
+    markdown, latex, table, entries = (path.read_text(encoding="utf-8") for path in write_tables(other, tmp_path))
+    assert markdown.count("‡") == latex.count(r"\ddag") == 2
+    assert note in latex
+    first = next(csv.DictReader(io.StringIO(table)))
+    assert (first["expressions"], first["published_expressions"]) == ("10833", "10834")
+    assert [entry["published_expressions"] for entry in json.loads(entries)] == [10834, 10834, 9602]
 
 
 def test_a_table_without_measured_rows_is_an_error(rows, tmp_path):

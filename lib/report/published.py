@@ -9,6 +9,7 @@ from lib.cli import did_you_mean
 from lib.errors import MissingFileError, UserError
 from lib.metrics import METRIC_NAMES
 from lib.variants import RELEASED_HINT
+from refer.datasets import PUBLISHED_COUNTS
 
 
 class PublishedRow(NamedTuple):
@@ -25,6 +26,11 @@ class PublishedRow(NamedTuple):
     def file_name(self) -> str:
         """Name of the row's result file, without suffix."""
         return f"{self.dataset}_{self.split_by}_{self.split}"
+
+    @property
+    def num_expressions(self) -> int:
+        """Number of expressions of the published split."""
+        return PUBLISHED_COUNTS[self.dataset, self.split_by][self.split].expressions
 
 
 # fmt: off

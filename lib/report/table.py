@@ -22,7 +22,7 @@ from lib.metrics import METRIC_NAMES, compute_metrics
 from lib.report.intervals import intervals
 from lib.report.published import DOUBTFUL_NOTE, PublishedRow, choose_rows, find_checkpoints
 from lib.report.results import ResultFile, counts_of, read_results
-from lib.tables import to_latex, to_markdown, to_text
+from lib.tables import latex_document, to_latex, to_markdown, to_text
 from refer.refer import REFER
 from utils import attempt, on_main
 
@@ -40,6 +40,14 @@ class MeasuredRow(NamedTuple):
     checkpoint: str = ""
     precision: str = ""
     reason: str = ""  # why the row was not measured
+
+    @property
+    def other_size(self) -> str:
+        """A note if the row was measured on another number of expressions than the published split has, else empty."""
+        if self.num_expressions in (0, self.published.num_expressions):
+            return ""
+        counts = f"{self.num_expressions} expressions here, but {self.published.num_expressions} as published"
+        return f"‡ {self.published.title} has {counts}: the numbers are not comparable."
 
 
 def reproduce_table(args: Any) -> None:
@@ -148,7 +156,7 @@ def write_tables(rows: list[MeasuredRow], folder: Path) -> list[Path]:
         raise UserError(f"--table: no row can be measured: {'; '.join(reasons)}.")
     contents = {
         "table.md": "\n".join(markdown_table(rows, protocol) for protocol in protocols),
-        "table.tex": "\n".join(latex_table(rows, protocol) for protocol in protocols),
+        "table.tex": latex_document([(f"{name} protocol", latex_table(rows, name)) for name in protocols]),
         "table.csv": csv_table(rows),
         "table.json": json_table(rows),
     }
@@ -170,18 +178,19 @@ def markdown_table(rows: list[MeasuredRow], protocol: str) -> str:
 
 
 def latex_table(rows: list[MeasuredRow], protocol: str) -> str:
-    """Return the table as LaTeX (booktabs)."""
-    table = to_latex(_cells(rows, protocol, corner="split"), left=(0, 1), notes=_notes(rows, protocol))
-    return f"% {protocol} protocol\n{table}\n"
+    """Return the table as LaTeX, see :func:`lib.tables.to_latex`."""
+    return to_latex(_cells(rows, protocol, corner="split"), left=(0, 1), notes=_notes(rows, protocol))
 
 
 def csv_table(rows: list[MeasuredRow]) -> str:
     """Return the table as CSV: one line per row, protocol and metric."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["dataset", "split_by", "split", "protocol", "metric", "ours", "low", "high", "paper", "difference", "doubtful"]
+    keys, numbers = (
+        ("dataset", "split_by", "split", "protocol", "metric"),
+        ("ours", "low", "high", "paper", "difference"),
     )
+    writer.writerow([*keys, *numbers, "doubtful", "expressions", "published_expressions"])
     for row in rows:
         published = row.published
         for metric, paper in zip(METRIC_NAMES, published.values, strict=True):
@@ -190,8 +199,8 @@ def csv_table(rows: list[MeasuredRow]) -> str:
                 low, high = (f"{bound:.4f}" for bound in row.intervals[metric])
                 ours, difference = f"{row.metrics[metric]:.4f}", f"{row.metrics[metric] - paper:.4f}"
             key = (published.dataset, published.split_by, published.split, row.protocol, metric)
-            doubtful = int(metric in published.doubtful)
-            writer.writerow([*key, ours, low, high, f"{paper:.2f}", difference, doubtful])
+            doubtful, counts = int(metric in published.doubtful), (row.num_expressions, published.num_expressions)
+            writer.writerow([*key, ours, low, high, f"{paper:.2f}", difference, doubtful, *counts])
     return text.getvalue()
 
 
@@ -209,6 +218,7 @@ def json_table(rows: list[MeasuredRow]) -> str:
                 "split": published.split,
                 "protocol": row.protocol,
                 "num_expressions": row.num_expressions,
+                "published_expressions": published.num_expressions,
                 "checkpoint": row.checkpoint,
                 "precision": row.precision or None,
                 "ours": row.metrics,
@@ -238,13 +248,15 @@ def _cells(rows: list[MeasuredRow], protocol: str, corner: str) -> list[list[str
             continue
         ours = [f"{row.metrics[name]:.2f}" for name in METRIC_NAMES]
         difference = [f"{row.metrics[name] - value:+.2f}".replace("-", "−") for name, value in published.items()]
-        cells += [[row.published.title, "ours", *ours], ["", "paper", *paper], ["", "difference", *difference]]
+        title = f"{row.published.title}{'‡' * bool(row.other_size)}"
+        cells += [[title, "ours", *ours], ["", "paper", *paper], ["", "difference", *difference]]
     return cells
 
 
 def _notes(rows: list[MeasuredRow], protocol: str) -> list[str]:
     shown = _of_protocol(rows, protocol)
     notes = [DOUBTFUL_NOTE] if any(row.published.doubtful for row in shown) else []
+    notes += [row.other_size for row in shown if row.other_size]
     precisions = dict.fromkeys(row.precision for row in shown if row.precision)
     if precisions:
         notes.append(f"Our numbers were computed in {', '.join(precisions)}.")
