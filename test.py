@@ -51,8 +51,9 @@ def add_arguments(parser: Parser) -> None:
     table_help = "for --table: folder of the results (%(default)s)"
     add_output("--table_dir", kind=Kind.FOLDER, metavar="DIR", default="models/table", help=table_help)
     add_input("--image", must_exist=True, metavar="FILE", help="instead of a dataset: segment this image")
-    add("--sentence", metavar="TEXT", help="for --image: the object to segment")
-    out_help = "for --image: file of the overlay; the mask is written beside it"
+    sentence_help = "for --image: the object to segment; repeat the flag for further objects"
+    add("--sentence", metavar="TEXT", action="append", help=sentence_help)
+    out_help = "for --image: overlay; the mask is written beside it (several sentences: NAME_1.png, NAME_1_mask.png, …)"
     add_output("--out", kind=Kind.PNG, metavar="PNG", help=out_help)
 
 

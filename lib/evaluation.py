@@ -223,23 +223,32 @@ def predict(
     *,
     size: tuple[int, int] | None = None,
     protocol: Protocol = PAPER,
+    batch_size: int | None = None,
 ) -> torch.Tensor:
     """Return the masks of the referred objects, bool [B, H, W].
 
     Args:
         model: a CrossVLT in eval mode.
-        images: [B, 3, S, S], preprocessed.
+        images: [B, 3, S, S], preprocessed; or [1, 3, S, S], one image for all sentences.
         input_ids, attention_mask: [B, N].
         size: (H, W) of the masks (default: the images' size).
         protocol: defines how logits become a mask.
+        batch_size: largest number of sentences per forward pass (default: all). Each image is encoded once.
 
     Raises:
         UserError: the logits are inf or nan.
     """
-    logits = model(images, input_ids, attention_mask).mask_logits
-    if not logits.isfinite().all():
-        raise UserError("The model's logits are inf or nan. The weights are damaged: use another checkpoint.")
-    return logits_to_masks(logits, size or images.shape[-2:], protocol)
+    encoded = model.encode_images(images)
+    encoded = encoded.expand(len(input_ids), *encoded.shape[1:])
+    masks = []
+    for parts in zip(
+        *(x.split(batch_size or len(input_ids)) for x in (encoded, input_ids, attention_mask)), strict=True
+    ):
+        logits = model.segment(*parts, size=images.shape[-2:]).mask_logits
+        if not logits.isfinite().all():
+            raise UserError("The model's logits are inf or nan. The weights are damaged: use another checkpoint.")
+        masks.append(logits_to_masks(logits, size or images.shape[-2:], protocol))
+    return torch.cat(masks)
 
 
 @torch.inference_mode()

@@ -72,11 +72,11 @@ def to_latex(rows: Rows, *, left: Collection[int] = (0,), notes: Iterable[str] =
 
 def latex_document(parts: Iterable[tuple[str, str]]) -> str:
     """Return a LaTeX document of tables (title and tabular) that compiles as it is."""
-    body = "\n\n".join(
-        f"\\noindent\\textbf{{{_escape_latex(title)}}}\n\n\\medskip\\noindent\n{table}" for title, table in parts
-    )
-    packages = "% To use a table in your own document, copy it and the packages that it needs (\\usepackage)."
-    return f"{packages}\n{LATEX_PREAMBLE}\n\n\\begin{{document}}\n\\small\\setlength{{\\tabcolsep}}{{4pt}}\n{body}\n\\end{{document}}\n"
+    lines = ["% To use a table elsewhere, copy it, and the lines of the packages that it needs.", LATEX_PREAMBLE, ""]
+    lines += [r"\begin{document}", r"\small\setlength{\tabcolsep}{3pt}"]
+    for title, table in parts:
+        lines += [rf"\noindent\textbf{{{_escape_latex(title)}}}", "", r"\medskip\noindent", table, ""]
+    return "\n".join([*lines, r"\end{document}", ""])
 
 
 def _latex_row(row: Sequence[str]) -> str:

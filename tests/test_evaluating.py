@@ -16,6 +16,7 @@ from PIL import Image
 
 import lib.evaluation
 import lib.loading
+from lib.inference import PreparedModel
 from lib.metrics import METRIC_NAMES, compute_metrics
 from lib.report import figures
 from lib.report.published import PUBLISHED
@@ -225,6 +226,30 @@ def test_segmenting_an_image_file(best, refshapes_root, run_here, tmp_path):
     assert np.asarray(Image.open(tmp_path / "all_mask.png")).all()
 
 
+def test_several_sentences_about_an_image_file(best, refshapes_root, run_here, tmp_path, monkeypatch):
+    Image.effect_noise((123, 77), 80).convert("RGB").save(tmp_path / "own.jpg")
+    encoded, encode_images = [], PreparedModel.encode_images
+    monkeypatch.setattr(PreparedModel, "encode_images", lambda *args: encoded.append(1) or encode_images(*args))
+    flags = ["test.py", "--image", tmp_path / "own.jpg", "--resume", best, "-b", 2, "--threshold", 0.2]
+    flags += ["--bert_tokenizer", refshapes_root / "refshapes"]
+    sentences = ["the red circle", "blue", "the large square at the top"]
+    alone = []
+    for sentence in sentences:
+        run_here(*flags, "--sentence", sentence, "--out", tmp_path / "one.png", check=True)
+        alone.append([np.asarray(Image.open(tmp_path / name)) for name in ("one.png", "one_mask.png")])
+    encoded.clear()
+    repeated = [part for sentence in sentences for part in ("--sentence", sentence)]
+    done = run_here(*flags, *repeated, "--out", tmp_path / "all.png", check=True)
+    assert len(encoded) == 1
+    assert [line.split(":")[0] for line in done.out.splitlines()] == sentences
+    assert len(list(tmp_path.glob("all*"))) == 2 * len(sentences)
+    for number, (overlay, mask) in enumerate(alone, 1):
+        drawn, predicted = (np.asarray(Image.open(tmp_path / f"all_{number}{end}")) for end in (".png", "_mask.png"))
+        assert (predicted != mask).mean() < 1e-3  # batches of another size may round differently
+        assert (drawn != overlay).mean() < 1e-2
+    assert len({mask.tobytes() for _, mask in alone}) > 1
+
+
 def test_a_missing_vocabulary_is_named(best, run_here, tmp_path):
     content = torch.load(best, weights_only=True)
     content["config"]["PRETRAINED.TOKENIZER"] = "elsewhere/vocab.txt"
@@ -346,6 +371,8 @@ def test_the_paper_table(best, coco_layout, refshapes_root, run_here, tmp_path, 
         (["--vis_compare", "{best},{tmp}/corrupt.pth", "DATA", "--vis", "{tmp}/vis"], "corrupt.pth is corrupt or not"),
         (["--resume", "{best}", "DATA", "--image", "{tmp}/a.png"],
          "--sentence is missing. This command needs --resume --image --sentence --out."),
+        (["--resume", "{best}", "--image", "{tmp}/a.png", "--sentence", "a", "--sentence", " ", "--out", "o.png"],
+         "--sentence is blank"),
         (["--resume", "{best}", "DATA", "--image", "no.jpg", "--sentence", "a", "--out", "o.png"],
          "--image no.jpg: no such file"),
         (["--resume", "{best}", "DATA", "--image", "{tmp}/corrupt.pth", "--sentence", "a", "--out", "o.png"],

@@ -53,6 +53,8 @@ def choose_command(args: Any, parser: Parser) -> str:
     for name in ("vis_maps", "vis_num"):
         if getattr(args, name) != parser.get_default(name) and not args.vis:
             raise UserError(f"--{name} needs --vis DIR, the folder for the images.")
+    if any(not sentence.strip() for sentence in args.sentence or ()):
+        raise UserError("--sentence is blank. Describe the object to segment.")
     if args.vis_num < 1:
         raise UserError(f"--vis_num {args.vis_num}: must be at least 1.")
     _check_outputs(args.predictions, args.json)
