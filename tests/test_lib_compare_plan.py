@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import ROOT
 
-from lib.compare.plan import command_lines, plan_runs, read_comparison
+from lib.compare.plan import choose_reference, command_lines, plan_runs, read_comparison
 from lib.config import flatten, get_parser, load_config
 from lib.errors import MissingFileError, UserError
 from lib.files import file_sha256
@@ -124,10 +124,12 @@ def test_other_splits_are_evaluated_again(finished, write, tmp_path):
     ("changes", "message"),
     [
         ({"MODEL": {}}, "unknown key MODEL. Did you mean MODELS?"),
-        ({"MODELS": {}}, "MODELS must be a dict that is not empty"),
+        ({"MODELS": {}}, "set either MODELS, or DATA for a comparison that trains no models"),
+        ({"DATA": "full.yaml"}, "set either MODELS, or DATA"),
+        ({"MODELS": {}, "DATA": "nothing.yaml"}, "DATA: there is no configuration file nothing.yaml"),
+        ({"MODELS": ["full.yaml"]}, "MODELS must be a dict"),
         ({"MODELS": {"a b": "full.yaml"}}, "must be a name without spaces"),
         ({"MODELS": {"lte": "lte.yaml"}}, "MODELS: lte: there is no configuration file lte.yaml"),
-        ({"REFERENCE": "ful"}, "REFERENCE ful is none of the models full, late. Did you mean full?"),
         ({"PROTOCOL": "papr"}, "PROTOCOL papr: choose from paper"),
         ({"SPLITS": "val"}, "SPLITS must be a list"),
     ],
@@ -148,6 +150,17 @@ def test_models_need_the_same_data(write, tmp_path):
     (tmp_path / "late.yaml").write_text("_BASE_: full.yaml\nDATA: {IMG_SIZE: 64}\n")
     with pytest.raises(UserError, match=r"late.yaml: DATA.IMG_SIZE is 64, but 480 in full.yaml"):
         read_comparison(write())
+
+
+def test_reference(write):
+    comparison = read_comparison(write(REFERENCE="late"))
+    assert choose_reference(comparison, ["full", "late"]) == "late"
+    assert choose_reference(comparison, ["full", "late"], "full") == "full"
+    assert choose_reference(comparison._replace(reference=""), ["full", "late"]) == "full"
+    with pytest.raises(UserError, match=r"--reference ful is none of the models full, late. Did you mean full\?"):
+        choose_reference(comparison, ["full", "late"], "ful")
+    with pytest.raises(UserError, match="REFERENCE late is none of the models full"):
+        choose_reference(comparison, ["full"])
 
 
 def test_no_comparison(tmp_path):

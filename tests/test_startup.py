@@ -21,6 +21,7 @@ MISTAKES = (  # found before the heavy imports, unlike those that need the conte
     "test.py --table --checkpoints nowhere",
     "test.py --resume train.py --image nowhere.png --sentence dog --out a.png",
     "lib.checkpoint nowhere.pth",
+    "lib.compare",
     "lib.compare nowhere.yaml",
     "lib.compare configs/demo.yaml",
     "lib.plot nowhere",

@@ -5,13 +5,16 @@ A comparison is a YAML file:
     MODELS:                         # name: configuration file of train.py, relative to this file
       crossvlt: refshapes/crossvlt.yaml
       late: refshapes/late.yaml
-    REFERENCE: crossvlt             # the model that the others are compared with
-    SPLITS: [val, testA, testB]     # to evaluate; the first one is the main one
+    REFERENCE: crossvlt             # the model that the others are compared with (default: the first one)
+    SPLITS: [val, testA, testB]     # to evaluate (default: val)
     PROTOCOL: paper                 # see docs/protocols.md
+    DATA: ../refcoco.yaml           # only without MODELS: a configuration file that names the dataset
 
-Each model is trained with the seeds 0, 1, …: ordinary runs of train.py, which are named <model>-seed<seed>.
+Each model is trained with the seeds 0, 1, …: ordinary runs of train.py, which are named <model>-seed<seed>. Further
+models, which are not trained, are described in lib/compare/sources.py.
 """
 
+import itertools
 import json
 import os
 import re
@@ -32,13 +35,7 @@ from lib.protocols import PROTOCOLS
 from lib.report.names import PARTIAL, settings_path
 
 PROJECT = Path(__file__).resolve().parents[2]
-# Keys of a comparison: their types and their defaults; None: required.
-KEYS: dict[str, tuple[type, Any]] = {
-    "MODELS": (dict, None),
-    "REFERENCE": (str, ""),
-    "SPLITS": (list, ["val"]),
-    "PROTOCOL": (str, "paper"),
-}
+KEYS = {"MODELS": {}, "REFERENCE": "", "SPLITS": ["val"], "PROTOCOL": "paper", "DATA": ""}  # with their defaults
 SAME_DATA = ("DATA.NAME", "DATA.SPLIT_BY", "DATA.SPLIT", "DATA.ROOT", "DATA.IMG_SIZE")
 FILES_OF_RUN = ("MODEL_ID", "OUTPUT_DIR", "LOG_DIR")
 FILLED_IN = ("PRETRAINED.TOKENIZER", "TRAIN.GLOBAL_BATCH", "TRAIN.ACCUM_STEPS")  # by train.py, if they are empty
@@ -57,9 +54,10 @@ class Comparison(NamedTuple):
     """The content of a comparison's YAML file, checked."""
 
     models: tuple[Model, ...]
-    reference: str
+    reference: str  # empty: the first model
     splits: tuple[str, ...]
     protocol: str
+    data: CfgNode | None  # the configuration that names the dataset; None: known from result files only
 
 
 class Step(NamedTuple):
@@ -77,6 +75,7 @@ class Run(NamedTuple):
     seed: int
     folder: Path
     comparison: Comparison
+    given: Path | None = None  # a checkpoint that was trained elsewhere
 
     @property
     def name(self) -> str:
@@ -84,7 +83,7 @@ class Run(NamedTuple):
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / "checkpoints" / self.name / "best.pth"
+        return self.given or self.folder / "checkpoints" / self.name / "best.pth"
 
     @property
     def logs(self) -> Path:
@@ -100,12 +99,16 @@ class Run(NamedTuple):
 
     def steps(self) -> list[Step]:
         """Return the commands that train and evaluate the run, in this order."""
-        given = ["--cfg", self.model.path]
-        train = [*given, "--seed", str(self.seed), "--model_id", self.name, "--auto_resume"]
-        train += ["--output-dir", str(self.folder / "checkpoints"), "--log_dir", str(self.folder / "runs")]
-        steps = [Step("training", _command("train.py", train), None)]
+        steps, config, cfg = [], ["--cfg", self.model.path], self.model.cfg
+        if self.given:
+            config = ["--dataset", cfg.DATA.NAME, "--splitBy", cfg.DATA.SPLIT_BY, "--refer_data_root", cfg.DATA.ROOT]
+            config += ["--device", cfg.DEVICE, "--workers", str(cfg.WORKERS)]
+        else:
+            train = [*config, "--seed", str(self.seed), "--model_id", self.name, "--auto_resume"]
+            train += ["--output-dir", str(self.folder / "checkpoints"), "--log_dir", str(self.folder / "runs")]
+            steps.append(Step("training", _command("train.py", train), None))
         for suffix, flags in EVALUATIONS.items():
-            test = [*given, "--resume", str(self.checkpoint), "--split", ",".join(self.comparison.splits)]
+            test = [*config, "--resume", str(self.checkpoint), "--split", ",".join(self.comparison.splits)]
             test += ["--protocol", self.comparison.protocol, "--predictions", str(self.results(suffix)), *flags]
             title = "evaluation with shuffled sentences" if suffix else "evaluation"
             steps.append(Step(title, _command("test.py", test), self.results(suffix)))
@@ -113,9 +116,9 @@ class Run(NamedTuple):
 
     def remaining_steps(self) -> list[Step]:
         """Return the steps that are not done. A run is trained again, or further, if its configuration has changed."""
-        training, *evaluations = self.steps()
-        missing = [step for step in evaluations if not self._is_current(step.result)]
-        return [training, *missing] if missing or not self._has_same_config() else []
+        *training, _, _ = steps = self.steps()
+        missing = [step for step in steps if step.result and not self._is_current(step.result)]
+        return [*training, *missing] if missing or not (self.given or self._has_same_config()) else []
 
     def _has_same_config(self) -> bool:
         """Return whether the run was trained with the configuration that it has now."""
@@ -187,40 +190,52 @@ def read_comparison(path: str) -> Comparison:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a comparison: it contains no keys. See lib/compare/plan.py.")
-    values = {key: tree.pop(key, default) for key, (_, default) in KEYS.items()}
+    values = {key: tree.pop(key, default) for key, default in KEYS.items()}
     if tree:
         key = str(next(iter(tree)))
         raise UserError(f"{path}: unknown key {key}.{did_you_mean(key, list(KEYS))} Its keys are {', '.join(KEYS)}.")
     for key, value in values.items():
-        if type(value) is not KEYS[key][0] or (not value and KEYS[key][1] is None):
-            raise UserError(f"{path}: {key} must be a {KEYS[key][0].__name__} that is not empty, not {value!r}.")
+        if type(value) is not type(KEYS[key]):
+            raise UserError(f"{path}: {key} must be a {type(KEYS[key]).__name__}, not {value!r}.")
+    if bool(values["MODELS"]) == bool(values["DATA"]):
+        raise UserError(f"{path}: set either MODELS, or DATA for a comparison that trains no models.")
     for name, file in values["MODELS"].items():
         if not isinstance(name, str) or not re.fullmatch(r"[\w.+-]+", name) or not isinstance(file, str):
             raise UserError(f"{path}: MODELS: {name}: {file} must be a name without spaces and a configuration file.")
-    models = [_load_model(name, str(Path(path).parent / file)) for name, file in values["MODELS"].items()]
-    reference = values["REFERENCE"] or models[0].name
-    names = [model.name for model in models]
-    if reference not in names:
-        hint = did_you_mean(reference, names)
-        raise UserError(f"{path}: REFERENCE {reference} is none of the models {', '.join(names)}.{hint}")
+    folder = Path(path).parent
+    models = [_load_model(f"MODELS: {name}", name, str(folder / file)) for name, file in values["MODELS"].items()]
+    data = models[0].cfg if models else _load_model("DATA", "", str(folder / values["DATA"])).cfg
     if values["PROTOCOL"] not in PROTOCOLS:
         raise UserError(f"{path}: PROTOCOL {values['PROTOCOL']}: choose from {', '.join(PROTOCOLS)}.")
     _check_same_data(models)
-    return Comparison(tuple(models), reference, tuple(map(str, values["SPLITS"])), values["PROTOCOL"])
+    splits = tuple(map(str, values["SPLITS"]))
+    return Comparison(tuple(models), values["REFERENCE"], splits, values["PROTOCOL"], data)
 
 
-def _load_model(name: str, path: str) -> Model:
+def choose_reference(comparison: Comparison, names: Sequence[str], flag: str = "") -> str:
+    """Return the name of the reference: that of the flag, of the comparison's file, or the first one of ``names``.
+
+    Raises:
+        UserError: there is no model of that name.
+    """
+    reference = flag or comparison.reference or names[0]
+    if reference not in names:
+        source, hint = "--reference" if flag else "REFERENCE", did_you_mean(reference, names)
+        raise UserError(f"{source} {reference} is none of the models {', '.join(names)}.{hint}")
+    return reference
+
+
+def _load_model(key: str, name: str, path: str) -> Model:
     """Read a model's configuration as train.py does. MissingFileError, UserError: there is none, or it is invalid."""
     if not Path(path).is_file():
-        raise MissingFileError(f"MODELS: {name}: there is no configuration file {path}.")
+        raise MissingFileError(f"{key}: there is no configuration file {path}.")
     train_parser = get_parser("train", "", lambda _: None)
     cfg, _ = load_config(train_parser.parse_args(["--cfg", path]))
     return Model(name, path, cfg)
 
 
 def _check_same_data(models: Sequence[Model]) -> None:
-    first, *others = models
-    for model in others:
+    for first, model in itertools.pairwise(models):
         for key in SAME_DATA:
             a, b = (flatten(of.cfg)[key] for of in (first, model))
             if a != b:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lib.compare.plan import Run
+from lib.compare.sources import Source
 from lib.errors import UserError
 from lib.metrics import compute_metrics, iou
 from lib.report.analysis import Results, load_results
@@ -32,13 +33,23 @@ class ModelResults(NamedTuple):
         return [compute_metrics(counts_of(lines)) for lines in self.lines]
 
 
-def finished_files(runs: Sequence[Run], suffix: str = "") -> dict[str, list[Path]]:
-    """Return the complete result files of each model, in the order of the seeds."""
+def result_files(
+    runs: Sequence[Run], sources: Sequence[Source], folder: Path, suffix: str = ""
+) -> dict[str, list[Path]]:
+    """Return the result files of each model, in the order of the seeds.
+
+    Args:
+        runs: trained models, and checkpoints that were evaluated.
+        sources: the files of ``--from``.
+        folder: of the comparison.
+        suffix: ``-shuffled``: the files with shuffled sentences.
+    """
     files: dict[str, list[Path]] = {}
     for run in runs:
-        path = run.results(suffix)
-        if path.is_file():
-            files.setdefault(run.model.name, []).append(path)
+        files.setdefault(run.model.name, []).append(run.results(suffix))
+    for source in sources:
+        if source.suffix == suffix and source.kind != "checkpoint":
+            files.setdefault(source.model, []).append(source.results(folder))
     return files
 
 

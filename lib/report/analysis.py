@@ -175,7 +175,7 @@ def evaluate_masks(results: Results, gt_mask: str, get_refer: Callable[[str, str
         full_size, image_id = refer.getMask(ref_id, mode=gt_mask)["mask"], refer.Refs[ref_id]["image_id"]
         resized = functools.cache(functools.partial(resize_mask, full_size))
         for line in group:
-            where = f"--gt_mask {gt_mask}: {results.path}: sent_id {line['sent_id']}"
+            where = f"{results.path}: sent_id {line['sent_id']}"
             predicted = _stored_mask(line, where)
             is_resized = results.protocols[line["protocol"]].get("eval_size") == "resized"
             target = resized(len(predicted)) if is_resized else full_size
