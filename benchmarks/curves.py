@@ -1,7 +1,7 @@
 """Draw time and memory of a forward pass against image size, batch and sentences per image.
 
-    python -m benchmarks.inference --curves --models prepared --amp off --out benchmarks/results/curves_cpu.md
-    python -m benchmarks.curves benchmarks/results/curves_cpu.md --out docs/images/cost_curves.png
+    python -m benchmarks.inference --curves --models prepared --amp off --out benchmarks/results/curves_cpu_off.md
+    python -m benchmarks.curves benchmarks/results/curves_cpu_*.md --out docs/images/cost_curves.png
 
 Each network and precision of the records is a line. The dotted line of the same color passes through the measurement of
 one image and one sentence at the size of the batches, and is proportional to the number of pixels, images or sentences.
