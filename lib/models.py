@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from CrossVLT import CrossVLT, build_crossvlt
-from lib.state_dict import RENAMED_KEYS, infer_model_config
+from lib.rivals.vlt import VLT, build_vlt
+from lib.state_dict import RENAMED_KEYS, infer_model_config, infer_vlt_config
 from lib.variants import MODELS
 
 
@@ -65,6 +66,21 @@ NETWORKS = {
         no_decay=r"backbone\..*(norm|relative_position_bias_table).*",
         unused=r"backbone\.3\.layers\.linear1\..*",  # the gate of the last stage, which has no next stage
         alignment_only=r"(backbone\.\d\.layers|lang_stage1\.encoder|lang_stage[234])\.proj\..*",
+    ),
+    "vlt": Network(
+        VLT,
+        build_vlt,
+        key_prefix="query_generation.",
+        infer_config=infer_vlt_config,
+        inferred=(
+            "window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size", "align_dim"
+        ),
+        pretrained_names=tuple((old, new.replace("lang_stage1", "text_encoder")) for old, new in RENAMED_KEYS),
+        swin_part=r"backbone\.(0\.patch_embed|\d\.layers\.(blocks|downsample))\..*",
+        bert_part=r"text_encoder\..*",
+        not_optimized=r"text_encoder\.embeddings\..*",
+        no_decay=r"backbone\..*(norm|relative_position_bias_table).*",
+        unused="",
     ),
 }  # fmt: skip
 

@@ -114,4 +114,8 @@ class ModelFacts(NamedTuple):
 
 
 # The networks of --model. A new one also needs an entry in NETWORKS (lib/models.py).
-MODELS = {"crossvlt": ModelFacts("CrossVLT", "paper", {})}
+MODELS = {
+    "crossvlt": ModelFacts("CrossVLT", "paper", {}),
+    # Trained as CrossVLT, so that only the network differs.
+    "vlt": ModelFacts("the VLT-style network", "paper", {"MODEL.TEXT_LAYERS": 12, "TRAIN.ALIGNMENT": False}),
+}

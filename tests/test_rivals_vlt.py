@@ -1,14 +1,21 @@
 """lib.rivals.vlt: the VLT-style network."""
 
+import json
+
 import pytest
 import torch
 from conftest import SMALL
+from fake_gpu import GPU, fake_gpu, move_to_gpu
 from golden_cases import set_golden_weights
 from torch import nn
 
+from lib.checkpoint import load_pretrained, read_checkpoint, rebuild
 from lib.criterion import CrossVLTCriterion
 from lib.fusion import padding_bias
 from lib.inference import prepare
+from lib.models import NETWORKS, recognize
+from lib.optim import group_parameter_names, names_without_gradient
+from lib.precision import AMP_DTYPES, autocast
 from lib.rivals.vlt import build_vlt
 from lib.rivals.vlt_layers import TransformerLayer, sinusoidal_positions
 
@@ -218,3 +225,81 @@ def test_sizes_at_the_published_scale():
 def test_invalid_sizes_are_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
         build_vlt(**{"swin_type": "tiny", **changes})
+
+
+@pytest.mark.parametrize(("amp", "training"), [("off", False), ("bf16", False), ("bf16", True)])
+def test_on_a_gpu(small_vlt, monkeypatch, amp, training):
+    """No operation works on CPU tensors, and the host never waits for the GPU."""
+    model = small_vlt().train(training)
+    with fake_gpu(monkeypatch) as watched:
+        move_to_gpu(model)
+        images, ids = torch.ones(2, 3, 64, 64, device=GPU), torch.ones(2, 7, dtype=torch.long, device=GPU)
+        masks = torch.ones(2, 64, 64, dtype=torch.long, device=GPU)
+        with watched() as watch:
+            with autocast(amp, GPU):
+                output = model(images, ids, torch.ones_like(ids))
+            if training:
+                CrossVLTCriterion(alignment=False)(output, masks)
+            else:
+                output = prepare(model, amp=amp)(images, ids, torch.ones_like(ids))
+    assert (watch.fetches, watch.uploads) == (0, 0)
+    assert {output.mask_logits.device, output.confidences.device} == {GPU}
+    assert output.confidences.dtype == (AMP_DTYPES[amp] or torch.float32)
+
+
+def test_parameter_groups(small_vlt):
+    model = small_vlt()
+    names = [name for name, _ in model.named_parameters()]
+    groups = group_parameter_names(names, network=NETWORKS["vlt"])
+    assert sum(map(len, groups)) == len(names)
+    assert all(name.startswith("text_encoder.embeddings.") for name in groups.not_optimized)
+    assert len(groups.not_optimized) == 5
+    assert all(name.startswith("backbone.") for name in groups.no_decay)
+    assert {"fusion.norm.weight", "text_encoder.encoder.layer.0.output.LayerNorm.weight"} <= set(groups.decay)
+    assert names_without_gradient(model, alignment=False) == groups.not_optimized
+
+
+def test_the_configuration_follows_from_the_shapes(small_vlt, tmp_path):
+    model = small_vlt(text_dim=128, text_layers=3)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    checkpoint = read_checkpoint(tmp_path / "bare.pth")
+    assert checkpoint.model_name == recognize(model.state_dict()) == "vlt"
+    names = (*NETWORKS["vlt"].inferred, "text_heads")
+    assert checkpoint.model_config == {"swin_type": "base"} | {name: model.config[name] for name in names}
+    rebuilt = rebuild(checkpoint).state_dict()
+    assert all(torch.equal(rebuilt[key], value) for key, value in model.state_dict().items())
+
+
+def test_pretrained_files_initialize_both_encoders(small_vlt, tmp_path):
+    source = {key: torch.rand_like(value) for key, value in small_vlt().state_dict().items() if value.ndim}
+    swin = {
+        key.replace("backbone.0.patch_embed", "patch_embed").replace("backbone.", "layers.").replace(".layers.", "."): v
+        for key, v in source.items()
+        if "patch_embed" in key or ".blocks." in key or ".downsample." in key
+    }
+    bert = {key.replace("text_encoder.", "bert."): v for key, v in source.items() if key.startswith("text_encoder.")}
+    torch.save({"model": swin}, tmp_path / "swin.pth")
+    torch.save(bert, tmp_path / "bert.pth")
+    model, before = small_vlt(), small_vlt().state_dict()
+    load_pretrained(model, tmp_path / "swin.pth", tmp_path / "bert.pth")
+    for key, value in model.state_dict().items():
+        encoder = key.startswith("text_encoder.") or "patch_embed" in key or ".blocks." in key or ".downsample." in key
+        assert torch.equal(value, source[key] if encoder else before[key]), key
+
+
+def test_training_resuming_and_evaluation(small_config, tmp_path, run_here):
+    folders = ["--output-dir", tmp_path / "checkpoints", "--log_dir", tmp_path / "models", "--model_id", "run"]
+    run_here("train.py", "--cfg", small_config, "--model", "vlt", "--steps", 2, *folders, check=True)
+    last = tmp_path / "checkpoints" / "run" / "last.pth"
+    run_here("train.py", "--resume", last, "--steps", 3, *folders, check=True)
+    assert (read_checkpoint(last).model_name, read_checkpoint(last).extra["step"]) == ("vlt", 3)
+    best = last.with_name("best.pth")
+    vis = ["--vis", tmp_path / "vis", "--vis_num", 1]
+    run_here("test.py", "--cfg", small_config, "--resume", best, "--json", tmp_path / "out.json", *vis, check=True)
+    result = json.loads((tmp_path / "out.json").read_text())[0]
+    metrics = read_checkpoint(best).extra["metrics"]
+    assert {name: result["metrics"][name] for name in metrics} == pytest.approx(metrics, abs=0.02)
+    image = next((tmp_path / "vis").rglob("*.png"))
+    flags = ["--image", image, "--sentence", "red circle", "--out", tmp_path / "overlay.png"]
+    run_here("test.py", "--cfg", small_config, "--resume", best, *flags, check=True)
+    assert (tmp_path / "overlay.png").exists()

@@ -68,8 +68,12 @@ class VLT(nn.Module):
         self.neck = VisionNeck(embed_dim, dim)
         self.fusion = SpatialDynamicFusion(dim, text_dim)
         self.query_generation = QueryGeneration(dim, text_dim)
-        self.encoder = nn.ModuleList(TransformerLayer(dim, dropout, cross_attention=False) for _ in range(NUM_LAYERS))
-        self.decoder = nn.ModuleList(TransformerLayer(dim, dropout, cross_attention=True) for _ in range(NUM_LAYERS))
+        self.transformer_encoder = nn.ModuleList(
+            TransformerLayer(dim, dropout, cross_attention=False) for _ in range(NUM_LAYERS)
+        )
+        self.transformer_decoder = nn.ModuleList(
+            TransformerLayer(dim, dropout, cross_attention=True) for _ in range(NUM_LAYERS)
+        )
         self.query_balance = QueryBalance(dim)
         self.classifier = MaskDecoder(dim)
         self.config: dict = {}  # arguments of build_vlt, defaults included; saved in checkpoints
@@ -114,10 +118,10 @@ class VLT(nn.Module):
         queries = self.query_generation(fused, words, bias)  # [B, Q, D]
 
         positions = to_positions(fused) + sinusoidal_positions(fused)  # [B, h·w, D]
-        for layer in self.encoder:
+        for layer in self.transformer_encoder:
             positions = layer(positions)
         responses = queries
-        for layer in self.decoder:
+        for layer in self.transformer_decoder:
             responses = layer(responses, positions)
 
         confidences = self.query_balance(responses, queries)  # [B, Q, 1]
@@ -135,7 +139,8 @@ class VLT(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """Return the blocks of the encoders and of the transformer, which torch.compile compiles separately."""
         swin_blocks = [block for stage in self.backbone for block in stage.layers.blocks]
-        return [*swin_blocks, *self.text_encoder.encoder.layer, *self.encoder, *self.decoder]
+        bert_layers = self.text_encoder.encoder.layer
+        return [*swin_blocks, *bert_layers, *self.transformer_encoder, *self.transformer_decoder]
 
 
 def build_vlt(
