@@ -184,7 +184,7 @@ OPTIONS = (
     Option("MODEL.DEPTHS", [], "Swin blocks per stage (default: of the Swin type)"),
     Option("MODEL.NUM_HEADS", [], "Swin attention heads per stage (default: of the Swin type)"),
     Option("MODEL.TEXT_DIM", 768, "width of the language encoder", above=0),
-    Option("MODEL.TEXT_LAYERS", 6, "BERT layers of language stage 1", above=0),
+    Option("MODEL.TEXT_LAYERS", 6, "BERT layers of language stage 1; vlt: of BERT", above=0),
     Option("MODEL.TEXT_HEADS", 12, "attention heads of the language encoder", above=0),
     Option("MODEL.VOCAB_SIZE", BERT_VOCAB_SIZE, "entries of the word embedding", above=0),
     Option(
