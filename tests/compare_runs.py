@@ -29,6 +29,10 @@ class FakeRun(NamedTuple):
     def output(self):
         return self.folder / f"{self.name}.txt"
 
+    @property
+    def locks(self):
+        return [self.folder / f"{self.name}.lock"]
+
     def remaining_steps(self):
         file = str(self.folder / self.name)
         return [Step("training", [sys.executable, "-c", program, file], None) for program in self.programs]

@@ -89,6 +89,32 @@ def test_no_command_outlives_lib_compare(tmp_path):
     wait_for(tmp_path / "a.saved")
 
 
+def test_commands_of_a_killed_comparison_are_waited_for(tmp_path, monkeypatch):
+    """They need a moment to save their state, and are named if they do not end."""
+    run = FakeRun("a", tmp_path, ("print('done')",))
+    holder = "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX); "
+    holder += "file.write('process 7'); file.flush(); print('held', flush=True); time.sleep(float(sys.argv[2]))"
+
+    def hold(seconds):
+        command = [sys.executable, "-c", holder, run.locks[0], str(seconds)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()
+        return process
+
+    with hold(0.5):
+        execute([run], jobs=1)
+    assert run.output.read_text() == "done\n"
+    monkeypatch.setattr("lib.compare.jobs.SECONDS_TO_SAVE", 0)
+    with hold(60) as process:
+        try:
+            with pytest.raises(
+                UserError, match=r"Another command is writing .* \(process 7\). Wait until it has ended"
+            ):
+                execute([run], jobs=1)
+        finally:
+            process.kill()
+
+
 def test_jobs_share_the_cores(monkeypatch):
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)

@@ -18,11 +18,13 @@ from typing import NamedTuple
 from lib.compare.plan import Run, Step
 from lib.errors import StoppedError, UserError
 from lib.files import open_to_append, translate_write_errors
+from lib.locks import check_unlocked
 from lib.threads import NUMBER_VARIABLES, available_cores
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 PR_SET_PDEATHSIG = 1  # Linux
 SECONDS_BETWEEN_CHECKS = 0.2
+SECONDS_TO_SAVE = 60
 
 
 class Running(NamedTuple):
@@ -50,6 +52,7 @@ def execute(runs: Sequence[Run], jobs: int) -> None:
     waiting = [(run, steps) for run in runs if (steps := run.remaining_steps())]
     if len(waiting) < len(runs):
         print(f"{len(runs) - len(waiting)} of {len(runs)} runs are already finished.", flush=True)
+    _wait_for_earlier_commands([run for run, _ in waiting])
     running: list[Running] = []
     failures: list[str] = []
     with _recorded_signals() as received:
@@ -76,6 +79,22 @@ def execute(runs: Sequence[Run], jobs: int) -> None:
             f"{len(failures)} of {len(runs)} runs failed. {failures[0]} Correct the cause and run the same command "
             "again: finished runs are kept."
         )
+
+
+def _wait_for_earlier_commands(runs: Sequence[Run]) -> None:
+    """Wait until the commands of a killed lib.compare have saved their state. UserError: they do not end."""
+    deadline = time.monotonic() + SECONDS_TO_SAVE
+    for path in [path for run in runs for path in run.locks]:
+        while True:
+            try:
+                check_unlocked(
+                    path, f"Another command is writing {path.parent}", "Wait until it has ended, or stop it."
+                )
+                break
+            except UserError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(SECONDS_BETWEEN_CHECKS)
 
 
 def _start(run: Run, steps: list[Step], threads: int) -> Running:

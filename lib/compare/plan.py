@@ -94,6 +94,12 @@ class Run(NamedTuple):
         """The file with everything that the run's commands print."""
         return self.folder / "output" / f"{self.name}.txt"
 
+    @property
+    def locks(self) -> list[Path]:
+        """The locks that the run's commands hold."""
+        files = [self.results(suffix) for suffix in EVALUATIONS]
+        return [self.checkpoint.parent / ".lock", *(file.with_name(f".{file.name}.lock") for file in files)]
+
     def results(self, suffix: str = "") -> Path:
         return self.folder / "results" / f"{self.name}{suffix}.jsonl"
 
