@@ -175,4 +175,4 @@ def test_models_of_the_shipped_comparison_have_equal_recipes(monkeypatch):
     first = flatten(models[0].cfg)
     for model in models[1:]:
         different = {key for key, value in flatten(model.cfg).items() if value != first[key]}
-        assert different <= {"MODEL.NAME", "MODEL.FUSION", "TRAIN.ALIGNMENT"}
+        assert different <= {"MODEL.NAME", "MODEL.FUSION", "MODEL.TEXT_LAYERS", "TRAIN.ALIGNMENT"}
