@@ -43,10 +43,11 @@ def main() -> None:
     # Heavy imports come after parsing, so that --help and typos are answered at once.
     import torch
 
-    from bert.tokenization import fingerprint, load_tokenizer
+    from bert.tokenization import fingerprint, save_form
     from data.loaders import build_train_loader
+    from data.transforms import preprocessing
     from lib.criterion import CrossVLTCriterion
-    from lib.engine.build import agree_on_run, build_datasets, build_model, load_recipe, wrap_model
+    from lib.engine.build import agree_on_run, build_datasets, build_model, build_tokenizer, load_recipe, wrap_model
     from lib.engine.checkpoints import BEST
     from lib.engine.loop import train_one_epoch
     from lib.engine.preflight import check_disk_space, time_training
@@ -61,7 +62,7 @@ def main() -> None:
     # A user's mistakes are reported before any folder is created.
     set_up_logging(launched_rank())
     cfg, start = load_recipe(args, cfg, given)  # start: the weights or checkpoint to start from
-    tokenizer = load_tokenizer(cfg.PRETRAINED.TOKENIZER)
+    tokenizer = build_tokenizer(cfg, start)
     train_set, val_set = build_datasets(cfg, tokenizer)
 
     distributed = init_distributed(cfg.DEVICE, tf32=cfg.TRAIN.TF32, saved_threads=start.saved_threads)
@@ -96,6 +97,8 @@ def main() -> None:
         "model_config": model.config,
         "config": flatten(cfg),
         "vocabulary": fingerprint(tokenizer),
+        "tokenizer": save_form(tokenizer),
+        "preprocessing": preprocessing(cfg.DATA.IMG_SIZE, cfg.DATA.MAX_TOKENS),
         # The division of the global batch.
         "share": [distributed.world_size, cfg.BATCH_SIZE, start.accum_steps],
         "threads": torch.get_num_threads(),

@@ -51,6 +51,24 @@ def resolve_bert_file(name: str, filenames: tuple[str, ...], *, flag: str) -> Pa
     return found
 
 
+def find_beside(path: Path, name: str, filename: str) -> Path | None:
+    """Return another file of the model that ``path`` belongs to, or None if it does not exist.
+
+    Args:
+        path: a file that :func:`resolve_bert_file` has found.
+        name: what it was found by. A model on the Hub is asked for the file; bert-base-uncased is known without it.
+        filename: name of the file.
+    """
+    if name == BERT:
+        return None
+    beside = path.with_name(filename)
+    if beside.is_file():
+        return beside
+    if Path(name).exists() or PRETRAINED in path.parents:
+        return None
+    return _cached_file(name, (filename,)) or _download(name, (filename,))
+
+
 def _first_file(folders: list[Path], filenames: tuple[str, ...]) -> Path | None:
     candidates = [folder / filename for folder in folders for filename in filenames]
     return next((path for path in candidates if path.is_file()), None)

@@ -1,25 +1,29 @@
 """Tokenize sentences with BERT's uncased WordPiece tokenizer, as published."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import BertTokenizer
 
-from bert.files import resolve_bert_file
+from bert.files import find_beside, resolve_bert_file
 from lib.errors import UserError
 from lib.files import protect
 from lib.variants import BERT, BERT_VOCAB_SIZE
 
 SENTENCES_PER_CALL = 8192  # limits the memory of the tokenizer's results
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+# Settings of the tokenizer and their values for bert-base-uncased.
+SETTINGS = {"do_lower_case": True, "strip_accents": None, "tokenize_chinese_chars": True}
 REFSHAPES_FINGERPRINT = "180 tokens, sha256 b9f8db069c258310"
 
 
 def load_tokenizer(name: str) -> BertTokenizer:
-    """Load the tokenizer of a vocabulary.
+    """Load the tokenizer of a vocabulary, with the settings of the tokenizer_config.json beside it if there is one.
 
     Args:
         name: a vocab.txt, a folder that contains one, or a name on the Hugging Face Hub (:func:`resolve_bert_file`).
@@ -28,20 +32,66 @@ def load_tokenizer(name: str) -> BertTokenizer:
         MissingFileError: the file does not exist.
         UserError: the file is not a BERT vocabulary.
     """
-    return read_vocabulary(resolve_bert_file(name, ("vocab.txt",), flag="--bert_tokenizer"))
+    path = resolve_bert_file(name, ("vocab.txt",), flag="--bert_tokenizer")
+    settings = find_beside(path, name, "tokenizer_config.json")
+    return read_vocabulary(path, _read_settings(settings) if settings else SETTINGS)
 
 
-def read_vocabulary(path: str | Path) -> BertTokenizer:
+def _read_settings(path: Path) -> dict[str, bool | None]:
+    """Return those entries of a tokenizer_config.json that change how sentences are divided into tokens."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        settings = {name: config.get(name, default) for name, default in SETTINGS.items()}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path} is corrupt: {' '.join(str(error).split())}.") from error
+    protect(path)
+    return settings
+
+
+def read_vocabulary(path: str | Path, settings: dict[str, bool | None] = SETTINGS) -> BertTokenizer:
     """Read a vocab.txt: one token per line, whose line number is its id. [PAD] must be first, as padding ids are 0.
 
     Raises:
         UserError: the file is not a BERT vocabulary.
     """
     try:
-        tokens = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+        text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not a BERT vocabulary: it is not a UTF-8 text file.") from error
     protect(path)
+    return _build_tokenizer(text.rstrip("\n"), settings, path)
+
+
+def save_form(tokenizer: BertTokenizer) -> dict[str, Any]:
+    """Return what checkpoints contain of a tokenizer: its tokens, one per line, and its settings."""
+    return {"tokens": "\n".join(_tokens(tokenizer)), **_settings(tokenizer)}
+
+
+def restore_tokenizer(saved: Any, path: str | Path, trained_with: str | None) -> BertTokenizer:
+    """Return the tokenizer that a checkpoint contains.
+
+    Args:
+        saved: from :func:`save_form`.
+        path: of the checkpoint, for error messages.
+        trained_with: the :func:`fingerprint` in the checkpoint.
+
+    Raises:
+        UserError: the entry is corrupt.
+    """
+    if not isinstance(saved, dict) or not isinstance(saved.get("tokens"), str):
+        raise UserError(f"{path} is corrupt: its entry tokenizer contains no tokens.")
+    tokenizer = _build_tokenizer(saved["tokens"], {name: saved.get(name, SETTINGS[name]) for name in SETTINGS}, path)
+    if fingerprint(tokenizer) != trained_with:
+        raise UserError(f"{path} is corrupt: its tokenizer does not match its entry vocabulary.")
+    return tokenizer
+
+
+def _build_tokenizer(text: str, settings: dict[str, bool | None], path: str | Path) -> BertTokenizer:
+    """Return the tokenizer with these tokens, one per line. UserError: they are not a BERT vocabulary."""
+    for name, value in settings.items():
+        if type(value) is not bool and (value is not None or SETTINGS[name] is not None):
+            raise UserError(f"{path}: the tokenizer has {name} {value!r}, which must be true or false.")
+    tokens = text.split("\n")
     missing = [token for token in SPECIAL_TOKENS if token not in tokens]
     if missing:
         raise UserError(f"{path} is not a BERT vocabulary: {', '.join(missing)} is missing.")
@@ -50,7 +100,7 @@ def read_vocabulary(path: str | Path) -> BertTokenizer:
     if len(set(tokens)) != len(tokens):
         duplicate = next(token for i, token in enumerate(tokens) if token in tokens[:i])
         raise UserError(f"{path} is not a BERT vocabulary: {duplicate!r} occurs twice.")
-    return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, do_lower_case=True)
+    return BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}, **settings)
 
 
 def build_vocabulary(sentences: Iterable[str], max_tokens: int = BERT_VOCAB_SIZE) -> list[str]:
@@ -76,10 +126,21 @@ def build_vocabulary(sentences: Iterable[str], max_tokens: int = BERT_VOCAB_SIZE
 
 
 def fingerprint(tokenizer: BertTokenizer) -> str:
-    """Return a string that identifies a vocabulary. Checkpoints contain it, since word embeddings depend on the ids."""
+    """Return a string that identifies vocabulary and settings. Checkpoints contain it: embeddings depend on the ids."""
+    tokens = _tokens(tokenizer)
+    sha256 = hashlib.sha256("\n".join(tokens).encode()).hexdigest()
+    unusual = [f"{name} {value}" for name, value in _settings(tokenizer).items() if value != SETTINGS[name]]
+    return ", ".join([f"{len(tokens)} tokens", f"sha256 {sha256[:16]}", *unusual])
+
+
+def _tokens(tokenizer: BertTokenizer) -> list[str]:
+    """Return the tokens in the order of their ids."""
     vocabulary = tokenizer.get_vocab()
-    text = "\n".join(sorted(vocabulary, key=vocabulary.__getitem__))
-    return f"{len(vocabulary)} tokens, sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return sorted(vocabulary, key=vocabulary.__getitem__)
+
+
+def _settings(tokenizer: BertTokenizer) -> dict[str, bool | None]:
+    return {name: getattr(tokenizer, name) for name in SETTINGS}
 
 
 def check_vocabulary(tokenizer: BertTokenizer, vocab_size: int, trained_with: str | None) -> None:

@@ -8,6 +8,7 @@ bytes and gives the same float32 values.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torchvision.transforms.functional as TF
@@ -19,6 +20,23 @@ from refer.masks import Segmentation
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def preprocessing(img_size: int, max_tokens: int) -> dict[str, Any]:
+    """Return the description of a model's inputs that checkpoints contain."""
+    normalization = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    return {"img_size": img_size, "max_tokens": max_tokens, "resize": "bilinear", **normalization}
+
+
+def check_preprocessing(saved: Any, path: Path) -> None:
+    """Raise a UserError unless this module preprocesses images as a checkpoint describes (:func:`preprocessing`)."""
+    if not isinstance(saved, dict) or not all(type(saved.get(name)) is int for name in ("img_size", "max_tokens")):
+        raise UserError(f"{path} is corrupt: its entry preprocessing is incomplete.")
+    for name, value in preprocessing(saved["img_size"], saved["max_tokens"]).items():
+        if saved.get(name) != value:
+            raise UserError(
+                f"{path} was trained with another preprocessing: {name} {saved.get(name)!r} instead of {value!r}."
+            )
 
 
 @contextmanager

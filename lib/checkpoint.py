@@ -338,9 +338,19 @@ def describe(checkpoint: Checkpoint) -> str:
         "temp": " ".join(f"{temperature:.4f}" for temperature in temperatures) or "none",
         "epoch": epoch,
         "best oIoU": "unknown" if extra.get("best_oIoU") is None else f"{float(extra['best_oIoU']):.2f}",
+        "input": _describe_input(extra),
         "optimizer": "yes: --resume continues the run" if checkpoint.is_resumable else "no: use it with --init_from",
     }
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
+
+
+def _describe_input(extra: dict[str, Any]) -> str:
+    """Return image size and vocabulary, if the file contains them."""
+    preprocessing, vocabulary = extra.get("preprocessing"), extra.get("vocabulary")
+    if not isinstance(preprocessing, dict):
+        return "vocabulary and image size are not in the file"
+    size, tokens = preprocessing.get("img_size"), preprocessing.get("max_tokens")
+    return f"{size}×{size} pixels, at most {tokens} tokens; vocabulary in the file: {vocabulary}"
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from lib.cli import Parser, did_you_mean
 from lib.errors import MissingFileError, UserError
 from lib.files import Kind, protect
 from lib.options import OPTIONS, Option
-from lib.variants import BERT, MODELS
+from lib.variants import BERT, MODELS, NO_FILE
 from refer.datasets import parse_datasets
 
 BASE_KEY = "_BASE_"
@@ -318,12 +318,22 @@ def model_keywords(cfg: CfgNode, window_size: int) -> dict[str, Any]:
 def tokenizer_name(cfg: CfgNode, vocab_size: int) -> str:
     """Return the name or path of the configured tokenizer.
 
-    The default is BERT's tokenizer. For RefShapes, it is the vocabulary of RefShapes if the model is trained from
-    scratch or if its vocabulary size is not BERT's.
+    The default is the tokenizer of ``--ck_bert`` if the language encoder starts from it, else BERT's. For RefShapes, it
+    is the vocabulary of RefShapes if the language encoder starts from random weights or its vocabulary size is not
+    BERT's.
     """
-    if cfg.PRETRAINED.TOKENIZER:
-        return cfg.PRETRAINED.TOKENIZER
-    if cfg.DATA.NAME == "refshapes" and (cfg.PRETRAINED.FROM_SCRATCH or vocab_size != DEFAULTS.MODEL.VOCAB_SIZE):
+    pretrained = cfg.PRETRAINED
+    if pretrained.TOKENIZER:
+        return pretrained.TOKENIZER
+    from_scratch = pretrained.FROM_SCRATCH or pretrained.BERT == NO_FILE
+    if not (from_scratch or pretrained.INIT_FROM or pretrained.BERT == BERT):
+        encoder = Path(pretrained.BERT)
+        if not encoder.exists():
+            return pretrained.BERT  # a name on the Hub
+        vocabulary = (encoder if encoder.is_dir() else encoder.parent) / "vocab.txt"
+        if vocabulary.is_file():
+            return str(vocabulary)
+    if cfg.DATA.NAME == "refshapes" and (from_scratch or vocab_size != DEFAULTS.MODEL.VOCAB_SIZE):
         return str(Path(cfg.DATA.ROOT, "refshapes", "vocab.txt"))
     return BERT
 

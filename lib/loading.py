@@ -12,9 +12,10 @@ from torch import nn
 from transformers import BertTokenizer
 from yacs.config import CfgNode
 
-from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer
+from bert.tokenization import check_vocabulary, fingerprint, load_tokenizer, restore_tokenizer
 from data.dataset_refer_bert import ReferDataset
 from data.pack.source import open_source
+from data.transforms import check_preprocessing
 from lib import config
 from lib.checkpoint import Checkpoint, read_checkpoint, rebuild
 from lib.engine.signals import StopSignals
@@ -111,10 +112,10 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
     checkpoint = read_checkpoint(path)
     saved = checkpoint.extra.get("config", {})
     base = {key: saved[key] for key in KEYS_AS_TRAINED if key in saved} | {config.NAME_KEY: checkpoint.model_name}
-    vocabulary = Path(base.get("PRETRAINED.TOKENIZER", ""))
-    vocabulary_is_missing = vocabulary.suffix == ".txt" and not vocabulary.exists()
-    if vocabulary_is_missing:
-        del base["PRETRAINED.TOKENIZER"]  # saved on another machine; check_vocabulary verifies the replacement
+    if "preprocessing" in checkpoint.extra:
+        preprocessing = checkpoint.extra["preprocessing"]
+        check_preprocessing(preprocessing, checkpoint.path)
+        base |= {"DATA.IMG_SIZE": preprocessing["img_size"], "DATA.MAX_TOKENS": preprocessing["max_tokens"]}
     cfg, given = config.load_config(args, base)
     checkpoint.check_network(cfg.MODEL.NAME, hint=f"Drop {given.get(config.NAME_KEY)} or pass another checkpoint.")
     checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
@@ -122,21 +123,38 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
         expected, trained = config.lookup(cfg, key), checkpoint.model_config[name]
         if key in given and expected and expected != trained:
             raise UserError(f"{path} was trained with {name} {trained}, not {expected}. Drop {flag}.")
-    vocab_size = checkpoint.model_config["vocab_size"]
-    name = config.tokenizer_name(cfg, vocab_size)
-    if vocabulary_is_missing and name == BERT and vocab_size != BERT_VOCAB_SIZE:
-        raise UserError(
-            f"{path} was trained with the vocabulary {vocabulary} ({vocab_size} entries), which does not exist "
-            "here. Pass --bert_tokenizer with a copy of that file."
-        )
-    tokenizer = load_tokenizer(name)
-    check_vocabulary(tokenizer, vocab_size, checkpoint.extra.get("vocabulary"))
     switches = {
         name: config.lookup(cfg, switch.config_key) if switch.config_key else getattr(args, name)
         for name, switch in SWITCHES.items()
     }
     protocols = choose_protocols(args.protocol or MODELS[checkpoint.model_name].protocol, **switches)
+    tokenizer = _find_tokenizer(checkpoint, cfg, is_given="PRETRAINED.TOKENIZER" in given)
     return LoadedCheckpoint(checkpoint, cfg, tokenizer, protocols)
+
+
+def _find_tokenizer(checkpoint: Checkpoint, cfg: CfgNode, *, is_given: bool) -> BertTokenizer:
+    """Return the configured tokenizer if it is set by the user, else the one that the checkpoint contains.
+
+    Files of older versions contain only the name or path of their vocabulary.
+
+    Raises:
+        UserError: there is no such vocabulary, or it is not the one of the training.
+    """
+    extra, vocab_size = checkpoint.extra, checkpoint.model_config["vocab_size"]
+    if "tokenizer" in extra and not is_given:
+        tokenizer = restore_tokenizer(extra["tokenizer"], checkpoint.path, extra.get("vocabulary"))
+    else:
+        vocabulary = Path(cfg.PRETRAINED.TOKENIZER)
+        if not is_given and vocabulary.suffix == ".txt" and not vocabulary.exists():  # saved on another machine
+            cfg.PRETRAINED.TOKENIZER = ""  # check_vocabulary verifies the default
+            if config.tokenizer_name(cfg, vocab_size) == BERT and vocab_size != BERT_VOCAB_SIZE:
+                raise UserError(
+                    f"{checkpoint.path} was trained with the vocabulary {vocabulary} ({vocab_size} entries), which "
+                    "does not exist here. Pass --bert_tokenizer with a copy of that file."
+                )
+        tokenizer = load_tokenizer(config.tokenizer_name(cfg, vocab_size))
+    check_vocabulary(tokenizer, vocab_size, extra.get("vocabulary"))
+    return tokenizer
 
 
 @contextmanager

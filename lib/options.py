@@ -9,7 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lib.errors import UserError
-from lib.variants import BERT, BERT_VOCAB_SIZE, FUSIONS, IMG_SIZE, MAX_TOKENS, MODELS, RELEASED_HINT, SWIN_VARIANTS
+from lib.variants import (
+    BERT,
+    BERT_VOCAB_SIZE,
+    FUSIONS,
+    IMG_SIZE,
+    MAX_TOKENS,
+    MODELS,
+    NO_FILE,
+    RELEASED_HINT,
+    SWIN_VARIANTS,
+)
 from refer.datasets import ROOT
 
 MIN_IMAGE_SIZE = 33  # in the last stage, smaller images have a single position
@@ -183,6 +193,7 @@ OPTIONS = (
     Option("MODEL.EMBED_DIM", 0, "channels of the first Swin stage (default: of the Swin type)", at_least=0),
     Option("MODEL.DEPTHS", [], "Swin blocks per stage (default: of the Swin type)"),
     Option("MODEL.NUM_HEADS", [], "Swin attention heads per stage (default: of the Swin type)"),
+    # The config.json of --ck_bert has precedence over these four defaults.
     Option("MODEL.TEXT_DIM", 768, "width of the language encoder", above=0),
     Option("MODEL.TEXT_LAYERS", 6, "BERT layers of language stage 1; vlt: of BERT", above=0),
     Option("MODEL.TEXT_HEADS", 12, "attention heads of the language encoder", above=0),
@@ -198,7 +209,7 @@ OPTIONS = (
     Option(
         "PRETRAINED.SWIN",
         "",
-        "ImageNet Swin file (default: by Swin type, in ./pretrained)",
+        f"ImageNet Swin file (default: by Swin type, in ./pretrained); {NO_FILE}: random weights",
         "--pretrained_swin_weights",
         metavar="FILE",
         path="input",
@@ -206,7 +217,8 @@ OPTIONS = (
     Option(
         "PRETRAINED.BERT",
         BERT,
-        "BERT weights: a file, a folder or a Hub name",
+        "weights of BERT or of another encoder in its format, with its sizes in a config.json beside them: a file, a "
+        f"folder or a Hub name; {NO_FILE}: random weights",
         "--ck_bert",
         metavar="BERT",
         path="input",
@@ -214,14 +226,20 @@ OPTIONS = (
     Option(
         "PRETRAINED.TOKENIZER",
         "",
-        f"vocabulary: a vocab.txt, a folder or a Hub name (default: {BERT}; refshapes: its own)",
+        f"vocabulary: a vocab.txt, a folder or a Hub name (default: that of a checkpoint, of --ck_bert, or of {BERT}; "
+        "refshapes: its own)",
         "--bert_tokenizer",
         BOTH,
         may_change_on_resume=True,
         metavar="BERT",
         path="input",
     ),
-    Option("PRETRAINED.FROM_SCRATCH", False, "start from random weights instead of pretrained files", "--from_scratch"),
+    Option(
+        "PRETRAINED.FROM_SCRATCH",
+        False,
+        "start both encoders from random weights instead of pretrained files",
+        "--from_scratch",
+    ),
     Option(
         "PRETRAINED.INIT_FROM",
         "",

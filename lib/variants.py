@@ -7,6 +7,7 @@ IMG_SIZE = 480  # pixels per side of the resized square image
 MAX_TOKENS = 21  # token ids per sentence, [CLS] and [SEP] included
 BERT = "bert-base-uncased"
 BERT_VOCAB_SIZE = 30522
+NO_FILE = "none"  # value of the flags that name pretrained files: start this encoder from random weights
 NUM_STAGES = 4  # of either encoder
 # The weights released by the authors: a public Google Drive folder and, by dataset, the names of the files in it.
 RELEASED_URL = "https://drive.google.com/drive/folders/1zEAuhntMjH13rhzSYibw_xXLvp-4xB_v"

@@ -144,7 +144,7 @@ def test_init_from_starts_from_the_weights_of_a_checkpoint(trained, run_here, tr
         (["--cfg", "{cfg}", "--warmup_steps", "10000"], "--warmup_steps 10000"),
         (["--cfg", "{cfg}", "--log_dir", "{tmp}/corrupt.pth"], "corrupt.pth: it is a file, not a folder"),
         (["--dataset", "refcoco"], "not found. Download them with `python -m refer.prepare --weights swin_base` (from https://"),
-        (["--dataset", "refcoco"], "or train with --from_scratch."),
+        (["--dataset", "refcoco"], "--pretrained_swin_weights none or, both encoders, --from_scratch."),
         (["--dataset", "refcoc"], "Did you mean refcoco?"),
     ],
 )  # fmt: skip

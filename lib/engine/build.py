@@ -15,8 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BertTokenizer
 from yacs.config import CfgNode
 
-from bert.files import resolve_bert_file
-from bert.tokenization import check_vocabulary
+from bert.encoder_config import read_encoder_sizes
+from bert.files import find_beside, resolve_bert_file
+from bert.tokenization import check_vocabulary, load_tokenizer, restore_tokenizer
 from data.dataset_refer_bert import ReferDataset
 from data.mixed import MixedDataset, mix
 from data.pack.source import check_packed, open_source
@@ -26,7 +27,7 @@ from lib.engine.checkpoints import check_recipe, check_same, division_of, find_r
 from lib.engine.folders import check_not_running
 from lib.errors import MissingFileError, UserError
 from lib.models import NETWORKS
-from lib.variants import SWIN_VARIANTS
+from lib.variants import NO_FILE, SWIN_VARIANTS
 from refer.datasets import BERT_WEIGHTS, SWIN_URL, check_dataset
 from refer.refer import REFER
 from utils import Distributed, derive_seed, from_main, gather, launched_world_size, on_main, warn_once
@@ -41,6 +42,12 @@ class Start(NamedTuple):
     initial: Checkpoint | None  # a new run starts from the weights of this one (--init_from)
     pretrained: tuple[Path | None, Path | None]  # or from these Swin and BERT files
     accum_steps: int  # forward passes per process and optimizer step
+    uses_saved_tokenizer: bool  # of the checkpoint
+
+    @property
+    def checkpoint(self) -> Checkpoint | None:
+        """The checkpoint with the weights to start from, if there is one."""
+        return self.resumed or self.initial
 
     @property
     def saved_threads(self) -> int | None:
@@ -76,16 +83,21 @@ def load_recipe(args: Any, cfg: CfgNode, given: dict[str, str]) -> tuple[CfgNode
     for dataset, split_by in config.datasets_of(cfg):
         check_dataset(cfg.DATA.ROOT, dataset, split_by)
     pretrained = (None, None) if resumed else find_pretrained(cfg)
+    set_encoder_sizes(cfg, given, pretrained[1])
     initial = read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM and not resumed else None
     if initial is not None:
         initial.check_network(cfg.MODEL.NAME, hint=f"Pass --model {initial.model_name} or another checkpoint.")
+    checkpoint = resumed or initial
     if cfg.PRETRAINED.DDP_TRAINED and "PRETRAINED.DDP_TRAINED" in given:
-        checkpoint = resumed or initial
         if checkpoint is None:
             raise UserError("--ddp_trained_weights requires a checkpoint. Pass --init_from or --resume, or drop it.")
         checkpoint.check_prefix(True)
-    cfg.PRETRAINED.TOKENIZER = config.tokenizer_name(cfg, cfg.MODEL.VOCAB_SIZE)  # saved with the run
-    return cfg, Start(resumed, initial, pretrained, accum_steps)
+    tokenizer = config.tokenizer_name(cfg, cfg.MODEL.VOCAB_SIZE)
+    uses_saved = checkpoint is not None and "tokenizer" in checkpoint.extra and "PRETRAINED.TOKENIZER" not in given
+    if uses_saved and initial:
+        tokenizer = initial.extra.get("config", {}).get("PRETRAINED.TOKENIZER", tokenizer)
+    cfg.PRETRAINED.TOKENIZER = tokenizer  # saved with the run
+    return cfg, Start(resumed, initial, pretrained, accum_steps, uses_saved)
 
 
 def agree_on_run(cfg: CfgNode, resumed: Checkpoint | None) -> None:
@@ -95,6 +107,14 @@ def agree_on_run(cfg: CfgNode, resumed: Checkpoint | None) -> None:
     if not cfg.MODEL_ID:
         dataset = f"{cfg.DATA.NAME}_{cfg.DATA.SPLIT_BY}".replace(",", "-")
         cfg.MODEL_ID = from_main(f"{dataset}_{cfg.MODEL.SWIN_TYPE}_{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def build_tokenizer(cfg: CfgNode, start: Start) -> BertTokenizer:
+    """Return the tokenizer that the checkpoint contains, or load the configured one. UserError: it is missing."""
+    if start.uses_saved_tokenizer:
+        extra = start.checkpoint.extra
+        return restore_tokenizer(extra["tokenizer"], start.checkpoint.path, extra.get("vocabulary"))
+    return load_tokenizer(cfg.PRETRAINED.TOKENIZER)
 
 
 def build_datasets(cfg: CfgNode, tokenizer: BertTokenizer) -> tuple[ReferDataset | MixedDataset, ReferDataset]:
@@ -131,7 +151,7 @@ def build_datasets(cfg: CfgNode, tokenizer: BertTokenizer) -> tuple[ReferDataset
 
 
 def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
-    """Return the Swin and BERT files to start from; (None, None) if training starts from other weights.
+    """Return the Swin and BERT files to start from; None for an encoder that starts from other weights.
 
     Raises:
         MissingFileError: a file is missing; the message says where to download it.
@@ -140,17 +160,53 @@ def find_pretrained(cfg: CfgNode) -> tuple[Path | None, Path | None]:
     if pretrained.FROM_SCRATCH or pretrained.INIT_FROM:
         return None, None
     name = SWIN_VARIANTS[cfg.MODEL.SWIN_TYPE]["pretrained"]
-    swin = Path(pretrained.SWIN or Path("pretrained") / name)
-    if not swin.is_file():
+    swin = None if pretrained.SWIN == NO_FILE else Path(pretrained.SWIN or Path("pretrained") / name)
+    if swin and not swin.is_file():
         raise MissingFileError(
             f"ImageNet Swin weights {swin} not found. Download them with `python -m refer.prepare --weights "
-            f"swin_{cfg.MODEL.SWIN_TYPE}` (from {SWIN_URL}{name}), pass --pretrained_swin_weights FILE, or train "
-            "with --from_scratch."
+            f"swin_{cfg.MODEL.SWIN_TYPE}` (from {SWIN_URL}{name}), pass --pretrained_swin_weights FILE, or start "
+            f"from random weights with --pretrained_swin_weights {NO_FILE} or, both encoders, --from_scratch."
         )
+    if pretrained.BERT == NO_FILE:
+        return swin, None
     try:
         return swin, resolve_bert_file(pretrained.BERT, BERT_WEIGHTS, flag="--ck_bert")
     except MissingFileError as error:
-        raise MissingFileError(f"{error} Or train with --from_scratch.") from error
+        hint = f"Or start from random weights with --ck_bert {NO_FILE} or, both encoders, --from_scratch."
+        raise MissingFileError(f"{error} {hint}") from error
+
+
+def set_encoder_sizes(cfg: CfgNode, given: dict[str, str], bert: Path | None) -> None:
+    """Set the sizes of the language encoder to those in the config.json beside its pretrained weights, if there is one.
+
+    The network uses the encoder's first MODEL.TEXT_LAYERS layers, or all of them if it has fewer. CrossVLT's language
+    stages 2 to 4 start from random weights, as published.
+
+    Raises:
+        UserError: a YAML file sets another size, or more layers than the encoder has.
+    """
+    path = find_beside(bert, cfg.PRETRAINED.BERT, "config.json") if bert else None
+    if path is None:
+        return
+    encoder = read_encoder_sizes(path)
+    layers = cfg.MODEL.TEXT_LAYERS if "MODEL.TEXT_LAYERS" in given else min(cfg.MODEL.TEXT_LAYERS, encoder.text_layers)
+    if layers > encoder.text_layers:
+        raise UserError(
+            f"{given['MODEL.TEXT_LAYERS']}: MODEL.TEXT_LAYERS is {layers}, but the encoder of --ck_bert has only "
+            f"{encoder.text_layers} layers ({path})."
+        )
+    for name, size in encoder._replace(text_layers=layers)._asdict().items():
+        key = f"MODEL.{name.upper()}"
+        if key in given and config.lookup(cfg, key) != size:
+            raise UserError(
+                f"{given[key]}: {key} is {config.lookup(cfg, key)}, but the encoder of --ck_bert has {size} ({path}). "
+                "Drop the key, or pass another --ck_bert."
+            )
+        cfg.MODEL[name.upper()] = size
+    LOG.info(
+        "Language encoder %s: the first %d of %d layers, %d channels, %d heads, %d word embeddings",
+        cfg.PRETRAINED.BERT, layers, encoder.text_layers, *encoder[:1], *encoder[2:],
+    )  # fmt: skip
 
 
 def build_model(cfg: CfgNode, start: Start, tokenizer: BertTokenizer, distributed: Distributed) -> nn.Module:
@@ -172,8 +228,8 @@ def build_model(cfg: CfgNode, start: Start, tokenizer: BertTokenizer, distribute
         if start.initial is not None:
             load_weights(model, start.initial)
         load_pretrained(model, swin, bert)
-    checkpoint = start.resumed or start.initial
-    check_vocabulary(tokenizer, model.config["vocab_size"], checkpoint.extra.get("vocabulary") if checkpoint else None)
+    trained_with = start.checkpoint.extra.get("vocabulary") if start.checkpoint else None
+    check_vocabulary(tokenizer, model.config["vocab_size"], trained_with)
     model = model.to(distributed.device)
     if distributed.world_size > 1 and distributed.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)

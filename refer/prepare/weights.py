@@ -121,11 +121,12 @@ def weights_fault(path: Path, name: str) -> str:
 
 def _crossvlt_fault(path: Path) -> str:
     """Return why a file cannot be loaded as a CrossVLT; empty if it can."""
-    from CrossVLT import build_crossvlt
     from lib.checkpoint import read_checkpoint, rebuild
 
     try:
-        rebuild(read_checkpoint(path), build_crossvlt)
+        checkpoint = read_checkpoint(path)
+        checkpoint.check_network("crossvlt", hint="")
+        rebuild(checkpoint)
     except UserError as error:
         return str(error).removeprefix(str(path)).strip(" :.")
     return ""
