@@ -19,10 +19,11 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from lib import config
+from lib.charts import FORMATS
 from lib.cli import Parser, run_command
 from lib.files import Kind
 from lib.protocols import add_protocol_flags
-from lib.report.commands import choose_command
+from lib.report.commands import choose_command, parse_ids
 from lib.variants import RELEASED_HINT
 
 LOG = logging.getLogger("crossvlt")
@@ -43,7 +44,14 @@ def add_arguments(parser: Parser) -> None:
     vis_help = "draw image, target mask and prediction of some expressions"
     add_output("--vis", kind=Kind.FOLDER, metavar="DIR", help=vis_help)
     add("--vis-num", "--vis_num", metavar="K", type=int, default=16, help="number of expressions to draw (%(default)s)")
+    add("--vis-ids", "--vis_ids", metavar="ID,ID", help="draw the sentences with these sent_ids instead")
     add("--vis_maps", action="store_true", help="also draw the four alignment maps")
+    scale_help = "values at the ends of the maps' color scale (-1 1)"
+    add("--vis-scale", "--vis_scale", metavar=("LOW", "HIGH"), type=float, nargs=2, help=scale_help)
+    color_help = "color of the predicted mask, a name or #rrggbb; for several models separated by commas"
+    add("--vis-color", "--vis_color", metavar="COLOR", help=color_help)
+    format_help = "format of the drawings; text stays text in pdf and svg (%(default)s)"
+    add("--vis-format", "--vis_format", choices=FORMATS, default="png", help=format_help)
     add_input("--vis_compare", metavar="A,B", help="instead of --resume: draw several checkpoints side by side")
     add("--table", action="store_true", help="instead of --resume: reproduce the paper's table")
     checkpoints_help = "for --table: folder with best_<dataset>.pth, or YAML file with lines dataset: file"
@@ -67,12 +75,12 @@ def main() -> None:
     from lib.evaluation import evaluate
     from lib.files import check_writable
     from lib.loading import load_for_evaluation, start_evaluation
-    from lib.report.figures import ModelResult, compare_models, compute_maps, draw_split
+    from lib.report.figures import ModelResult, choose_expressions, compare_models, compute_maps, draw_split
     from lib.report.results import ResultFile
     from lib.report.summary import Summary
     from lib.report.table import reproduce_table
     from lib.segment import segment_image
-    from lib.visualize import spread_indices
+    from lib.visualize import parse_style
     from refer.refer import REFER
     from utils import launched_rank, on_main, set_up_logging
 
@@ -87,12 +95,14 @@ def main() -> None:
     if command == "vis_compare":
         return compare_models(args)
 
+    style = parse_style(args.vis_color, args.vis_scale, args.vis_format)
     loaded = load_for_evaluation(args, args.resume)
     cfg, protocols = loaded.cfg, loaded.protocols
     refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     splits = refer.choose_splits(cfg.DATA.SPLIT)
     check_packed(cfg.DATA.PACKED, *((refer.dataset, refer.splitBy, split) for split in splits))
     datasets = loaded.open_splits(refer, splits, shuffle_sentences=args.shuffle_sentences)
+    drawn_in = choose_expressions(datasets, args.vis_num, parse_ids(args.vis_ids)) if args.vis else {}
     outputs = {args.json: Kind.JSON_LIST, args.predictions: Kind.JSON_LINES, args.vis: Kind.FOLDER}
     with start_evaluation(cfg, keeps_results=bool(args.predictions)) as setup:
         on_main(lambda: [check_writable(path, kind) for path, kind in outputs.items() if path])
@@ -102,16 +112,16 @@ def main() -> None:
         with file or nullcontext():
             model = loaded.build_model(setup.dist.device)
             for dataset in datasets.values():
-                drawn = spread_indices(len(dataset), args.vis_num) if args.vis else []
+                drawn = drawn_in.get(dataset.split, [])
                 results = evaluate(model, dataset, protocols, setup, keep_masks=drawn, sink=file)
                 on_main(functools.partial(summary.add, dataset, results))
                 if args.json:
                     on_main(lambda: summary.write_json(args.json))  # after every split, in case a later one fails
-                if args.vis:
+                if drawn:
                     maps = compute_maps(model, dataset, drawn) if args.vis_maps and setup.dist.is_main else None
                     result, gt_mask = results[protocols[0].name], protocols[0].gt_mask
                     drawings = [ModelResult("prediction", dataset, result, gt_mask, maps)]
-                    sheets.append(on_main(functools.partial(draw_split, drawings, drawn, Path(args.vis))))
+                    sheets.append(on_main(functools.partial(draw_split, drawings, drawn, Path(args.vis), style)))
         if setup.dist.is_main:
             print(summary.text())
             for path in filter(None, (args.json, args.predictions, file and file.settings, *sheets)):

@@ -1,5 +1,6 @@
 """The style of all charts. Matplotlib is optional. Imports no torch."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from lib.errors import UserError
 from lib.files import atomic_write
 
+FORMATS = ("png", "pdf", "svg")  # of figures
 # Distinguishable for color-blind readers (Okabe and Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000", "#8c564b")
 GRAY = "#555555"
@@ -34,6 +36,12 @@ STYLE = {
     "legend.labelspacing": 0.25,
     "legend.columnspacing": 0.8,
 }
+
+
+def check_format(file_format: str) -> None:
+    """Raise a UserError if figures of this format (one of ``FORMATS``) need matplotlib, and it is not installed."""
+    if file_format != "png" and importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"Writing {file_format} files needs matplotlib. Run: pip install -r requirements-extra.txt")
 
 
 @contextmanager

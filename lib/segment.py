@@ -10,10 +10,11 @@ from PIL import Image, ImageOps
 
 from bert.tokenization import tokenize
 from data.transforms import preprocess_image, read_image
+from lib.drawing import save_image
 from lib.evaluation import predict
 from lib.files import Kind, check_writable
 from lib.loading import load_for_evaluation
-from lib.visualize import overlay, save_image
+from lib.visualize import overlay, parse_style
 from utils import init_distributed
 
 
@@ -28,6 +29,7 @@ def segment_image(args: Any) -> None:
     Raises:
         MissingFileError, UserError: an input cannot be read, or an output cannot be written.
     """
+    color = parse_style(args.vis_color, None).colors[0]
     paths = output_paths(Path(args.out), len(args.sentence))
     loaded = load_for_evaluation(args, args.resume)
     for path in chain(*paths):
@@ -48,7 +50,7 @@ def segment_image(args: Any) -> None:
     )
     if dist.is_main:
         for sentence, mask, (overlay_path, mask_path) in zip(args.sentence, masks.cpu().numpy(), paths, strict=True):
-            save_image(overlay(image, mask), overlay_path)
+            save_image(overlay(image, mask, color), overlay_path)
             save_image(Image.fromarray(mask.astype(np.uint8) * 255), mask_path)
             beginning = f"{sentence}: mask" if len(paths) > 1 else "Mask"
             print(f"{beginning} covers {mask.mean():.1%} of the image. Overlay: {overlay_path}. Mask: {mask_path}.")

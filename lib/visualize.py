@@ -4,22 +4,21 @@ Shapes: H×W the image; h×w a mask or an alignment map of any size.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor
 
-from lib.files import atomic_write
-
-Color = tuple[int, int, int]
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+from lib.charts import check_format
+from lib.drawing import Box, Color, Drawing, Picture, Rectangle, Text
+from lib.errors import UserError
+from lib.fonts import TextFont, load_font
 
 # Okabe and Ito's colors, which color-blind readers can distinguish. Green is always the target.
 TARGET_COLOR = (0, 158, 115)
 MODEL_COLORS = ((213, 94, 0), (86, 180, 233), (240, 228, 66), (204, 121, 167), (0, 114, 178), (230, 159, 0))
 PREDICTION_COLOR = MODEL_COLORS[0]
-GRAY, RULE_COLOR = (110, 110, 110), (215, 215, 215)
+BLACK, GRAY, RULE_COLOR = (0, 0, 0), (110, 110, 110), (215, 215, 215)
 TINT = 100  # opacity out of 255; the colors of the object stay recognizable
 # Every second color of ColorBrewer's RdBu, evenly spaced over the scale. The lightness shows the distance from zero.
 HEAT_COLORS = ((33, 102, 172), (146, 197, 222), (255, 255, 255), (244, 165, 130), (178, 24, 43))
@@ -53,6 +52,42 @@ class Prediction(NamedTuple):
     mask: np.ndarray  # bool [h, w]
     iou: float  # 0–1
     maps: Sequence[np.ndarray] | None = None  # alignment maps of the stages, finest first, float [h, w] each
+
+
+class Style(NamedTuple):
+    """How predictions are drawn."""
+
+    colors: tuple[Color, ...] = MODEL_COLORS  # of the models' masks
+    scale: tuple[float, float] = SCALE  # color scale of the maps, see :func:`heat_overlay`
+    file_format: str = "png"  # one of lib.charts.FORMATS
+
+
+DEFAULT_STYLE = Style()
+
+
+def parse_style(colors: str | None, scale: Sequence[float] | None, file_format: str = "png") -> Style:
+    """Return the style that flags select.
+
+    Args:
+        colors: names or #rrggbb, separated by commas: of the first models. None: the default.
+        scale: LOW and HIGH. None: the default.
+        file_format: one of lib.charts.FORMATS.
+
+    Raises:
+        UserError: a color is unknown, the scale is empty, or the format needs a package that is not installed.
+    """
+    check_format(file_format)
+    chosen: tuple[Color, ...] = ()
+    for name in colors.split(",") if colors is not None else ():
+        try:
+            chosen += (ImageColor.getrgb(name.strip())[:3],)
+        except ValueError as error:
+            raise UserError(f"--vis-color {name}: not a color. Pass a name, such as red, or #rrggbb.") from error
+    low, high = scale or SCALE
+    if not (low < high and np.isfinite([low, high]).all()):
+        raise UserError(f"--vis-scale {low:g} {high:g}: the first number must be lower than the second.")
+    others = tuple(color for color in MODEL_COLORS if color not in chosen)
+    return Style(chosen + others, (low, high), file_format)
 
 
 def spread_indices(length: int, count: int) -> list[int]:
@@ -103,8 +138,8 @@ def expression_panel(
     predictions: Sequence[Prediction],
     sentence: str,
     note: str = "",
-    scale: tuple[float, float] = SCALE,
-) -> Image.Image:
+    style: Style = DEFAULT_STYLE,
+) -> Drawing:
     """Return the image, the target mask and the predictions below the sentence, and each model's alignment maps.
 
     Args:
@@ -113,7 +148,7 @@ def expression_panel(
         predictions: one per model; with several models, titles contain their names. Masks are resized (nearest).
         sentence: the expression.
         note: origin of the expression, in small gray letters.
-        scale: color scale of the maps, see :func:`heat_overlay`.
+        style: colors of the models and scale of the maps.
 
     Raises:
         ValueError: the target has another size than the image.
@@ -130,14 +165,14 @@ def expression_panel(
 
     cells, map_rows = [Cell("ground truth", draw_mask(target, TARGET_COLOR), TARGET_COLOR)], []
     for i, prediction in enumerate(predictions):
-        color = MODEL_COLORS[i % len(MODEL_COLORS)]
+        color = style.colors[i % len(style.colors)]
         title = prediction.name if with_names else "prediction"
         cells.append(Cell(title, draw_mask(prediction.mask, color), color, f"IoU {prediction.iou:.2f}"))
         if prediction.maps is not None:
             suffix, tag = (f", {prediction.name}", color) if with_names else ("", None)
-            heats = [heat_overlay(resized, values, *scale) for values in prediction.maps]
+            heats = [heat_overlay(resized, values, *style.scale) for values in prediction.maps]
             map_rows.append([Cell(f"stage {stage}{suffix}", heat, tag) for stage, heat in enumerate(heats, 1)])
-    return panel(image, cells, sentence, note, map_rows=map_rows, scale=scale)
+    return panel(image, cells, sentence, note, map_rows=map_rows, scale=style.scale)
 
 
 def panel(
@@ -148,7 +183,7 @@ def panel(
     *,
     map_rows: Sequence[Sequence[Cell]] = (),
     scale: tuple[float, float] = SCALE,
-) -> Image.Image:
+) -> Drawing:
     """Return the image and other cells side by side, in rows of four, below the sentence.
 
     Args:
@@ -162,50 +197,42 @@ def panel(
     sentence, note = (s if len(s) <= MAX_CHARACTERS else f"{s[:MAX_CHARACTERS]}…" for s in (sentence, note))
     rows = [cells[i : i + CELLS_PER_ROW] for i in range(0, len(cells), CELLS_PER_ROW)] + list(map_rows)
     width = max(map(len, rows)) * (CELL + MARGIN) + MARGIN
-    large, medium, small = (ImageFont.load_default(size) for size in (SENTENCE_SIZE, TITLE_SIZE, NOTE_SIZE))
-    text = [(line, large, "black", SENTENCE_SIZE) for line in _wrap(f"“{sentence}”", large, width - 2 * MARGIN)]
-    text += [(line, small, GRAY, NOTE_SIZE) for line in _wrap(note, small, width - 2 * MARGIN)]
+    large, small = load_font(SENTENCE_SIZE), load_font(NOTE_SIZE)
+    text = [(line, BLACK, SENTENCE_SIZE) for line in _wrap(f"“{sentence}”", large, width - 2 * MARGIN)]
+    text += [(line, GRAY, NOTE_SIZE) for line in _wrap(note, small, width - 2 * MARGIN)]
     size = _fit(image.size, CELL)
     row_height = TITLE_SIZE + GAP + size[1] + MARGIN
     height = MARGIN + sum(s + GAP for *_, s in text) + GAP + len(rows) * row_height
-    canvas = Image.new("RGB", (width, height + (NOTE_SIZE + MARGIN if map_rows else 0) + GAP), "white")
-    draw, top = ImageDraw.Draw(canvas), MARGIN
-    for line, font, color, line_height in text:
-        draw.text((MARGIN, top), line, fill=color, font=font)
+    drawing, top = Drawing(width, height + (NOTE_SIZE + MARGIN if map_rows else 0) + GAP), MARGIN
+    for line, color, line_height in text:
+        drawing.items.append(Text(MARGIN, top, line, line_height, color))
         top += line_height + GAP
     top += GAP
     for row in rows:
         for i, cell in enumerate(row):
             left = MARGIN + i * (CELL + MARGIN)
-            _draw_title(draw, left, top, cell, medium)
-            canvas.paste(cell.image.resize(size, Image.Resampling.LANCZOS), (left, top + TITLE_SIZE + GAP))
+            _draw_title(drawing, left, top, cell)
+            drawing.items.append(Picture(Box(left, top + TITLE_SIZE + GAP, *size), cell.image))
         top += row_height
     if map_rows:
-        _draw_scale(canvas, width - MARGIN - CELL, top, small, scale)
-    return canvas
+        _draw_scale(drawing, width - MARGIN - CELL, top, scale)
+    return drawing
 
 
-def contact_sheet(panels: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+def contact_sheet(panels: Sequence[Drawing], columns: int | None = None) -> Drawing:
     """Return the panels in rows of ``columns`` (default: as many as fit into ``MAX_SHEET_WIDTH``)."""
     if columns is None:
         columns = max(1, min(len(panels), MAX_SHEET_WIDTH // max(item.width for item in panels)))
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     lefts = np.cumsum([0] + [max(item.width for item in panels[i::columns]) for i in range(len(rows[0]))]).tolist()
     tops = np.cumsum([0] + [max(item.height for item in row) for row in rows]).tolist()
-    canvas = Image.new("RGB", (lefts[-1], tops[-1]), "white")
-    draw = ImageDraw.Draw(canvas)
+    sheet = Drawing(lefts[-1], tops[-1])
     for row, top in zip(rows, tops, strict=False):
         for item, left in zip(row, lefts, strict=False):
-            canvas.paste(item, (left, top))
+            sheet.place(item, left, top)
         if top:
-            draw.line((MARGIN, top, canvas.width - MARGIN - 1, top), fill=RULE_COLOR)
-    return canvas
-
-
-def save_image(image: Image.Image, path: Path) -> None:
-    """Write a PNG file atomically. UserError: it cannot be written."""
-    with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+            sheet.items.append(Rectangle(Box(MARGIN, top, sheet.width - 2 * MARGIN, 1), RULE_COLOR))
+    return sheet
 
 
 def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
@@ -213,32 +240,35 @@ def _fit(size: tuple[int, int], side: int) -> tuple[int, int]:
     return tuple(max(1, round(length * side / max(size))) for length in size)
 
 
-def _draw_title(draw: ImageDraw.ImageDraw, left: int, top: int, cell: Cell, font: Font) -> None:
+def _draw_title(drawing: Drawing, left: int, top: int, cell: Cell) -> None:
     """Draw color, title and score in the width of a cell."""
-    right = left + CELL
+    font, right = load_font(TITLE_SIZE), left + CELL
     if cell.color:
-        draw.rectangle((left, top + 4, left + TITLE_SIZE - 5, top + TITLE_SIZE - 1), fill=cell.color)
+        drawing.items.append(Rectangle(Box(left, top + 4, TITLE_SIZE - 4, TITLE_SIZE - 4), cell.color))
         left += TITLE_SIZE + 1
     score = cell.score and f"  {cell.score}"
     title = _shorten(cell.title, font, right - left - font.getlength(score))
-    draw.text((left, top), title, fill="black", font=font)
-    draw.text((left + font.getlength(title), top), score, fill=GRAY, font=font)
+    drawing.items.append(Text(left, top, title, TITLE_SIZE, BLACK))
+    drawing.items.append(Text(left + font.getlength(title), top, score, TITLE_SIZE, GRAY))
 
 
-def _draw_scale(canvas: Image.Image, left: int, top: int, font: Font, scale: tuple[float, float]) -> None:
+def _draw_scale(drawing: Drawing, left: int, top: int, scale: tuple[float, float]) -> None:
     """Draw the color scale of the maps with the values at its ends, as wide as a cell."""
-    # The minus sign is a hyphen, because PIL's default font has no other.
-    low, high = f"apart {scale[0]:+.4g}", f"{scale[1]:+.4g} aligned"
+    font = load_font(NOTE_SIZE)
+    low, high = (f"{value:+.4g}".replace("-", "−") for value in scale)
+    low, high = f"apart {low}", f"{high} aligned"
     start, stop = left + round(font.getlength(low)) + GAP, left + CELL - round(font.getlength(high)) - GAP
-    draw = ImageDraw.Draw(canvas)
-    draw.text((left, top), low, fill=GRAY, font=font)
-    draw.text((stop + GAP, top), high, fill=GRAY, font=font)
     bar = Image.new("RGB", (stop - start, NOTE_SIZE), "white")
-    canvas.paste(heat_overlay(bar, np.linspace(*SCALE, bar.width)[None]), (start, top))
-    draw.rectangle((start, top, stop - 1, top + NOTE_SIZE - 1), outline=RULE_COLOR)
+    box = Box(start, top, *bar.size)
+    drawing.items += [
+        Text(left, top, low, NOTE_SIZE, GRAY),
+        Text(stop + GAP, top, high, NOTE_SIZE, GRAY),
+        Picture(box, heat_overlay(bar, np.linspace(*SCALE, bar.width)[None])),
+        Rectangle(box, RULE_COLOR, filled=False),
+    ]
 
 
-def _wrap(text: str, font: Font, width: float) -> list[str]:
+def _wrap(text: str, font: TextFont, width: float) -> list[str]:
     """Split the text into lines of at most ``width`` pixels. Longer words are broken."""
     lines: list[str] = []
     for word in text.split():
@@ -253,7 +283,7 @@ def _wrap(text: str, font: Font, width: float) -> list[str]:
     return lines
 
 
-def _shorten(text: str, font: Font, width: float) -> str:
+def _shorten(text: str, font: TextFont, width: float) -> str:
     """Shorten a text to ``width`` pixels. The middle is removed, because names of runs often differ at their ends."""
     shortened, length = text, len(text)
     while length and font.getlength(shortened) > width:

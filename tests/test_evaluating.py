@@ -213,6 +213,25 @@ def test_vis_compare_draws_models_side_by_side(best, trained, data, run_here, tm
     assert two_sheet.width * two_sheet.height > one_sheet.width * one_sheet.height
 
 
+def test_chosen_expressions_are_drawn_in_the_chosen_format_and_color(best, data, refshapes_root, run_here, tmp_path):
+    pytest.importorskip("matplotlib")
+    refer = REFER(refshapes_root, "refshapes")
+    refs = refer.loadRefs(refer.getRefIds(split="testA"))
+    first, last = refs[0]["sent_ids"][0], refs[-1]["sent_ids"][-1]
+    flags = ["test.py", *data, "--split", "val,testA", "--vis-ids", f"{last},{first}", "--vis-color", "#0000ff"]
+    for model, folder in (("--resume", "a"), ("--vis_compare", "b")):
+        done = run_here(*flags, model, best, "--vis", tmp_path / folder, "--vis-format", "svg", check=True)
+        assert done.out.splitlines()[-1] == str(tmp_path / folder / "testA_sheet.svg")
+        names = sorted(path.name for path in (tmp_path / folder).iterdir())
+        assert [name.split("_")[-1] for name in names] == [f"sent{first}.svg", f"sent{last}.svg", "sheet.svg"]
+        assert "fill: #0000ff" in (tmp_path / folder / names[0]).read_text()
+    wrong = run_here(*flags, "--resume", best, "--vis", tmp_path / "c", "--vis-ids", "1000000")
+    assert "--vis-ids 1000000: no sentence of val, testA has this sent_id" in wrong.err
+    scaled = ["--vis", tmp_path / "d", "--vis-num", 1, "--vis_maps", "--vis-scale", "-0.5", "0.5"]
+    run_here("test.py", *data, "--resume", best, *scaled, check=True)
+    assert len(list((tmp_path / "d").glob("*.png"))) == 2
+
+
 def test_segmenting_an_image_file(best, refshapes_root, run_here, tmp_path):
     Image.effect_noise((123, 77), 80).convert("RGB").save(tmp_path / "own.jpg")
     flags = ["test.py", "--image", tmp_path / "own.jpg", "--sentence", "the red circle", "--resume", best]
@@ -225,8 +244,10 @@ def test_segmenting_an_image_file(best, refshapes_root, run_here, tmp_path):
     share = f"{(mask > 0).mean():.1%}"
     files = f"Overlay: {tmp_path}/own.png. Mask: {tmp_path}/own_mask.png."
     assert done.out == f"Mask covers {share} of the image. {files}\n"
-    run_here(*flags, "--out", tmp_path / "all.png", "--threshold", "1e-6", check=True)
+    colored = [*flags, "--out", tmp_path / "all.png", "--threshold", "1e-6", "--vis-color", "blue"]
+    run_here(*colored, check=True)
     assert np.asarray(Image.open(tmp_path / "all_mask.png")).all()
+    assert Image.open(tmp_path / "all.png").getpixel((0, 0)) == (0, 0, 255)  # the outline
 
 
 def test_several_sentences_about_an_image_file(best, refshapes_root, run_here, tmp_path, monkeypatch):
@@ -374,6 +395,12 @@ def test_the_paper_table(best, coco_layout, refshapes_root, run_here, tmp_path, 
         (["--vis_compare", " ,", "DATA", "--vis", "{tmp}/vis"], "contains no checkpoint"),
         (["--vis_compare", "{best}", "DATA", "--vis", "{tmp}/vis", "--protocol",
           "paper,original"], "draws under one protocol"),
+        (["--resume", "{best}", "DATA", "--vis-color", "red"], "--vis_color needs --vis DIR"),
+        (["--resume", "{best}", "DATA", "--vis", "{tmp}/vis", "--vis-ids", "1,a"], "--vis-ids 1,a: not a list of"),
+        (["--resume", "{best}", "DATA", "--vis", "{tmp}/vis", "--vis-ids", "1", "--vis-num", "3"],
+         "--vis_num cannot be combined with --vis_ids"),
+        (["--resume", "{best}", "DATA", "--vis", "{tmp}/vis", "--vis-scale", "0", "1"], "--vis_scale needs --vis_maps"),
+        (["--resume", "{best}", "DATA", "--vis", "{tmp}/vis", "--vis-color", "redd"], "--vis-color redd: not a color"),
         (["--resume", "{best}", "DATA", "--vis-num", "3"], "--vis_num needs --vis DIR"),
         (["--table", "--checkpoints", "{best}", "--dataset", "refcocog", "--splitBy", "google"], "is not a YAML file"),
         (["--vis_compare", "{best},{tmp}/corrupt.pth", "DATA", "--vis", "{tmp}/vis"], "corrupt.pth is corrupt or not"),

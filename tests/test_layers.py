@@ -9,7 +9,7 @@ from conftest import ROOT
 # Each module may import from its own layer and from lower ones. The longest matching prefix counts.
 LAYERS = (
     {"lib.errors", "lib.variants", "lib.files", "lib.cli", "lib.tables", "lib.charts", "lib.locks",
-     "lib.threads", "lib.terminal"},  # without torch
+     "lib.fonts", "lib.drawing", "lib.threads", "lib.terminal"},  # without torch
     {"utils"},
     {"refer", "bert", "lib.vision_encoder", "lib.fusion", "lib.seg_decoder",
      "lib.kernels", "lib.precision"},

@@ -4,6 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lib import visualize
+from lib.drawing import Box, Drawing, Picture
+from lib.errors import UserError
 from lib.visualize import (
     CELL,
     CELLS_PER_ROW,
@@ -18,17 +21,29 @@ from lib.visualize import (
     TARGET_COLOR,
     Cell,
     Prediction,
-    contact_sheet,
-    expression_panel,
+    Style,
     heat_overlay,
     overlay,
-    panel,
+    parse_style,
 )
 
 GRAY = Image.new("RGB", (80, 60), (90, 90, 90))
 NOTHING = np.zeros((60, 80), bool)
 CELL_HEIGHT = CELL * 60 // 80
 MAPS = [np.full((side, side), value, np.float32) for side, value in ((8, -1), (4, -0.5), (2, 0), (1, 1))]
+
+
+def expression_panel(*args, **kwargs):
+    return visualize.expression_panel(*args, **kwargs).render()
+
+
+def panel(*args, **kwargs):
+    return visualize.panel(*args, **kwargs).render()
+
+
+def contact_sheet(images, **kwargs):
+    drawings = [Drawing(*image.size, [Picture(Box(0, 0, *image.size), image)]) for image in images]
+    return visualize.contact_sheet(drawings, **kwargs).render()
 
 
 def heat(value, lightness=90):
@@ -167,7 +182,7 @@ def test_maps_have_a_row_per_model_and_a_fixed_scale():
         bar = np.asarray(drawn)[-28, -(CELL + MARGIN) : -MARGIN]
         for value in (-0.9, 0, 0.9):
             assert close(bar, heat(value, 255), 4).any()
-    wide = expression_panel(GRAY, NOTHING, [Prediction("a", NOTHING, 0.0, MAPS)], "x", scale=(-2, 2))
+    wide = expression_panel(GRAY, NOTHING, [Prediction("a", NOTHING, 0.0, MAPS)], "x", style=Style(scale=(-2, 2)))
     assert close(cells(wide, 2, bottom=36)[1][0], heat(-0.5)).all()
 
 
@@ -230,3 +245,25 @@ def test_very_long_sentences_are_shortened():
     longest = panel(GRAY, [], "w" * MAX_CHARACTERS)
     assert panel(GRAY, [], "wider words " * 100_000).height <= longest.height
     assert panel(GRAY, [], "w" * 1_000_000, note="n" * 1_000_000).width == longest.width
+
+
+def test_colors_and_scale_are_selectable():
+    style = parse_style("red, #00ff00", [-0.5, 0.25])
+    assert style.scale == (-0.5, 0.25)
+    assert style.colors[:2] == ((255, 0, 0), (0, 255, 0))
+    assert parse_style(None, None) == Style()
+    models = [Prediction(name, ~NOTHING, 1.0, MAPS) for name in "ab"]
+    found = cells(expression_panel(GRAY, ~NOTHING, models, "x", style=style), 3, bottom=8 + 28)
+    for image, color in zip(found[0][1:], (TARGET_COLOR, *style.colors), strict=False):
+        assert close(image[:2, 20:300], color, 12).any()
+    for image, value in zip(found[1], (-1, -1, 1 / 3, 1), strict=True):  # -1, -0.5, 0 and 1 on this scale
+        assert close(image, heat(value)).all()
+    for colors, scale, message in (
+        ("redd", None, "--vis-color redd: not a color"),
+        ("red,", None, "--vis-color : not a color"),
+        (None, [1.0, 1.0], "--vis-scale 1 1: the first number must be lower"),
+        (None, [0.0, float("nan")], "--vis-scale 0 nan"),
+        (None, [0.0, float("inf")], "--vis-scale 0 inf"),
+    ):
+        with pytest.raises(UserError, match=message):
+            parse_style(colors, scale)

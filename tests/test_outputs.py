@@ -26,7 +26,8 @@ from lib.checkpoint import save_checkpoint
 # Flags that take a text and are no file or folder. Add a new flag here, or with Parser.add_input or add_output.
 TEXTS = {
     "--batch-sizes", "--check", "--commands", "--dataset", "--device", "--mirror", "--model_id", "--name",
-    "--precision_at", "--protocol", "--reference", "--sentence", "--split", "--splitBy", "--weights", "--words",
+    "--precision_at", "--protocol", "--reference", "--sentence", "--split", "--splitBy", "--vis-color", "--vis-ids",
+    "--weights", "--words",
 }  # fmt: skip
 DATASET = ("data/refshapes/instances.json", "data/refshapes/refs(unc).p", "data/refshapes/vocab.txt",
            "data/refshapes/images/another.png")  # fmt: skip

@@ -56,7 +56,7 @@ def main() -> None:
     from data.convert.splits import SplitShares
     from data.convert.summary import next_commands, samples
     from lib.tables import to_text
-    from lib.visualize import MAX_PANELS, contact_sheet, expression_panel, save_image, spread_indices
+    from lib.visualize import MAX_PANELS, contact_sheet, expression_panel, spread_indices
     from refer.datasets import Counts
 
     source = Source(args.sentences, args.images, args.instances, args.masks)
@@ -84,7 +84,7 @@ def main() -> None:
         chosen = samples(converted.refer, spread_indices(len(converted.refer.Sents), args.samples))
         panels = [expression_panel(sample.image, sample.mask, [], sample.sentence, sample.note) for sample in chosen]
         path = args.contact_sheet or folder / SHEET_FILE
-        save_image(contact_sheet(panels), path)
+        contact_sheet(panels).save(path)
         print(f"Contact sheet: {path}. Check that the sentences fit the masks.")
     for title, commands in next_commands(converted.refer, list(counts), args.refer_data_root).items():
         print("\n    ".join([f"\n{title}", *commands]))

@@ -1,7 +1,7 @@
 """Figures of evaluated expressions: one panel per expression, several models side by side, contact sheets."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,11 +13,22 @@ from data.dataset_refer_bert import ReferDataset
 from data.pack.source import check_packed
 from data.transforms import normalize_images
 from lib.collector import EvaluationResult
+from lib.drawing import Drawing
 from lib.errors import UserError
 from lib.evaluation import alignment_maps, evaluate
 from lib.files import Kind, check_writable
 from lib.loading import load_for_evaluation, start_evaluation
-from lib.visualize import MAX_PANELS, Prediction, contact_sheet, expression_panel, save_image, spread_indices
+from lib.report.commands import parse_ids
+from lib.visualize import (
+    DEFAULT_STYLE,
+    MAX_PANELS,
+    Prediction,
+    Style,
+    contact_sheet,
+    expression_panel,
+    parse_style,
+    spread_indices,
+)
 from refer.masks import decode_mask
 from refer.refer import REFER
 from utils import on_main
@@ -43,7 +54,7 @@ def compute_maps(model: nn.Module, dataset: ReferDataset, indices: Sequence[int]
     return maps
 
 
-def draw_expression(models: Sequence[ModelResult], index: int) -> Image.Image:
+def draw_expression(models: Sequence[ModelResult], index: int, style: Style = DEFAULT_STYLE) -> Drawing:
     """Return a panel of the image, the target mask and each model's prediction for one expression."""
     dataset = models[0].dataset
     expression = dataset.expressions[index]
@@ -58,30 +69,54 @@ def draw_expression(models: Sequence[ModelResult], index: int) -> Image.Image:
     ]
     target = dataset.full_size_mask(index, models[0].gt_mask).astype(bool)
     note = f"{dataset.split}  ref {expression.ref_id}  sentence {expression.sent_id}  {dataset.file_name(index)}"
-    return expression_panel(dataset.load_image(index), target, predictions, expression.sentence, note)
+    return expression_panel(dataset.load_image(index), target, predictions, expression.sentence, note, style)
 
 
 def draw_validation(dataset: ReferDataset, result: EvaluationResult) -> dict[str, Image.Image]:
     """Draw the expressions whose masks are in ``result``. Return the images by their names in TensorBoard."""
     models = [ModelResult("prediction", dataset, result)]
-    return {f"val/{number}": draw_expression(models, index) for number, index in enumerate(sorted(result.masks))}
+    return {
+        f"val/{number}": draw_expression(models, index).render() for number, index in enumerate(sorted(result.masks))
+    }
 
 
-def draw_split(models: Sequence[ModelResult], indices: Sequence[int], folder: Path) -> Path:
+def draw_split(
+    models: Sequence[ModelResult], indices: Sequence[int], folder: Path, style: Style = DEFAULT_STYLE
+) -> Path:
     """Write a panel per index and a contact sheet of the first ``MAX_PANELS``. Return the path of the contact sheet.
+
+    Images in PDF and SVG have twice the resolution of those in PNG, except on the contact sheet.
 
     Raises:
         UserError: an image cannot be written.
     """
     dataset, panels = models[0].dataset, []
     for index in indices:
-        expression, panel = dataset.expressions[index], draw_expression(models, index)
-        save_image(panel, folder / f"{dataset.split}_{index:06d}_ref{expression.ref_id}_sent{expression.sent_id}.png")
+        expression, panel = dataset.expressions[index], draw_expression(models, index, style)
+        name = f"{dataset.split}_{index:06d}_ref{expression.ref_id}_sent{expression.sent_id}.{style.file_format}"
+        panel.save(folder / name, style.file_format)
         if len(panels) < MAX_PANELS:
             panels.append(panel)
-    path = folder / f"{dataset.split}_sheet.png"
-    save_image(contact_sheet(panels), path)
+    path = folder / f"{dataset.split}_sheet.{style.file_format}"
+    contact_sheet(panels).save(path, style.file_format, pixel_ratio=1)
     return path
+
+
+def choose_expressions(
+    datasets: Mapping[str, ReferDataset], count: int, sent_ids: Collection[int]
+) -> dict[str, list[int]]:
+    """Return the indices to draw by split: of the sentences ``sent_ids``, or ``count`` of each split if there are none.
+
+    Raises:
+        UserError: a sentence is in none of the splits.
+    """
+    if not sent_ids:
+        return {split: spread_indices(len(dataset), count) for split, dataset in datasets.items()}
+    ids = {split: [expression.sent_id for expression in dataset.expressions] for split, dataset in datasets.items()}
+    missing = sorted(set(sent_ids).difference(*ids.values()))
+    if missing:
+        raise UserError(f"--vis-ids {missing[0]}: no sentence of {', '.join(datasets)} has this sent_id.")
+    return {split: [i for i, sent_id in enumerate(found) if sent_id in sent_ids] for split, found in ids.items()}
 
 
 def compare_models(args: Any) -> None:
@@ -93,6 +128,7 @@ def compare_models(args: Any) -> None:
     Raises:
         UserError: a checkpoint or dataset cannot be used, or an image cannot be written.
     """
+    style = parse_style(args.vis_color, args.vis_scale, args.vis_format)
     paths, folder = [part.strip() for part in args.vis_compare.split(",") if part.strip()], Path(args.vis)
     if not paths:
         raise UserError(f"--vis_compare {args.vis_compare!r} contains no checkpoint.")
@@ -104,18 +140,20 @@ def compare_models(args: Any) -> None:
     splits = refer.choose_splits(cfg.DATA.SPLIT)
     check_packed(cfg.DATA.PACKED, *((refer.dataset, refer.splitBy, split) for split in splits))
     datasets = [loaded.open_splits(refer, splits) for loaded in checkpoints]
-    indices_of = {split: spread_indices(len(dataset), args.vis_num) for split, dataset in datasets[0].items()}
+    indices_of = choose_expressions(datasets[0], args.vis_num, parse_ids(args.vis_ids))
     results: dict[str, list[ModelResult]] = defaultdict(list)
     with start_evaluation(cfg) as setup:
         on_main(lambda: check_writable(folder, Kind.FOLDER))
         for name, loaded, opened in zip(distinct_names(paths), checkpoints, datasets, strict=True):
             model = loaded.build_model(setup.dist.device)
-            for split, dataset in opened.items():
-                indices, (protocol,) = indices_of[split], loaded.protocols
+            for split, indices in indices_of.items():
+                if not indices:
+                    continue
+                dataset, (protocol,) = opened[split], loaded.protocols
                 found = evaluate(model, dataset, [protocol], setup, indices=indices, keep_masks=indices)
                 maps = compute_maps(model, dataset, indices) if args.vis_maps and setup.dist.is_main else None
                 results[split].append(ModelResult(name, dataset, found[protocol.name], protocol.gt_mask, maps))
-        sheets = on_main(lambda: [draw_split(results[split], indices_of[split], folder) for split in results])
+        sheets = on_main(lambda: [draw_split(results[split], indices_of[split], folder, style) for split in results])
         if setup.dist.is_main:
             print("\n".join(map(str, sheets)))
 
