@@ -6,16 +6,13 @@ from typing import TYPE_CHECKING, Any
 from yacs.config import CfgNode
 
 from benchmarks.machine import DTYPES
-from lib import config
+from lib import config, variants
 from lib.cli import Parser
 from lib.options import OPTIONS
-from lib.variants import MAX_TOKENS
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-    from CrossVLT import CrossVLT
 
 MODELS = ("plain", "prepared")
 
@@ -24,7 +21,7 @@ def add_arguments(parser: Parser, *keys: str) -> None:
     """Add ``--cfg``, the flags of the network and of the device, and those of more options."""
     parser.add_input("--cfg", metavar="FILE", help="YAML file with configuration keys, such as configs/demo.yaml")
     for option in OPTIONS:
-        if option.key in ("MODEL.SWIN_TYPE", "DATA.IMG_SIZE", "DEVICE", "TRAIN.TF32", *keys):
+        if option.key in ("MODEL.NAME", "MODEL.SWIN_TYPE", "DATA.IMG_SIZE", "DEVICE", "TRAIN.TF32", *keys):
             config.add_flags(parser, option, is_used=True)
 
 
@@ -44,18 +41,19 @@ def read_config(args: Any) -> CfgNode:
 def describe(cfg: CfgNode) -> str:
     """Return type, image size and sentence length."""
     model, changed = cfg.MODEL, "" if not cfg.MODEL.EMBED_DIM else f" with {cfg.MODEL.EMBED_DIM} channels"
-    return f"CrossVLT {model.SWIN_TYPE}{changed}, {cfg.DATA.IMG_SIZE}×{cfg.DATA.IMG_SIZE}, {MAX_TOKENS} tokens"
+    network, size = variants.MODELS[model.NAME].title, cfg.DATA.IMG_SIZE
+    return f"{network} {model.SWIN_TYPE}{changed}, {size}×{size}, {variants.MAX_TOKENS} tokens"
 
 
-def build_network(cfg: CfgNode, device: "torch.device") -> "CrossVLT":
+def build_network(cfg: CfgNode, device: "torch.device") -> "nn.Module":
     """Return the configured network with random weights, in training mode."""
     import torch
 
-    from CrossVLT import build_crossvlt
+    from lib.models import NETWORKS
 
     torch.manual_seed(0)
     with device:
-        return build_crossvlt(**config.model_keywords(cfg, cfg.MODEL.WINDOW_SIZE))
+        return NETWORKS[cfg.MODEL.NAME].build(**config.model_keywords(cfg, cfg.MODEL.WINDOW_SIZE))
 
 
 def for_inference(
@@ -95,5 +93,5 @@ def random_inputs(
 
     size = cfg.DATA.IMG_SIZE
     images = torch.randn(batch_size // sentences, 3, size, size, device=device)
-    input_ids = torch.randint(5, cfg.MODEL.VOCAB_SIZE, (batch_size, MAX_TOKENS), device=device)
+    input_ids = torch.randint(5, cfg.MODEL.VOCAB_SIZE, (batch_size, variants.MAX_TOKENS), device=device)
     return images, input_ids, torch.ones_like(input_ids)

@@ -303,3 +303,7 @@ def test_training_resuming_and_evaluation(small_config, tmp_path, run_here):
     flags = ["--image", image, "--sentence", "red circle", "--out", tmp_path / "overlay.png"]
     run_here("test.py", "--cfg", small_config, "--resume", best, *flags, check=True)
     assert (tmp_path / "overlay.png").exists()
+    failed = run_here("test.py", "--cfg", small_config, "--resume", best, *vis, "--vis_maps")
+    assert failed.status == 2
+    assert "--vis_maps" in failed.err
+    assert "has no alignment maps" in failed.err
