@@ -14,7 +14,7 @@ from bert.language_encoder import LanguageStage1, VisionToLanguageStage, bert_co
 from lib.fusion import FUSION_LAYERS, padding_bias
 from lib.seg_decoder import SegDecoder
 from lib.variants import BERT_VOCAB_SIZE, FUSIONS, NUM_STAGES, check_rates, complete_sizes, drop_path_rates
-from lib.vision_encoder import PATCH_SIZE, VisionStage, initialize_vision
+from lib.vision_encoder import VisionStage, check_image_size, initialize_vision
 
 
 class CrossVLTOutput(NamedTuple):
@@ -75,13 +75,7 @@ class CrossVLT(nn.Module):
 
         The result depends only on the image, so evaluation computes it once for all sentences of an image.
         """
-        height, width = images.shape[-2:]
-        coarsest = PATCH_SIZE * 2 ** (NUM_STAGES - 1)
-        if height <= coarsest and width <= coarsest:
-            raise ValueError(
-                f"An image of {height}×{width} pixels is too small: one side must be longer than {coarsest}, "
-                "because the last stage's InstanceNorm needs two positions."
-            )
+        check_image_size(*images.shape[-2:])
         return self.backbone[0].encode(images)
 
     def segment(

@@ -147,10 +147,11 @@ class VisionToLanguageStage(_CheckpointedModule):
 
 
 @torch.no_grad()
-def initialize_language(module: nn.Module) -> None:
+def initialize_language(module: nn.Module, *, zero_padding: bool = True) -> None:
     """Initialize Linear and Embedding layers as BERT does.
 
-    Weights are normal with standard deviation 0.02. Biases and the embedding of [PAD] are zero.
+    Weights are normal with standard deviation 0.02. Biases are zero, and so is the embedding of [PAD] unless
+    ``zero_padding`` is False.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):
@@ -158,5 +159,5 @@ def initialize_language(module: nn.Module) -> None:
             part.bias.zero_()
         elif isinstance(part, nn.Embedding):
             part.weight.normal_(std=0.02)
-            if part.padding_idx is not None:
+            if part.padding_idx is not None and zero_padding:
                 part.weight[part.padding_idx].zero_()

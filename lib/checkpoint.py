@@ -48,6 +48,7 @@ from lib.state_dict import (
     adapt_to_model,
     describe_unusable_weights,
     has_prefix,
+    join_bert,
     load_strictly,
     repair_keys,
 )
@@ -174,20 +175,24 @@ def read_checkpoint(path: str | Path, hint: str = RELEASED_HINT) -> Checkpoint:
     path = Path(path)
     content = _load_file(path, hint)
     _check_tensors(content, path)
-    form, state_dict, extra = "inference", content, {}
+    form, parts, extra = "inference", [content], {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         form = "training" if "model_config" in content else "released training"
-        state_dict = content["model"]
-        extra = {key: value for key, value in content.items() if key != "model"}
-    if (
-        not isinstance(state_dict, dict)
-        or not state_dict
-        or not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in state_dict.items())
-    ):
-        raise UserError(f"{path} contains no state dict of tensors.")
+        extra = {key: value for key, value in content.items() if key not in ("model", "bert_model")}
+        parts = [content[key] for key in ("model", "bert_model") if key in content]
+    for part in parts:
+        if not isinstance(part, dict) or not part or not all(map(_is_entry, part.items())):
+            raise UserError(f"{path} contains no state dict of tensors.")
     if form == "training" and zipfile.is_zipfile(path):
         _verify_checksums(path)
-    return Checkpoint(path, form, repair_keys(state_dict, ()), has_prefix(state_dict), extra)
+    state_dict, *bert = (repair_keys(part, ()) for part in parts)
+    if bert:  # the earlier of the two forms in which LAVT was released
+        state_dict, extra["model_name"] = join_bert(state_dict, *bert), "lavt"
+    return Checkpoint(path, form, state_dict, has_prefix(parts[0]), extra)
+
+
+def _is_entry(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
 def _load_file(path: Path, hint: str) -> Any:
@@ -332,7 +337,7 @@ def describe(checkpoint: Checkpoint) -> str:
         "form": checkpoint.form + (f", keys prefixed with {PREFIX}" if checkpoint.prefixed else ""),
         "Swin type": config["swin_type"],
         "window": config["window_size"],
-        "fusion": config.get("fusion", "cross"),
+        "fusion": config.get("fusion") or f"{config['mha']} heads" if "mha" in config else "cross",
         "parameters": f"{parameters / 1e6:.1f} M in {len(checkpoint.state_dict)} entries",
         "weights": describe_unusable_weights(checkpoint.state_dict) or "finite",
         "temp": " ".join(f"{temperature:.4f}" for temperature in temperatures) or "none",

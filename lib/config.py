@@ -302,6 +302,8 @@ def model_keywords(cfg: CfgNode, window_size: int) -> dict[str, Any]:
         "drop_path_rate": model.DROP_PATH_RATE,
         "text_dropout": model.TEXT_DROPOUT,
         "fusion": model.FUSION,
+        "mha": model.MHA,
+        "fusion_drop": model.FUSION_DROP,
         "embed_dim": model.EMBED_DIM or None,
         "depths": tuple(model.DEPTHS) or None,
         "num_heads": tuple(model.NUM_HEADS) or None,

@@ -3,13 +3,12 @@
 Shapes: B batch size, L positions of the map, C vision channels, N tokens, T text width, D inner width, h heads.
 """
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from lib.kernels import attention, instance_norm
+from lib.precision import full_precision
 
 HEAD_DIM = 64
 PADDING_SCORE = -1e4  # added to the attention scores of padded tokens
@@ -62,6 +61,8 @@ class LanguageToVisionFusion(nn.Module):
         ValueError: ``inner_dim`` cannot be divided into that many heads.
     """
 
+    not_in_mixed_precision = ("l_q", "values_l", "w_v")  # layers that a prepared model computes in float32
+
     def __init__(self, vision_dim: int, inner_dim: int, text_dim: int) -> None:
         super().__init__()
         self.num_heads = max(1, inner_dim // HEAD_DIM)
@@ -95,8 +96,7 @@ class LanguageToVisionFusion(nn.Module):
         bias = padding_bias(attention_mask, dtype)
         # Mixed precision is disabled: if the words differ little, the attended map is nearly constant, and InstanceNorm
         # would amplify its rounding errors.
-        device = v.device.type
-        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+        with full_precision(v.device):
             attended = attention(query.to(dtype), key.to(dtype), value.to(dtype), bias)
             attended = self.w_v(attended.transpose(1, 2).flatten(2))  # [B, h, L, D/h] → [B, L, D] → [B, L, C]
         return self.project_mm(attended + v).unflatten(1, map_shape)

@@ -15,7 +15,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from transformers.activations import GELUActivation
 from transformers.models.bert.modeling_bert import BertIntermediate
 
-from lib.fusion import LanguageToVisionFusion, PositionwiseConv
+from lib.fusion import PositionwiseConv
 from lib.kernels import PackedLinear, matrix_product_rate, pack_conv
 from lib.precision import AMP_DTYPES, autocast
 from lib.seg_decoder import SegDecoder
@@ -90,10 +90,9 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         layer = module._modules[name] if norm is None else _folded(module._modules[name], norm)
         prepared._modules[name] = _pack(layer, dtype, activation)
         prepared._modules |= {follower: nn.Identity() for follower in followers}
-    if isinstance(module, LanguageToVisionFusion):
-        for name in ("l_q", "values_l", "w_v"):  # not in mixed precision: InstanceNorm amplifies their rounding errors
-            setattr(prepared, name, _prepared(getattr(module, name), torch.promote_types(dtype, torch.float32)))
-    elif isinstance(module, WindowAttention):
+    for name in getattr(module, "not_in_mixed_precision", ()):  # of layers of fusion
+        setattr(prepared, name, _prepared(getattr(module, name), torch.promote_types(dtype, torch.float32)))
+    if isinstance(module, WindowAttention):
         # A copy without layers computes the biases. A cache of a method of ``prepared`` would be a reference cycle, and
         # its weights would stay in memory until the garbage collector runs.
         source = copy.copy(prepared)

@@ -10,9 +10,13 @@ from typing import Any
 from torch import nn
 
 from CrossVLT import CrossVLT, build_crossvlt
+from lib.rivals.lavt import LAVT, build_lavt, infer_lavt_config
 from lib.rivals.vlt import VLT, build_vlt
 from lib.state_dict import RENAMED_KEYS, infer_model_config, infer_vlt_config
 from lib.variants import MODELS
+
+# Turns names in BERT files into those of a network that contains the whole BERT as ``text_encoder``.
+BERT_NAMES = (r"^(bert\.)?(embeddings|encoder)\.", r"text_encoder.\2.")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,19 @@ class Network:
     alignment_only: str = ""
 
 
+LAVT_NETWORK = Network(
+    LAVT,
+    build_lavt,
+    key_prefix="backbone.layers.0.fusion.image_lang_att.",
+    infer_config=infer_lavt_config,
+    inferred=("window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size"),
+    pretrained_names=((r"^(patch_embed|layers)\.", r"backbone.\1."), BERT_NAMES),
+    swin_part=r"backbone\.(patch_embed|layers\.\d\.(blocks|downsample))\..*",
+    bert_part=r"text_encoder\..*",
+    not_optimized=r"text_encoder\.(embeddings|encoder\.layer\.(10|11))\..*",  # BERT's last two layers, too
+    no_decay=r"backbone\..*(norm|relative_position_bias_table).*",
+    unused=r"backbone\.layers\.3\.res_gate\..*",
+)
 # The keys are those of MODELS (lib/variants.py).
 NETWORKS = {
     "crossvlt": Network(
@@ -67,6 +84,8 @@ NETWORKS = {
         unused=r"backbone\.3\.layers\.linear1\..*",  # the gate of the last stage, which has no next stage
         alignment_only=r"(backbone\.\d\.layers|lang_stage1\.encoder|lang_stage[234])\.proj\..*",
     ),
+    "lavt_one": LAVT_NETWORK,
+    "lavt": LAVT_NETWORK,
     "vlt": Network(
         VLT,
         build_vlt,
@@ -75,7 +94,7 @@ NETWORKS = {
         inferred=(
             "window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size", "align_dim"
         ),
-        pretrained_names=tuple((old, new.replace("lang_stage1", "text_encoder")) for old, new in RENAMED_KEYS),
+        pretrained_names=(*RENAMED_KEYS[:2], BERT_NAMES),
         swin_part=r"backbone\.(0\.patch_embed|\d\.layers\.(blocks|downsample))\..*",
         bert_part=r"text_encoder\..*",
         not_optimized=r"text_encoder\.embeddings\..*",

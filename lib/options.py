@@ -188,6 +188,23 @@ OPTIONS = (
         choices=tuple(FUSIONS),
         models=("crossvlt",),
     ),
+    Option(
+        "MODEL.MHA",
+        "",
+        "heads of LAVT's fusion in the four stages, such as 2-4-8-16 (default: 1-1-1-1)",
+        "--mha",
+        metavar="A-B-C-D",
+        models=("lavt", "lavt_one"),
+    ),
+    Option(
+        "MODEL.FUSION_DROP",
+        0.0,
+        "dropout of LAVT's fusion",
+        "--fusion_drop",
+        at_least=0,
+        below=1,
+        models=("lavt", "lavt_one"),
+    ),
     Option("MODEL.DROP_PATH_RATE", 0.3, "stochastic depth of the last Swin block", at_least=0, below=1),
     Option("MODEL.TEXT_DROPOUT", 0.1, "dropout of the language encoder", at_least=0, below=1),
     Option("MODEL.EMBED_DIM", 0, "channels of the first Swin stage (default: of the Swin type)", at_least=0),
@@ -195,7 +212,7 @@ OPTIONS = (
     Option("MODEL.NUM_HEADS", [], "Swin attention heads per stage (default: of the Swin type)"),
     # The config.json of --ck_bert has precedence over these four defaults.
     Option("MODEL.TEXT_DIM", 768, "width of the language encoder", above=0),
-    Option("MODEL.TEXT_LAYERS", 6, "BERT layers of language stage 1; vlt: of BERT", above=0),
+    Option("MODEL.TEXT_LAYERS", 6, "layers of BERT; in CrossVLT, those of language stage 1", above=0),
     Option("MODEL.TEXT_HEADS", 12, "attention heads of the language encoder", above=0),
     Option("MODEL.VOCAB_SIZE", BERT_VOCAB_SIZE, "entries of the word embedding", above=0),
     Option(

@@ -1,6 +1,6 @@
 """Numeric precision of the forward pass, and compilation of the encoders' blocks."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -17,6 +17,12 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager:
         device: the model's device.
     """
     return torch.autocast(device.type, AMP_DTYPES[amp], enabled=amp != "off")
+
+
+def full_precision(device: torch.device) -> AbstractContextManager:
+    """Return the context manager of a part of a forward pass that is never computed in mixed precision."""
+    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def build_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler:

@@ -101,7 +101,11 @@ class Protocol:
 
 SWITCHES: dict[str, Switch] = {item.name: item.metadata["switch"] for item in fields(Protocol) if item.metadata}
 PAPER = Protocol("paper")
-PROTOCOLS = {"paper": PAPER, "original": Protocol("original", gt_mask="union", eval_size="original")}
+PROTOCOLS = {
+    "paper": PAPER,
+    "original": Protocol("original", gt_mask="union", eval_size="original"),
+    "lavt": Protocol("lavt", max_tokens=20),  # of LAVT, from which CrossVLT has the rest of its protocol
+}
 
 
 def add_protocol_flags(parser: Parser) -> None:

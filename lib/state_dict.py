@@ -20,8 +20,9 @@ RENAMED_KEYS = (  # to CrossVLT's names
     (r"^(bert\.)?(embeddings|encoder)\.", r"lang_stage1.\2."),  # BERT
 )
 ORIGINAL_BERT_KEYS = ((r"\.LayerNorm\.gamma$", ".LayerNorm.weight"), (r"\.LayerNorm\.beta$", ".LayerNorm.bias"))
-# Index buffers, which the model computes itself, and the heads of pretrained Swin and BERT models.
-DROPPED_KEYS = r".*\.(relative_position_index|attn_mask|position_ids)|(head|norm|cls|(bert\.)?pooler)\..*"
+# Index buffers, which the model computes itself, and BERT's pooler, which no network uses.
+DROPPED_KEYS = r".*\.(relative_position_index|attn_mask|position_ids)|((bert|text_encoder)\.)?pooler\..*"
+PRETRAINED_HEADS = r"(head|norm|cls)\..*"  # of official Swin and BERT files
 OPTIONAL_KEYS = {"temp"}  # missing in the released inference files
 MAX_NAMED_KEYS = 4
 
@@ -38,18 +39,28 @@ def repair_keys(state_dict: StateDict, renamed: tuple[tuple[str, str], ...] = RE
 
     Args:
         state_dict: of a file.
-        renamed: patterns and replacements for the names in official Swin and BERT files, by default CrossVLT's.
+        renamed: patterns and replacements for the names in official Swin and BERT files, by default CrossVLT's. Empty:
+            the file is not one of them.
     """
+    dropped = f"{DROPPED_KEYS}|{PRETRAINED_HEADS}" if renamed else DROPPED_KEYS
     prefix = PREFIX if has_prefix(state_dict) else ""
     repaired = {}
     for key, value in state_dict.items():
         key = key.removeprefix(prefix)
-        if re.fullmatch(DROPPED_KEYS, key):
+        if re.fullmatch(dropped, key):
             continue
         for pattern, replacement in (*ORIGINAL_BERT_KEYS, *renamed):
             key = re.sub(pattern, replacement, key)
         repaired[key] = value
     return repaired
+
+
+def join_bert(state_dict: StateDict, bert: StateDict) -> StateDict:
+    """Return the state dict of a LAVT that contains its BERT, from the two of a file with a separate BERT.
+
+    The released files have both forms. Their names differ only in the prefix of BERT's.
+    """
+    return state_dict | {f"text_encoder.{key}": value for key, value in bert.items()}
 
 
 def adapt_to_model(state_dict: StateDict, model: nn.Module) -> StateDict:

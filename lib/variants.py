@@ -114,9 +114,16 @@ class ModelFacts(NamedTuple):
     defaults: dict[str, Any]  # published values of configuration keys where they differ from those in lib/options.py
 
 
+# ``lavt`` and ``lavt_one`` are the same network with the settings of LAVT's two published trainings.
+_LAVT_SETTINGS = {
+    "DATA.MAX_TOKENS": 20, "MODEL.TEXT_LAYERS": 12, "TRAIN.LR": 5e-5, "TRAIN.SEGMENTATION_WEIGHT": 1.0,
+    "TRAIN.ALIGNMENT": False,
+}  # fmt: skip
 # The networks of --model. A new one also needs an entry in NETWORKS (lib/models.py).
 MODELS = {
     "crossvlt": ModelFacts("CrossVLT", "paper", {}),
+    "lavt": ModelFacts("LAVT", "lavt", {**_LAVT_SETTINGS, "MODEL.TEXT_DROPOUT": 0.0}),
+    "lavt_one": ModelFacts("LAVT", "lavt", _LAVT_SETTINGS),
     # Trained as CrossVLT, so that only the network differs.
     "vlt": ModelFacts("the VLT-style network", "paper", {"MODEL.TEXT_LAYERS": 12, "TRAIN.ALIGNMENT": False}),
 }

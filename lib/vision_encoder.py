@@ -129,6 +129,36 @@ class SwinBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def build_patch_embed(embed_dim: int) -> PatchEmbed:
+    """Build the patch embedding: an image [B, 3, H, W] of any size → [B, ⌈H/4⌉, ⌈W/4⌉, embed_dim]."""
+    return PatchEmbed(
+        img_size=None,
+        patch_size=PATCH_SIZE,
+        embed_dim=embed_dim,
+        norm_layer=nn.LayerNorm,
+        output_fmt="NHWC",
+        strict_img_size=False,
+        dynamic_img_pad=True,
+    )
+
+
+def build_blocks(dim: int, num_heads: int, window_size: int, drop_path: list[float]) -> nn.ModuleList:
+    """Build the Swin blocks of a stage, every second one shifted. ``drop_path`` has one rate per block."""
+    return nn.ModuleList(
+        SwinBlock(dim, num_heads, window_size, shifted=j % 2 == 1, drop_path=rate) for j, rate in enumerate(drop_path)
+    )
+
+
+def check_image_size(height: int, width: int) -> None:
+    """Raise a ValueError if an image of this size has only one position in the last stage."""
+    coarsest = PATCH_SIZE * 2 ** (NUM_STAGES - 1)
+    if height <= coarsest and width <= coarsest:
+        raise ValueError(
+            f"An image of {height}×{width} pixels is too small: one side must be longer than {coarsest}, "
+            "because the last stage's InstanceNorm needs two positions."
+        )
+
+
 class VisionStage(nn.Module):
     """One stage of the vision encoder, ``backbone.{index}`` in the state dict.
 
@@ -161,23 +191,11 @@ class VisionStage(nn.Module):
         last = index == NUM_STAGES - 1
         self.patch_embed = None
         if index == 0:
-            self.patch_embed = PatchEmbed(
-                img_size=None,
-                patch_size=PATCH_SIZE,
-                embed_dim=embed_dim,
-                norm_layer=nn.LayerNorm,
-                output_fmt="NHWC",
-                strict_img_size=False,
-                dynamic_img_pad=True,
-            )
-        blocks = [
-            SwinBlock(dim, num_heads, window_size, shifted=j % 2 == 1, drop_path=rate)
-            for j, rate in enumerate(drop_path)
-        ]
+            self.patch_embed = build_patch_embed(embed_dim)
         # The last stage's gate linear1 is part of the released weights but unused: no map follows it.
         self.layers = nn.ModuleDict(
             {
-                "blocks": nn.ModuleList(blocks),
+                "blocks": build_blocks(dim, num_heads, window_size, drop_path),
                 "proj": nn.Linear(dim, align_dim) if align_dim else None,
                 "attn1": fusion_layer(dim, inner_dim, text_dim) if fusion_layer else None,
                 "linear1": gate(dim) if fusion_layer else None,
@@ -244,14 +262,19 @@ class VisionStage(nn.Module):
         return checkpoint(part, *inputs, use_reentrant=False) if self.grad_checkpointing else part(*inputs)
 
 
-def initialize_vision(module: nn.Module) -> None:
-    """Initialize as published: linear layers and bias tables truncated normal (0.02), convolutions Kaiming normal."""
+def initialize_vision(module: nn.Module, *, convolutions: bool = True) -> None:
+    """Initialize as published: linear layers and bias tables truncated normal (0.02), convolutions Kaiming normal.
+
+    Args:
+        module: its linear layers, bias tables and convolutions are initialized.
+        convolutions: whether convolutions are initialized. If not, they keep PyTorch's initialization (LAVT).
+    """
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.trunc_normal_(part.weight, std=0.02)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.Conv1d | nn.Conv2d):
+        elif convolutions and isinstance(part, nn.Conv1d | nn.Conv2d):
             nn.init.kaiming_normal_(part.weight)
         elif isinstance(part, WindowAttention):
             nn.init.trunc_normal_(part.relative_position_bias_table, std=0.02)
