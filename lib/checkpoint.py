@@ -331,13 +331,14 @@ def describe(checkpoint: Checkpoint) -> str:
         epoch = str(extra["epoch"])
         epoch += f" and {extra['epoch_step']} steps" if extra.get("epoch_step") else ""
         epoch += f" (step {extra['step']})" if "step" in extra else ""
+    fusion = "late" if checkpoint.model_name == "vlt" else "cross"  # unless model_config has another one
     lines = {
         "file": checkpoint.path,
         "model": MODELS[checkpoint.model_name].title,
         "form": checkpoint.form + (f", keys prefixed with {PREFIX}" if checkpoint.prefixed else ""),
         "Swin type": config["swin_type"],
         "window": config["window_size"],
-        "fusion": config.get("fusion") or f"{config['mha']} heads" if "mha" in config else "cross",
+        "fusion": f"{config['mha']} heads" if "mha" in config else config.get("fusion", fusion),
         "parameters": f"{parameters / 1e6:.1f} M in {len(checkpoint.state_dict)} entries",
         "weights": describe_unusable_weights(checkpoint.state_dict) or "finite",
         "temp": " ".join(f"{temperature:.4f}" for temperature in temperatures) or "none",

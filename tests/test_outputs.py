@@ -25,7 +25,7 @@ from lib.checkpoint import save_checkpoint
 
 # Flags that take a text and are no file or folder. Add a new flag here, or with Parser.add_input or add_output.
 TEXTS = {
-    "--batch-sizes", "--check", "--commands", "--dataset", "--device", "--mirror", "--model_id", "--name",
+    "--batch-sizes", "--check", "--commands", "--dataset", "--device", "--mha", "--mirror", "--model_id", "--name",
     "--precision_at", "--protocol", "--reference", "--sentence", "--split", "--splitBy", "--vis-color", "--vis-ids",
     "--weights", "--words",
 }  # fmt: skip
