@@ -4,7 +4,9 @@ A table is a list of rows, and a row is a list of cells (strings). All rows have
 """
 
 import re
+import textwrap
 from collections.abc import Collection, Iterable, Sequence
+from functools import partial
 
 Rows = Sequence[Sequence[str]]
 # How LaTeX writes characters that have a meaning there, at the beginning of a row ([ and *), or are not in its fonts.
@@ -64,7 +66,9 @@ def to_latex(rows: Rows, *, left: Collection[int] = (0,), notes: Iterable[str] =
             lines.append(r"\midrule")
         lines.append(_latex_row(row))
     lines += [r"\bottomrule", r"\end{tabular}"]
-    paragraphs = [rf"{_escape_latex(note)}\par" for note in notes]
+    # Without splitting words, whose parts LaTeX would separate by a space.
+    wrap = partial(textwrap.wrap, width=100, break_long_words=False, break_on_hyphens=False)
+    paragraphs = [line for note in notes for line in wrap(rf"{_escape_latex(note)}\par")]
     if paragraphs:
         lines += [r"\par\smallskip{\footnotesize\raggedright\parindent0pt", *paragraphs, "}"]
     return "\n".join(lines)

@@ -7,6 +7,7 @@ import pytest
 from result_files import EXPRESSIONS, with_counts, write_results
 
 from lib.compare import table
+from lib.compare.cost import Cost
 from lib.compare.results import load_models
 from lib.errors import UserError
 
@@ -46,6 +47,17 @@ def test_rows(rows):
     assert ours.shuffled == pytest.approx(ours.mean.value)
 
 
+def test_costs(files):
+    cost = Cost(2_345_678, 0.5, 12.34, "cpu, 2 threads")
+    rows = table.make_rows(load_models(files, SPLITS), {}, "ours", {"ours": cost})
+    markdown = table.markdown_table(rows, "ours")
+    assert "| 2.346 | 0.5 | 12.3 |" in markdown
+    assert markdown.count("| – | – | – |") == 4  # no cost of late_1, no difference of ours
+    assert "timed on cpu, 2 threads" in markdown
+    ours, late, *_ = csv.DictReader(io.StringIO(table.csv_table(rows)))
+    assert (ours["parameters"], ours["GFLOP"], late["ms"]) == ("2345678.0", "0.5", "")
+
+
 def test_formats(rows):
     markdown, latex = table.markdown_table(rows, "ours"), table.latex_table(rows, "ours")
     assert "| val | ours | 45.00 ± 2.36 |" in markdown
@@ -54,8 +66,8 @@ def test_formats(rows):
     assert r"95 \% interval" in latex
     assert markdown.count("\n|") == 5
     for text in (markdown, latex, table.text_table(rows, "ours")):
-        assert "paired t-test over images" in text
-        assert "Holm-corrected for all 2 differences" in text
+        assert "paired t-test over images" in " ".join(text.split())
+        assert "Holm-corrected for all 2 differences" in " ".join(text.split())
 
 
 def test_csv(rows):

@@ -80,3 +80,10 @@ def test_a_latex_document_compiles_as_it_is(tmp_path):
 def test_rows_of_different_lengths_are_an_error():
     with pytest.raises(ValueError, match="shorter"):
         to_text([["a", "b"], ["c"]])
+
+
+def test_long_notes_are_wrapped():
+    note = "one note " * 40
+    lines = to_latex([["a"]], notes=[note]).splitlines()
+    assert max(map(len, lines)) <= 100
+    assert " ".join(lines).count("one note") == 40

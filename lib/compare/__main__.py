@@ -74,7 +74,7 @@ def main() -> None:
 
         evaluate_masks_of(sources, comparison, folder)
         files, shuffled = (result_files(runs, sources, folder, suffix) for suffix in ("", "-shuffled"))
-        for path in write_report(comparison, reference, files, shuffled, folder):
+        for path in write_report(comparison, reference, files, shuffled, runs, folder):
             print(path)
 
 

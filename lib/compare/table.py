@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from lib.compare.cost import Cost
 from lib.compare.results import ModelResults
 from lib.compare.statistics import Estimate, estimate_difference, estimate_mean, holm
 from lib.tables import to_latex, to_markdown, to_text
 
 METRICS = ("P@0.5", "P@0.9", "oIoU")  # columns besides the mean IoU
+COSTS = ("parameters, M", "GFLOP", "ms")
 
 
 class Row(NamedTuple):
@@ -26,10 +28,14 @@ class Row(NamedTuple):
     shuffled: float  # mean IoU with shuffled sentences; nan if not evaluated
     difference: Estimate | None  # from the reference; None: it is the reference
     p_corrected: float  # p-value of the difference, corrected for all differences of the table; nan for the reference
+    cost: Cost | None  # None: unknown, because there is no checkpoint
 
 
 def make_rows(
-    results: Mapping[str, Sequence[ModelResults]], shuffled: Mapping[str, Sequence[ModelResults]], reference: str
+    results: Mapping[str, Sequence[ModelResults]],
+    shuffled: Mapping[str, Sequence[ModelResults]],
+    reference: str,
+    costs: Mapping[str, Cost] | None = None,
 ) -> list[Row]:
     """Return a row for each split and model.
 
@@ -37,8 +43,9 @@ def make_rows(
         results: by split.
         shuffled: the same with shuffled sentences; models may be missing.
         reference: name of the model from which the differences are computed.
+        costs: by model; models may be missing.
     """
-    rows = []
+    rows, costs = [], costs or {}
     for split, models in results.items():
         base = next(model for model in models if model.name == reference)
         controls = {model.name: 100 * model.ious.mean() for model in shuffled.get(split, ())}
@@ -48,7 +55,8 @@ def make_rows(
             is_reference = model.name == reference
             difference = None if is_reference else estimate_difference(model.ious, base.ious, base.images)
             mean, control = estimate_mean(model.ious, base.images), controls.get(model.name, math.nan)
-            rows.append(Row(split, model.name, len(model.ious), mean, metrics, control, difference, math.nan))
+            seeds, cost = len(model.ious), costs.get(model.name)
+            rows.append(Row(split, model.name, seeds, mean, metrics, control, difference, math.nan, cost))
     compared = [i for i, row in enumerate(rows) if row.difference]
     corrected = holm([rows[i].difference.p_value for i in compared])
     for i, p_value in zip(compared, corrected, strict=True):
@@ -64,24 +72,28 @@ def method(rows: Sequence[Row], reference: str) -> str:
     """Return the sentences below the table that say how it was computed."""
     count = sum(row.difference is not None for row in rows)
     seeds = sorted({row.seeds for row in rows})
+    devices = sorted({row.cost.device for row in rows if row.cost})
+    cost = f" GFLOP and ms per expression are those of one image and one sentence, timed on {' or '.join(devices)}."
     over = "images only (a single seed)" if seeds == [1] else "seeds and images"
     return (
         f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seed(s), in percent; 95 % intervals cover "
         f"{over}, with all expressions of an image as one unit; differences are from {reference}, their p-values from "
         f"a two-sided paired t-test over images that includes the variance between seeds, Holm-corrected for all "
-        f"{count} differences of the table."
+        f"{count} differences of the table.{cost if devices else ''}"
     )
 
 
 def cells(rows: Sequence[Row]) -> list[list[str]]:
     """Return the cells of the table, a header row first."""
     header = ["split", "model", "mIoU", "95 % interval", "shuffled", *METRICS]
-    table, previous = [[*header, "difference", "95 % interval", "p (Holm)"]], ""
+    table, previous = [[*header, "difference", "95 % interval", "p (Holm)", *COSTS]], ""
     for row in rows:
         metrics = [f"{mean:.2f}{_plus_minus(std)}" for mean, std in row.metrics.values()]
-        difference = ["–", "–", "–"]
+        difference, cost = ["–", "–", "–"], ["–", "–", "–"]
         if row.difference:
             difference = [_signed(row.difference.value), _interval(row.difference), _p_value(row.p_corrected)]
+        if row.cost:
+            cost = [f"{row.cost.parameters / 1e6:.4g}", f"{row.cost.gflop:.4g}", f"{row.cost.ms:.3g}"]
         table.append(
             [
                 row.split if row.split != previous else "",
@@ -91,6 +103,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
                 "–" if math.isnan(row.shuffled) else f"{row.shuffled:.2f}",
                 *metrics,
                 *difference,
+                *cost,
             ]
         )
         previous = row.split
@@ -134,12 +147,15 @@ def csv_table(rows: Sequence[Row]) -> str:
     writer = csv.writer(text, lineterminator="\n")
     header = ["split", "model", "seeds", "mIoU", "std", "low", "high", "shuffled"]
     header += [f"{name}{suffix}" for name in METRICS for suffix in ("", " std")]
-    writer.writerow([*header, "difference", "difference low", "difference high", "p", "p Holm"])
+    writer.writerow(
+        [*header, "difference", "difference low", "difference high", "p", "p Holm", "parameters", "GFLOP", "ms"]
+    )
     for row in rows:
         numbers = [*row.mean[:4], row.shuffled, *(x for pair in row.metrics.values() for x in pair)]
         if row.difference:
             numbers += [row.difference.value, *row.difference[2:], row.p_corrected]
         else:
             numbers += [math.nan] * 5
+        numbers += [row.cost.parameters, row.cost.gflop, row.cost.ms] if row.cost else [math.nan] * 3
         writer.writerow([row.split, row.model, row.seeds, *("" if math.isnan(x) else repr(float(x)) for x in numbers)])
     return text.getvalue()
