@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import SMALL
 from fake_gpu import GPU, fake_gpu, move_to_gpu
-from timm.utils import ModelEmaV3
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
@@ -132,10 +131,8 @@ def test_a_training_step_synchronizes_once(watched, gpu_model, gpu_inputs, monke
     """A whole step without the backward pass, which needs a real GPU. GLOBAL_NORM synchronizes twice."""
     recipe = DEFAULTS.TRAIN.clone()
     recipe.AMP, recipe.GLOBAL_NORM, recipe.CLIP_GRAD, recipe.STEPS = amp, global_norm, 1.0, 10
+    recipe.EMA = 0.9
     state = build_train_state(gpu_model(), recipe, steps_per_epoch=10)
-    with unset_fake_temporarily():
-        state.ema = ModelEmaV3(build_crossvlt("tiny", **SMALL))
-    move_to_gpu(state.ema.module)
     assert all(group["fused"] for group in state.optimizer.param_groups)
 
     def backward(loss):

@@ -111,7 +111,7 @@ def optimizer_step(
         return {"skipped": 1.0}
     state.skipped_in_a_row = 0
     if state.ema is not None:
-        state.ema.update(state.model)
+        state.ema.update()
     world_size = dist.get_world_size() if dist.is_initialized() else 1
     means = {name: total / world_size for name, total in zip(names, sums, strict=True)}
     return means | {"lr": lr, "grad_norm": grad_norm}
