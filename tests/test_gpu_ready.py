@@ -4,14 +4,12 @@ import itertools
 
 import pytest
 import torch
-from conftest import SMALL
 from fake_gpu import GPU, fake_gpu, move_to_gpu
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import tree_leaves
 
 import lib.evaluation
 from bert.tokenization import read_vocabulary
-from CrossVLT import build_crossvlt
 from data.dataset_refer_bert import ReferDataset
 from data.image_batches import ImageBatches
 from data.loaders import DeviceBatches
