@@ -68,10 +68,9 @@ def init_distributed(device: str = "auto", *, tf32: bool = False, saved_threads:
     """
     world_size = launched_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    selected = _select_device(device, local_rank, world_size)
+    selected = select_device(device, local_rank, world_size)
     if selected.type == "cuda":
-        torch.backends.cudnn.allow_tf32 = tf32  # PyTorch's defaults are True here and False for matrix products
-        torch.backends.cuda.matmul.allow_tf32 = tf32
+        set_tf32(tf32)
         torch.cuda.set_device(selected)
     elif tf32:
         warn_once("--tf32 is ignored: TF32 needs a CUDA GPU")
@@ -88,7 +87,14 @@ def init_distributed(device: str = "auto", *, tf32: bool = False, saved_threads:
     return Distributed(launched_rank(), local_rank, world_size, selected)
 
 
-def _select_device(device: str, local_rank: int, world_size: int) -> torch.device:
+def set_tf32(allow: bool) -> None:
+    """Allow or forbid TF32 on GPUs. PyTorch's defaults are True for convolutions and False for matrix products."""
+    torch.backends.cudnn.allow_tf32 = allow
+    torch.backends.cuda.matmul.allow_tf32 = allow
+
+
+def select_device(device: str, local_rank: int = 0, world_size: int = 1) -> torch.device:
+    """Return the device of this process; see :func:`init_distributed`."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

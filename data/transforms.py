@@ -78,7 +78,7 @@ def read_image(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
-def check_depth(image: Image.Image, path: Path) -> None:
+def check_depth(image: Image.Image, path: Path | str) -> None:
     """Raise a UserError if an image has 16 or 32 bits per channel: Pillow would clip the values, not scale them."""
     if image.mode.startswith(("I", "F")):
         bits = 16 if "16" in image.mode else 32

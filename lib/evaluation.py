@@ -207,11 +207,17 @@ def logits_to_masks(logits: torch.Tensor, size: Sequence[int], protocol: Protoco
         size: (H, W) of the masks. Logits of another size are resized first (bilinear).
         protocol: defines the threshold.
     """
-    if tuple(logits.shape[-2:]) != tuple(size):
-        logits = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
+    logits = resize_logits(logits, size)
     if protocol.threshold is None:
         return logits.argmax(1).bool()
     return logits.softmax(1)[:, 1] >= protocol.threshold
+
+
+def resize_logits(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resize logits [B, 2, h, w] to [B, 2, H, W] (bilinear)."""
+    if tuple(logits.shape[-2:]) == tuple(size):
+        return logits
+    return F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 @torch.inference_mode()

@@ -1,20 +1,17 @@
-"""Segment the objects that sentences refer to in one image."""
+"""``test.py --image``: segment the objects that sentences refer to in one image."""
 
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from bert.tokenization import tokenize
-from data.transforms import preprocess_image, read_image
 from lib.drawing import save_image
-from lib.evaluation import predict
 from lib.files import Kind, check_writable
 from lib.loading import load_for_evaluation
-from lib.visualize import overlay, parse_style
+from lib.predictor import Predictor
+from lib.visualize import parse_style
 from utils import init_distributed
 
 
@@ -34,26 +31,15 @@ def segment_image(args: Any) -> None:
     loaded = load_for_evaluation(args, args.resume)
     for path in chain(*paths):
         check_writable(path, Kind.PNG)
-    image = ImageOps.exif_transpose(read_image(Path(args.image)))  # "left" means left in the image as displayed
-    ids, attention_mask = tokenize(loaded.tokenizer, args.sentence, loaded.cfg.DATA.MAX_TOKENS)
-
     dist = init_distributed(loaded.cfg.DEVICE, tf32=loaded.cfg.TRAIN.TF32)
-    model = loaded.build_model(dist.device)
-    masks = predict(
-        model,
-        preprocess_image(image, loaded.cfg.DATA.IMG_SIZE)[None].to(dist.device),
-        torch.from_numpy(ids.astype(np.int64)).to(dist.device),
-        torch.from_numpy(attention_mask.astype(np.int64)).to(dist.device),
-        size=image.size[::-1],
-        protocol=loaded.protocols[0],
-        batch_size=loaded.cfg.BATCH_SIZE,
-    )
+    results = Predictor.from_loaded(loaded, dist.device)(args.image, args.sentence)
     if dist.is_main:
-        for sentence, mask, (overlay_path, mask_path) in zip(args.sentence, masks.cpu().numpy(), paths, strict=True):
-            save_image(overlay(image, mask, color), overlay_path)
-            save_image(Image.fromarray(mask.astype(np.uint8) * 255), mask_path)
-            beginning = f"{sentence}: mask" if len(paths) > 1 else "Mask"
-            print(f"{beginning} covers {mask.mean():.1%} of the image. Overlay: {overlay_path}. Mask: {mask_path}.")
+        for result, (overlay_path, mask_path) in zip(results, paths, strict=True):
+            save_image(result.overlay(color), overlay_path)
+            save_image(Image.fromarray(result.mask.astype(np.uint8) * 255), mask_path)
+            beginning = f"{result.sentence}: mask" if len(paths) > 1 else "Mask"
+            covered = f"{beginning} covers {result.mask.mean():.1%} of the image"
+            print(f"{covered}. Overlay: {overlay_path}. Mask: {mask_path}.")
 
 
 def output_paths(out: Path, count: int) -> list[tuple[Path, Path]]:

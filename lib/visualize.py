@@ -101,7 +101,7 @@ def overlay(image: Image.Image, mask: np.ndarray, color: Color = PREDICTION_COLO
         raise ValueError(f"The mask has shape {mask.shape}, the image {image.size[::-1]}.")
     area = Image.fromarray(mask.astype(np.uint8) * 255)
     tinted = Image.composite(Image.new("RGB", image.size, color), image, area.point(lambda v: v * TINT // 255))
-    half = max(1, round(max(image.size) / 150))
+    half = max(1, round(min(max(image.size) / 150, min(image.size) / 20)))
     side = 2 * half + 1  # a pixel is inside if the square with this side around it is within the mask and the image
     sums = np.pad(mask, ((half + 1, half), (half + 1, half))).astype(np.int64).cumsum(0).cumsum(1)
     inside = sums[side:, side:] - sums[:-side, side:] - sums[side:, :-side] + sums[:-side, :-side] == side**2

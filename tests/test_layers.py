@@ -15,8 +15,9 @@ LAYERS = (
      "lib.kernels", "lib.precision"},
     {"CrossVLT", "lib.inference", "lib.state_dict", "lib.options", "lib.config", "data"},
     {"lib.rivals", "lib.models", "lib.checkpoint", "lib.criterion", "lib.optim", "lib.metrics", "lib.protocols",
-     "lib.collector", "lib.evaluation", "lib.baselines", "lib.visualize", "lib.engine", "refer.prepare"},
-    {"lib.loading", "lib.report", "lib.segment"},
+     "lib.collector", "lib.evaluation", "lib.baselines", "lib.visualize", "lib.polygons", "lib.engine",
+     "refer.prepare"},
+    {"lib.loading", "lib.predictor", "lib.report", "lib.segment"},
     {"lib.compare"},
 )  # fmt: skip
 # Entry files may import anything (after parsing their arguments). No module imports them.
