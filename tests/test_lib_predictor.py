@@ -1,6 +1,8 @@
 """Predictor: the same mask for all kinds of input, unusual images and sentences, results."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 
@@ -291,6 +293,33 @@ def test_polygons_drawn_by_pycocotools_are_the_mask():
         drawn = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, H, W))) if polygons else 0 * mask
         assert np.array_equal(drawn, ndimage.binary_fill_holes(mask, np.ones((3, 3))))
         assert len(polygons) == ndimage.label(mask)[1]
+
+
+def examples(page):
+    """Return the code of a page that uses the predictor."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
+    return "".join(block for block in blocks if "redictor" in block)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/prediction.md"])
+def test_documented_examples(page, checkpoint, pairs, tmp_path, monkeypatch, capsys):
+    """They run, and those of README print lines of the documented form."""
+    monkeypatch.chdir(tmp_path)
+    for path, original in (
+        ("checkpoints/demo/best.pth", checkpoint),
+        ("refer/data/refshapes/images/refshapes_000001000001.jpg", pairs[0][0]),
+    ):
+        (tmp_path / path).parent.mkdir(parents=True)
+        shutil.copy(original, tmp_path / path)
+    exec(examples(page), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    if page == "README.md":
+        text = (ROOT / page).read_text(encoding="utf-8")
+        documented = re.findall(r"^    (the .*: score .*)$", text, re.MULTILINE)
+        assert [re.sub(r"\d+", "0", line) for line in lines] == [re.sub(r"\d+", "0", line) for line in documented]
+    else:
+        assert (tmp_path / "triangle.png").exists()
 
 
 def test_import_needs_only_packages_of_the_model():
