@@ -153,26 +153,35 @@ def expression_panel(
     Raises:
         ValueError: the target has another size than the image.
     """
+    cells, map_rows = mask_cells(image, target, predictions, style), []
+    for cell, prediction in zip(cells[1:], predictions, strict=True):
+        if prediction.maps is not None:
+            suffix, tag = (f", {prediction.name}", cell.color) if len(predictions) > 1 else ("", None)
+            resized = image.resize(cell.image.size, Image.Resampling.LANCZOS)
+            heats = [heat_overlay(resized, values, *style.scale) for values in prediction.maps]
+            map_rows.append([Cell(f"stage {stage}{suffix}", heat, tag) for stage, heat in enumerate(heats, 1)])
+    return panel(image, cells, sentence, note, map_rows=map_rows, scale=style.scale)
+
+
+def mask_cells(
+    image: Image.Image, target: np.ndarray, predictions: Sequence[Prediction], style: Style = DEFAULT_STYLE
+) -> list[Cell]:
+    """Return the image with the target mask, and with each prediction. Arguments: see :func:`expression_panel`."""
     if target.shape != image.size[::-1]:
         raise ValueError(f"The target has shape {target.shape}, the image {image.size[::-1]}.")
     size = _fit(image.size, OVERSAMPLING * CELL)
     resized = image.resize(size, Image.Resampling.LANCZOS)
-    with_names = len(predictions) > 1
 
     def draw_mask(mask: np.ndarray, color: Color) -> Image.Image:
         fitted = Image.fromarray(mask.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
         return overlay(resized, np.asarray(fitted, dtype=bool), color)
 
-    cells, map_rows = [Cell("ground truth", draw_mask(target, TARGET_COLOR), TARGET_COLOR)], []
+    cells = [Cell("ground truth", draw_mask(target, TARGET_COLOR), TARGET_COLOR)]
     for i, prediction in enumerate(predictions):
         color = style.colors[i % len(style.colors)]
-        title = prediction.name if with_names else "prediction"
+        title = prediction.name if len(predictions) > 1 else "prediction"
         cells.append(Cell(title, draw_mask(prediction.mask, color), color, f"IoU {prediction.iou:.2f}"))
-        if prediction.maps is not None:
-            suffix, tag = (f", {prediction.name}", color) if with_names else ("", None)
-            heats = [heat_overlay(resized, values, *style.scale) for values in prediction.maps]
-            map_rows.append([Cell(f"stage {stage}{suffix}", heat, tag) for stage, heat in enumerate(heats, 1)])
-    return panel(image, cells, sentence, note, map_rows=map_rows, scale=style.scale)
+    return cells
 
 
 def panel(

@@ -3,7 +3,7 @@
 Shapes: S seeds, n expressions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,17 @@ class ModelResults(NamedTuple):
     def metrics(self) -> list[dict[str, float]]:
         """Return the metrics of each seed in percent."""
         return [compute_metrics(counts_of(lines)) for lines in self.lines]
+
+
+def pool(results: Mapping[str, Sequence[ModelResults]]) -> list[ModelResults]:
+    """Return the results of each model on the expressions of all splits."""
+    pooled = []
+    for of_model in zip(*results.values(), strict=True):
+        lines = [
+            [line for part in parts for line in part] for parts in zip(*(of.lines for of in of_model), strict=True)
+        ]
+        pooled.append(ModelResults(of_model[0].name, lines, np.concatenate([of.ious for of in of_model], axis=1)))
+    return pooled
 
 
 def result_files(

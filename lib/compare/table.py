@@ -93,7 +93,7 @@ def cells(rows: Sequence[Row]) -> list[list[str]]:
         if row.difference:
             difference = [_signed(row.difference.value), _interval(row.difference), _p_value(row.p_corrected)]
         if row.cost:
-            cost = [f"{row.cost.parameters / 1e6:.4g}", f"{row.cost.gflop:.4g}", f"{row.cost.ms:.3g}"]
+            cost = [f"{row.cost.parameters / 1e6:.4g}", f"{row.cost.gflop:.4g}", f"{row.cost.ms:.1f}"]
         table.append(
             [
                 row.split if row.split != previous else "",

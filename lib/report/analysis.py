@@ -176,7 +176,7 @@ def evaluate_masks(results: Results, gt_mask: str, get_refer: Callable[[str, str
         resized = functools.cache(functools.partial(resize_mask, full_size))
         for line in group:
             where = f"{results.path}: sent_id {line['sent_id']}"
-            predicted = _stored_mask(line, where)
+            predicted = stored_mask(line, where)
             is_resized = results.protocols[line["protocol"]].get("eval_size") == "resized"
             target = resized(len(predicted)) if is_resized else full_size
             if target.shape != predicted.shape or image_id != line["image_id"]:
@@ -192,7 +192,7 @@ def evaluate_masks(results: Results, gt_mask: str, get_refer: Callable[[str, str
     return results._replace(protocols=protocols, lines=lines)
 
 
-def _stored_mask(line: Line, where: str) -> np.ndarray:
+def stored_mask(line: Line, where: str) -> np.ndarray:
     """Return the predicted mask, bool [H, W]. UserError: there is none, or it is corrupt."""
     if line.get("mask") is None:
         raise UserError(f"{where} has no stored mask. Write the file again with test.py --predictions.")
