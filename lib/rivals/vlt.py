@@ -1,7 +1,7 @@
 """VLT-style network: two separate encoders, late fusion, and a transformer with queries made from the sentence.
 
 After "VLT: Vision-Language Transformer and Query Generation for Referring Segmentation" (TPAMI 2023), on the Swin and
-BERT of this project. docs/comparison.md states which parts are VLT's and which are choices of this project.
+BERT of this project. docs/vlt.md states which parts are VLT's and which are choices of this project.
 
 Shapes: B batch size, H×W image size, N tokens, T text width, D = align_dim, Q = 16 queries. Vision stage i = 0…3 has
 C = embed_dim·2^i channels; h×w = H/16 × W/16 is the size of the map of stage 2, on which the network works.
