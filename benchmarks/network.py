@@ -42,7 +42,7 @@ def describe(cfg: CfgNode) -> str:
     """Return type, image size and sentence length."""
     model, changed = cfg.MODEL, "" if not cfg.MODEL.EMBED_DIM else f" with {cfg.MODEL.EMBED_DIM} channels"
     network, size = variants.MODELS[model.NAME].title, cfg.DATA.IMG_SIZE
-    return f"{network} {model.SWIN_TYPE}{changed}, {size}×{size}, {variants.MAX_TOKENS} tokens"
+    return f"{network} {model.SWIN_TYPE}{changed}, {size}×{size}, {cfg.DATA.MAX_TOKENS} tokens"
 
 
 def build_network(cfg: CfgNode, device: "torch.device") -> "nn.Module":
@@ -80,18 +80,18 @@ def for_inference(
 def random_inputs(
     cfg: CfgNode, batch_size: int, device: "torch.device", *, sentences: int = 1
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
-    """Return random inputs of the network, with sentences of 21 tokens without padding.
+    """Return random inputs of the network, with the longest sentences, without padding.
 
     Args:
         batch_size: B, the number of expressions.
         sentences: the number of expressions of each image; a divisor of B.
 
     Returns:
-        images [B / sentences, 3, S, S], and input_ids and attention_mask [B, 21].
+        images [B / sentences, 3, S, S], and input_ids and attention_mask [B, N].
     """
     import torch
 
     size = cfg.DATA.IMG_SIZE
     images = torch.randn(batch_size // sentences, 3, size, size, device=device)
-    input_ids = torch.randint(5, cfg.MODEL.VOCAB_SIZE, (batch_size, variants.MAX_TOKENS), device=device)
+    input_ids = torch.randint(5, cfg.MODEL.VOCAB_SIZE, (batch_size, cfg.DATA.MAX_TOKENS), device=device)
     return images, input_ids, torch.ones_like(input_ids)

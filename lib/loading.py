@@ -117,7 +117,7 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
         check_preprocessing(preprocessing, checkpoint.path)
         base |= {"DATA.IMG_SIZE": preprocessing["img_size"], "DATA.MAX_TOKENS": preprocessing["max_tokens"]}
     cfg, given = config.load_config(args, base)
-    checkpoint.check_network(cfg.MODEL.NAME, hint=f"Drop {given.get(config.NAME_KEY)} or pass another checkpoint.")
+    checkpoint.check_network(cfg.MODEL.NAME, hint=f"Pass --model {checkpoint.model_name}, or another checkpoint.")
     checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
     if args.vis_maps and not checkpoint.network.alignment_only:
         title = MODELS[checkpoint.model_name].title

@@ -191,7 +191,7 @@ OPTIONS = (
     Option(
         "MODEL.MHA",
         "",
-        "heads of LAVT's fusion in the four stages, such as 2-4-8-16 (default: 1-1-1-1)",
+        "heads of LAVT's fusion in the four stages, such as 2-4-8-16 (default: 1-1-1-1, or those of --init_from)",
         "--mha",
         metavar="A-B-C-D",
         models=("lavt", "lavt_one"),

@@ -36,7 +36,7 @@ def test_the_name_of_settings_is_the_one_chosen_by_flags():
 @pytest.mark.parametrize(
     ("names", "switches", "message"),
     [
-        ("papr", {}, "--protocol papr: choose from paper, original. Did you mean paper?"),
+        ("papr", {}, "--protocol papr: choose from paper, original, lavt. Did you mean paper?"),
         (" ,", {}, "contains no name"),
         ("paper", {"gt_mask": "hole"}, "--gt_mask hole: choose one of paper, union"),
         ("paper", {"eval_size": "480"}, "--eval_size 480: choose one of resized, original"),

@@ -86,7 +86,11 @@ def load_recipe(args: Any, cfg: CfgNode, given: dict[str, str]) -> tuple[CfgNode
     set_encoder_sizes(cfg, given, pretrained[1])
     initial = read_checkpoint(cfg.PRETRAINED.INIT_FROM) if cfg.PRETRAINED.INIT_FROM and not resumed else None
     if initial is not None:
-        initial.check_network(cfg.MODEL.NAME, hint=f"Pass --model {initial.model_name} or another checkpoint.")
+        initial.check_network(cfg.MODEL.NAME, hint=f"Pass --model {initial.model_name}, or another checkpoint.")
+        heads = initial.model_config.get("mha", "")  # visible in no shape
+        if cfg.MODEL.MHA not in ("", heads):
+            raise UserError(f"{initial.path} was trained with mha {heads}, not {cfg.MODEL.MHA}. Drop --mha.")
+        cfg.MODEL.MHA = heads
     checkpoint = resumed or initial
     if cfg.PRETRAINED.DDP_TRAINED and "PRETRAINED.DDP_TRAINED" in given:
         if checkpoint is None:

@@ -20,7 +20,7 @@ from lib.files import Kind, check_writable, write_text
 from lib.loading import LoadedCheckpoint, load_for_evaluation, start_evaluation
 from lib.metrics import METRIC_NAMES, compute_metrics
 from lib.report.intervals import intervals
-from lib.report.published import DOUBTFUL_NOTE, PublishedRow, choose_rows, find_checkpoints
+from lib.report.published import DOUBTFUL_NOTE, PUBLISHED, PublishedRow, choose_rows, find_checkpoints
 from lib.report.results import ResultFile, counts_of, read_results
 from lib.tables import latex_document, to_latex, to_markdown, to_text
 from refer.refer import REFER
@@ -63,16 +63,19 @@ def reproduce_table(args: Any) -> None:
         UserError: no row matches the flags, no row can be measured, or a file cannot be written.
     """
     flags, folder = vars(args), Path(args.table_dir)
-    checkpoints = find_checkpoints(args.checkpoints)
-    published = choose_rows(flags.get("DATA.NAME"), flags.get("DATA.SPLIT_BY"), flags.get("DATA.SPLIT"))
+    # The published numbers are those of one network. Checkpoints of another one are not measured.
+    model = config.load_config(_with_dataset(args, PUBLISHED[0]))[0].MODEL.NAME
+    flags[config.NAME_KEY] = model
+    published = choose_rows(flags.get("DATA.NAME"), flags.get("DATA.SPLIT_BY"), flags.get("DATA.SPLIT"), model)
+    checkpoints = find_checkpoints(args.checkpoints, model)
     cfg, _ = config.load_config(_with_dataset(args, published[0]))
     check_packed(cfg.DATA.PACKED, *((row.dataset, row.split_by, row.split) for row in published))
     rows = []
     with start_evaluation(cfg, keeps_results=True) as setup:
         on_main(lambda: check_writable(folder / "table.md", Kind.TEXT))
-        for dataset in dict.fromkeys(row.dataset for row in published):
-            of_dataset = [row for row in published if row.dataset == dataset]
-            rows += _measure_dataset(of_dataset, checkpoints.get(dataset), args, setup)
+        for name in dict.fromkeys(row.checkpoint_name for row in published):
+            of_checkpoint = [row for row in published if row.checkpoint_name == name]
+            rows += _measure_dataset(of_checkpoint, checkpoints.get(name), args, setup)
         paths = on_main(lambda: write_tables(rows, folder))
         if setup.dist.is_main:
             for protocol in dict.fromkeys(row.protocol for row in rows if row.protocol):
@@ -90,10 +93,10 @@ def _with_dataset(args: Any, row: PublishedRow) -> Any:
 def _measure_dataset(
     published: Sequence[PublishedRow], checkpoint: Path | None, args: Any, setup: EvalSetup
 ) -> list[MeasuredRow]:
-    """Evaluate the rows of one dataset, or read those that an earlier run has evaluated."""
+    """Evaluate the rows of one dataset and splitBy, or read those that an earlier run has evaluated."""
     first = published[0]
     if checkpoint is None:
-        reason = f"no checkpoint for {first.dataset} in {args.checkpoints}"
+        reason = f"no checkpoint for {first.checkpoint_name} in {args.checkpoints}"
         return [MeasuredRow(row, reason=reason) for row in published]
 
     def load() -> tuple[LoadedCheckpoint, REFER]:
@@ -260,6 +263,6 @@ def _notes(rows: list[MeasuredRow], protocol: str) -> list[str]:
     precisions = dict.fromkeys(row.precision for row in shown if row.precision)
     if precisions:
         notes.append(f"Our numbers were computed in {', '.join(precisions)}.")
-    if protocol != "paper":
+    if any(protocol != row.published.protocol for row in shown):
         notes.append("The paper uses another protocol, so differences come from both protocol and model.")
     return notes + [f"{row.published.title}: {row.reason}" for row in shown if row.reason]
