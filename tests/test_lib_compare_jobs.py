@@ -66,7 +66,7 @@ def test_a_failed_run_does_not_stop_the_others(tmp_path):
 def test_a_signal_lets_the_commands_save_their_state(tmp_path):
     runs = [FakeRun(name, tmp_path, (STOPPABLE,)) for name in "ab"]
     started = f"all(__import__('os').path.exists({str(tmp_path)!r} + f'/{{name}}.started') for name in 'ab')"
-    interrupt = f"import os, time\nwhile not {started}: time.sleep(0.02)\nos.kill({os.getpid()}, {int(signal.SIGINT)})"
+    interrupt = f"import os, time\nwhile not {started}: time.sleep(0.02)\nos.kill({os.getpid()}, {int(signal.SIGTERM)})"
     with pytest.raises(StoppedError, match="Run the same command again to continue"):
         execute([*runs, FakeRun("interrupt", tmp_path, (interrupt,))], jobs=3)
     assert all((tmp_path / f"{name}.saved").exists() for name in "ab")

@@ -15,7 +15,7 @@ from lib.report.intervals import intervals
 from lib.report.summary import Summary, metrics_table
 from refer.refer import REFER
 
-BOTH = list(PROTOCOLS.values())
+BOTH = [PROTOCOLS["paper"], PROTOCOLS["original"]]
 SETTINGS = {
     "dataset": "refshapes", "split_by": "unc", "checkpoint": "a.pth", "img_size": 64, "shuffle_sentences": False,
     "precision": "float32",
