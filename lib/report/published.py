@@ -71,6 +71,13 @@ DOUBTFUL_NOTE = (
 )
 
 
+def rows_of(model: str) -> tuple[PublishedRow, ...]:
+    """Return the published rows of a network. UserError: there are none."""
+    if model not in TABLES:
+        raise UserError(f"--table has no published rows of --model {model}. Choose one of {', '.join(TABLES)}.")
+    return TABLES[model]
+
+
 def choose_rows(
     dataset: str | None, split_by: str | None, splits: str | None, model: str = "crossvlt"
 ) -> list[PublishedRow]:
@@ -83,16 +90,14 @@ def choose_rows(
     Raises:
         UserError: no row matches, or none of the matching rows has one of the splits.
     """
-    if model not in TABLES:
-        raise UserError(f"--table has no published rows of --model {model}. Choose one of {', '.join(TABLES)}.")
-    rows = [row for row in TABLES[model] if dataset in (None, row.dataset) and split_by in (None, row.split_by)]
+    rows = [row for row in rows_of(model) if dataset in (None, row.dataset) and split_by in (None, row.split_by)]
     names = [name.strip() for name in (splits or "all").split(",") if name.strip()]
     for name in names:
         if name != "all" and name not in [row.split for row in rows]:
             raise UserError(f"--table: no published row has split {name!r} with this --dataset and --splitBy.")
     rows = [row for row in rows if "all" in names or row.split in names]
     if not rows:
-        existing = ", ".join(dict.fromkeys(f"{row.dataset} ({row.split_by})" for row in TABLES[model]))
+        existing = ", ".join(dict.fromkeys(f"{row.dataset} ({row.split_by})" for row in rows_of(model)))
         raise UserError(f"--table has rows of {existing}, but none with this --dataset and --splitBy.")
     return rows
 
@@ -109,7 +114,7 @@ def find_checkpoints(source: str | Path, model: str = "crossvlt") -> dict[str, P
         MissingFileError, UserError: there is no such folder or file, it names an unknown dataset or a missing file, or
             it contains no checkpoint.
     """
-    source, datasets = Path(source), list(dict.fromkeys(row.checkpoint_name for row in TABLES[model]))
+    source, datasets = Path(source), list(dict.fromkeys(row.checkpoint_name for row in rows_of(model)))
     if source.is_dir():
         found: dict[str, Path] = {}
         for name in datasets:

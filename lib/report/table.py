@@ -66,8 +66,8 @@ def reproduce_table(args: Any) -> None:
     # The published numbers are those of one network. Checkpoints of another one are not measured.
     model = config.load_config(_with_dataset(args, PUBLISHED[0]))[0].MODEL.NAME
     flags[config.NAME_KEY] = model
-    published = choose_rows(flags.get("DATA.NAME"), flags.get("DATA.SPLIT_BY"), flags.get("DATA.SPLIT"), model)
     checkpoints = find_checkpoints(args.checkpoints, model)
+    published = choose_rows(flags.get("DATA.NAME"), flags.get("DATA.SPLIT_BY"), flags.get("DATA.SPLIT"), model)
     cfg, _ = config.load_config(_with_dataset(args, published[0]))
     check_packed(cfg.DATA.PACKED, *((row.dataset, row.split_by, row.split) for row in published))
     rows = []
