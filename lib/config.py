@@ -132,8 +132,9 @@ def load_config(args: argparse.Namespace, base: dict[str, Any] | None = None) ->
         given[key] = path
     for option in OPTIONS:
         if option.key in vars(args):
-            _set(cfg, option.key, getattr(args, option.key), option.flag_names[-1])
-            given[option.key] = option.flag_names[-1]
+            value = getattr(args, option.key)
+            given[option.key] = option.flag_names[0 if value is True else -1]  # --alignment or --no_alignment
+            _set(cfg, option.key, value, given[option.key])
     for option in OPTIONS:
         source = given.get(option.key, "saved configuration")
         option.check(lookup(cfg, option.key), source if source in option.flag_names else f"{source}: {option.key}")

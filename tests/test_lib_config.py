@@ -202,6 +202,52 @@ def test_published_recipes_are_the_defaults(name):
     assert changed <= {"DATA.NAME", "DATA.SPLIT_BY", "TRAIN.GLOBAL_BATCH"}
 
 
+LAVT = {
+    "DATA.MAX_TOKENS": 20, "TRAIN.LR": 5e-5, "TRAIN.SEGMENTATION_WEIGHT": 1.0, "TRAIN.ALIGNMENT": False,
+    "MODEL.TEXT_LAYERS": 12,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "published"), [("lavt", {**LAVT, "MODEL.TEXT_DROPOUT": 0.0}), ("lavt_one", LAVT)])
+def test_a_network_brings_its_published_defaults(tmp_path, name, published):
+    defaults = config.flatten(config.DEFAULTS)
+    for flags in (("--model", name), ("--model", name, "--cfg", ROOT / "configs" / "refcoco.yaml")):
+        changed = {key: value for key, value in config.flatten(resolved(*flags)[0]).items() if value != defaults[key]}
+        assert changed.pop("TRAIN.GLOBAL_BATCH", 12) == 12
+        changed.pop("DATA.SPLIT_BY")
+        assert changed == {"MODEL.NAME": name, **published}
+    (tmp_path / "c.yaml").write_text(f"MODEL: {{NAME: {name}, TEXT_DROPOUT: 0.3}}\nTRAIN: {{LR: 1e-4}}")
+    cfg, _ = resolved("--cfg", tmp_path / "c.yaml", "--segmentation_weight", 2, base={"DATA.MAX_TOKENS": 9})
+    train = cfg.TRAIN
+    assert (train.LR, train.SEGMENTATION_WEIGHT, train.ALIGNMENT) == (1e-4, 2.0, False)
+    assert (cfg.MODEL.TEXT_DROPOUT, cfg.MODEL.TEXT_LAYERS, cfg.DATA.MAX_TOKENS) == (0.3, 12, 9)
+    assert resolved("--cfg", tmp_path / "c.yaml", "--model", "crossvlt")[0].TRAIN.ALIGNMENT is True
+
+
+def test_the_recipe_of_lavt():
+    cfg, _ = resolved("--cfg", ROOT / "configs" / "lavt.yaml")
+    assert (cfg.MODEL.NAME, config.divide_batch(cfg, {}, world_size=4), cfg.TRAIN.GLOBAL_BATCH) == ("lavt", 1, 32)
+
+
+def test_settings_of_another_network_are_mistakes(tmp_path):
+    (tmp_path / "c.yaml").write_text("MODEL: {FUSION: late, ALIGN_DIM: 32}")
+    for flags, message in (
+        (["--model", "lavt", "--alignment"], "--alignment does not apply to LAVT (--model lavt), only to crossvlt."),
+        (["--model", "lavt_one", "--cfg", tmp_path / "c.yaml"], "MODEL.FUSION of .* does not apply to LAVT"),
+        (["--mha", "2-4-8-16"], "--mha does not apply to CrossVLT (--model crossvlt), only to lavt, lavt_one"),
+    ):
+        pattern = message.replace("(", r"\(").replace(")", r"\)")
+        with pytest.raises(UserError, match=pattern):
+            resolved(*flags)
+    cfg, _ = resolved("--cfg", tmp_path / "c.yaml", "--model", "lavt", "--fusion", "cross", "--mha", "2-4-8-16")
+    keywords = config.model_keywords(cfg, 0)  # a file may contain sizes that a network does not have
+    assert keywords["mha"] == "2-4-8-16"
+    assert not {"fusion", "align_dim"} & set(keywords)
+    (tmp_path / "d.yaml").write_text("MODEL: {NAME: lavtt}")
+    with pytest.raises(UserError, match=r"MODEL\.NAME 'lavtt': choose one of crossvlt, lavt"):
+        resolved("--cfg", tmp_path / "d.yaml")
+
+
 def test_variants_of_the_published_recipe_change_one_option():
     published = config.flatten(resolved("--cfg", ROOT / "configs" / "published.yaml")[0])
     for name, differing in {"one_24gb_gpu": {"TRAIN.GRAD_CHECKPOINT": True}, "bf16": {"TRAIN.AMP": "bf16"}}.items():
