@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL
+from fake_gpu import GPU, fake_gpu, move_to_gpu
 from golden_cases import check_golden_updates, golden_inputs, golden_value, set_golden_weights, without_dropout
 from torch import nn
 
@@ -17,7 +18,7 @@ from lib.fusion import PositionwiseConv, padding_bias
 from lib.inference import prepare
 from lib.models import NETWORKS
 from lib.optim import build_lr_scheduler, build_optimizer, group_parameter_names, names_without_gradient
-from lib.precision import build_scaler
+from lib.precision import autocast, build_scaler
 from lib.rivals.lavt import build_lavt
 from lib.rivals.lavt_layers import PixelWordAttention
 from lib.vision_encoder import SwinBlock
@@ -251,6 +252,25 @@ def test_the_fusion_stays_in_float32_in_mixed_precision(model, small_inputs):
             found = fusion(x, words, bias)
     assert found.dtype == torch.float32
     assert (found - expected).abs().mean() < 0.05 * expected.std()
+
+
+@pytest.mark.parametrize(("amp", "training"), [("off", False), ("bf16", False), ("bf16", True)])
+def test_on_a_gpu(small_lavt, monkeypatch, amp, training):
+    """No operation works on CPU tensors, and the host never waits for the GPU."""
+    model = small_lavt(mha="1-2-2-4").train(training)
+    with fake_gpu(monkeypatch) as watched:
+        move_to_gpu(model)
+        images, ids = torch.ones(2, 3, 64, 64, device=GPU), torch.ones(2, 7, dtype=torch.long, device=GPU)
+        masks = torch.ones(2, 64, 64, dtype=torch.long, device=GPU)
+        with watched() as watch:
+            with autocast(amp, GPU):
+                output = model(images, ids, torch.ones_like(ids))
+            if training:
+                CrossVLTCriterion(alignment=False, segmentation_weight=1.0)(output, masks)
+            else:
+                output = prepare(model, amp=amp)(images, ids, torch.ones_like(ids))
+    assert (watch.fetches, watch.uploads) == (0, 0)
+    assert output.mask_logits.device == GPU
 
 
 def test_checkpointing_keeps_the_gradients(small_lavt, small_inputs):
