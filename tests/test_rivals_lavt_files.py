@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 
 import pytest
 import torch
@@ -201,6 +202,32 @@ def test_evaluation_of_a_released_file(lavt_config, small_config, folders, run_h
         failed = run_here("test.py", "--cfg", cfg, "--resume", path, *flags)
         assert failed.status == 2
         assert message in failed.err
+
+
+def test_lavts_table(folders, refshapes_root, run_here, tmp_path):
+    """Rows of LAVT's paper with a checkpoint under its released name; another network's checkpoint is refused."""
+    root, source = tmp_path / "data", refshapes_root / "refshapes"
+    (root / "images/mscoco/images").mkdir(parents=True)
+    (root / "images/mscoco/images/train2014").symlink_to(source / "images")
+    (root / "refcocog").mkdir()
+    shutil.copy(source / "instances.json", root / "refcocog")
+    shutil.copy(source / "refs(unc).p", root / "refcocog" / "refs(google).p")
+    trained = rebuild(read_checkpoint(folders[0] / "checkpoints" / "run" / "best.pth"))
+    released(tmp_path / "gref_google.pth", trained, "lavt", mha="1-1-2-2")
+    flags = ["--checkpoints", tmp_path, "--refer_data_root", root, "--bert_tokenizer", source, "--device", "cpu"]
+    flags += ["--table_dir", tmp_path / "table", "-j", 0]
+    done = run_here("test.py", "--table", "--model", "lavt", *flags, check=True)
+    assert "lavt protocol" in done.out
+    assert "paper uses another protocol" not in done.out
+    assert "RefCOCO val: no checkpoint for refcoco in" in done.out
+    entries = json.loads((tmp_path / "table" / "table.json").read_text())
+    measured = [entry for entry in entries if entry["ours"]]
+    assert [(entry["title"], entry["protocol"]) for entry in measured] == [("G-Ref (google) val", "lavt")]
+    assert measured[0]["difference"]["oIoU"] == measured[0]["ours"]["oIoU"] - 60.50
+    (tmp_path / "gref_google.pth").rename(tmp_path / "refcocog.pth")
+    failed = run_here("test.py", "--table", *flags)
+    assert failed.status == 2
+    assert "is a checkpoint of LAVT, not of CrossVLT. Pass --model lavt, or another checkpoint" in failed.err
 
 
 def test_initial_weights_determine_the_heads(lavt_config, folders, run_here, tmp_path):
