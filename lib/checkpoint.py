@@ -27,7 +27,6 @@ import argparse
 import re
 import reprlib
 import shutil
-import warnings
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,13 +34,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from lib.errors import MissingFileError, UserError
-from lib.files import atomic_write, protect
-from lib.models import NETWORKS, Network, network_of, recognize, titles
+from lib.errors import UserError
+from lib.files import atomic_write
+from lib.models import NETWORKS, Network, name_of, network_of, recognize, titles
+from lib.safe_load import load_safely, verify_checksums
 from lib.state_dict import (
     PREFIX,
     StateDict,
@@ -173,8 +171,7 @@ def read_checkpoint(path: str | Path, hint: str = RELEASED_HINT) -> Checkpoint:
         UserError: the file is corrupt, contains another class or tensors without values, or has no state dict.
     """
     path = Path(path)
-    content = _load_file(path, hint)
-    _check_tensors(content, path)
+    content = load_safely(path, [argparse.Namespace], hint)
     form, parts, extra = "inference", [content], {}
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
         form = "training" if "model_config" in content else "released training"
@@ -184,7 +181,7 @@ def read_checkpoint(path: str | Path, hint: str = RELEASED_HINT) -> Checkpoint:
         if not isinstance(part, dict) or not part or not all(map(_is_entry, part.items())):
             raise UserError(f"{path} contains no state dict of tensors.")
     if form == "training" and zipfile.is_zipfile(path):
-        _verify_checksums(path)
+        verify_checksums(path)
     state_dict, *bert = (repair_keys(part, ()) for part in parts)
     if bert:  # the earlier of the two forms in which LAVT was released
         state_dict, extra["model_name"] = join_bert(state_dict, *bert), "lavt"
@@ -193,61 +190,6 @@ def read_checkpoint(path: str | Path, hint: str = RELEASED_HINT) -> Checkpoint:
 
 def _is_entry(item: tuple[Any, Any]) -> bool:
     return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
-
-
-def _load_file(path: Path, hint: str) -> Any:
-    if path.is_dir():
-        raise MissingFileError(f"{path} is a folder, not a checkpoint file.")
-    if not path.is_file():
-        raise MissingFileError(f"Checkpoint file {path} does not exist. {hint}")
-    protect(path)
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # warnings about files of other programs, which are rejected below
-            # Mapped files share their memory among the processes of a machine. Old files are not archives.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except SafetensorError as error:
-        raise UserError(f"{path} is corrupt or not a safetensors file: {error}.") from error
-    except Exception as error:  # torch.load raises many classes for corrupt or other files
-        unsafe_class = re.search(r"GLOBAL (\S+)", str(error))
-        if unsafe_class:
-            raise UserError(
-                f"{path} is rejected: it contains an object of class {unsafe_class[1]}, which could execute any code "
-                "when it is loaded."
-            ) from error
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
-        if "weights_only" in str(error):  # PyTorch suggests disabling it, which would execute code from the file
-            reason = "unknown format"
-        raise UserError(f"{path} is corrupt or not a PyTorch file: {reason}.") from error
-
-
-def _check_tensors(content: Any, path: Path) -> None:
-    """Raise a UserError unless all tensors in (nested) lists and dicts are dense and have values."""
-    remaining, visited = [("", content)], set()
-    while remaining:
-        name, item = remaining.pop()
-        if isinstance(item, torch.Tensor):
-            if item.layout != torch.strided or item.device.type != "cpu" or item.is_quantized:
-                kind = "quantized" if item.is_quantized else str(item.layout).removeprefix("torch.")
-                kind = "without values" if item.device.type == "meta" else kind
-                raise UserError(f"{path} is rejected: its entry {name} is a tensor of an unsupported kind ({kind}).")
-        elif isinstance(item, dict | list | tuple) and id(item) not in visited:
-            visited.add(id(item))
-            entries = item.items() if isinstance(item, dict) else enumerate(item)
-            remaining += [(f"{name}.{key}".lstrip("."), value) for key, value in entries]
-
-
-def _verify_checksums(path: Path) -> None:
-    """Verify the checksums written by torch.save. torch.load ignores them and would load a corrupt weight."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            corrupt = archive.testzip()
-    except Exception as error:  # corruption in the archive's index can cause any error
-        raise UserError(f"{path} is corrupt: {error}.") from error
-    if corrupt is not None:
-        raise UserError(f"{path} is corrupt: wrong checksum of its entry {corrupt}.")
 
 
 def load_weights(model: nn.Module, path: str | Path | Checkpoint) -> Checkpoint:
@@ -261,6 +203,8 @@ def load_weights(model: nn.Module, path: str | Path | Checkpoint) -> Checkpoint:
         MissingFileError, UserError: see :func:`read_checkpoint`. UserError also if keys or shapes do not fit the model.
     """
     checkpoint = path if isinstance(path, Checkpoint) else read_checkpoint(path)
+    if recognize(checkpoint.state_dict):
+        checkpoint.check_network(name_of(model), hint="Build that network, or pass another file.")
     load_strictly(model, checkpoint.state_dict, str(checkpoint.path))
     return checkpoint
 

@@ -104,9 +104,14 @@ NETWORKS = {
 }  # fmt: skip
 
 
+def name_of(model: nn.Module) -> str:
+    """Return a name of a model's network; of ``lavt`` and ``lavt_one``, the latter. The model must not be wrapped."""
+    return next(name for name, entry in NETWORKS.items() if isinstance(model, entry.network))
+
+
 def network_of(model: nn.Module) -> Network:
-    """Return the entry of a model, which must not be wrapped."""
-    return next(entry for entry in NETWORKS.values() if isinstance(model, entry.network))
+    """Return the entry of a model's network."""
+    return NETWORKS[name_of(model)]
 
 
 def recognize(keys: Iterable[str]) -> str | None:

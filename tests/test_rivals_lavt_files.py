@@ -11,7 +11,7 @@ from golden_cases import set_golden_weights
 from PIL import Image
 from test_lib_checkpoint import bert_file, swin_file, with_index_buffers
 
-from lib.checkpoint import describe, load_pretrained, read_checkpoint, rebuild, save_checkpoint
+from lib.checkpoint import describe, load_pretrained, load_weights, read_checkpoint, rebuild, save_checkpoint
 from lib.errors import UserError
 from lib.report.published import TABLES, choose_rows, find_checkpoints
 from lib.report.results import read_results
@@ -117,6 +117,8 @@ def test_files_of_another_network_are_refused_by_name(tmp_path, small_model):
     for name in ("lavt", "lavt_one"):
         with pytest.raises(UserError, match=r"c\.pth is a checkpoint of CrossVLT, not of LAVT"):
             read_checkpoint(tmp_path / "c.pth").check_network(name, hint="")
+    with pytest.raises(UserError, match=r"c\.pth is a checkpoint of CrossVLT, not of LAVT"):
+        load_weights(small_lavt(), tmp_path / "c.pth")
     save_checkpoint(tmp_path / "d.pth", {"model": small_model().state_dict(), "model_config": {}, "model_name": "lavt"})
     with pytest.raises(UserError, match=r"model_name is 'lavt', but its weights are those of CrossVLT"):
         _ = read_checkpoint(tmp_path / "d.pth").model_config
