@@ -12,6 +12,7 @@ from torch import nn
 
 from bert.language_encoder import LanguageStage1, VisionToLanguageStage, bert_config, initialize_language
 from lib.fusion import FUSION_LAYERS, padding_bias
+from lib.network import SegmentationNetwork
 from lib.seg_decoder import SegDecoder
 from lib.variants import BERT_VOCAB_SIZE, FUSIONS, NUM_STAGES, check_rates, complete_sizes, drop_path_rates
 from lib.vision_encoder import VisionStage, check_image_size, initialize_vision
@@ -24,7 +25,7 @@ class CrossVLTOutput(NamedTuple):
     similarities: tuple[torch.Tensor, ...] | None  # one map [B, 1, h, w] per stage; None unless requested
 
 
-class CrossVLT(nn.Module):
+class CrossVLT(SegmentationNetwork):
     """The network of the paper's figure 2. Use :func:`build_crossvlt` to build it.
 
     Args:
@@ -40,40 +41,12 @@ class CrossVLT(nn.Module):
         self.lang_stage1, self.lang_stage2, self.lang_stage3, self.lang_stage4 = language_stages
         self.classifier = decoder
         self.temp = nn.Parameter(torch.ones(NUM_STAGES))  # temperature of each stage's similarity map
-        self.config: dict = {}  # arguments of build_crossvlt, defaults included; saved in checkpoints
-
-    def forward(
-        self,
-        images: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        *,
-        return_similarities: bool | None = None,
-    ) -> CrossVLTOutput:
-        """Segment the object that each sentence refers to.
-
-        Args:
-            images: [B, 3, H, W], normalized, in the model's dtype; H or W must be more than 32.
-            input_ids: [B, N] token ids, [CLS] first, padded with 0.
-            attention_mask: [B, N], 1 on tokens and 0 on padding.
-            return_similarities: whether to compute the similarity maps of the alignment losses. None: only in training
-                mode.
-
-        Raises:
-            ValueError: the images are too small.
-        """
-        return self.segment(
-            self.encode_images(images),
-            input_ids,
-            attention_mask,
-            size=images.shape[-2:],
-            return_similarities=return_similarities,
-        )
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Apply the first stage's Swin blocks: [B, 3, H, W] → [B, H/4, W/4, C].
 
-        The result depends only on the image, so evaluation computes it once for all sentences of an image.
+        The result depends only on the image, so evaluation computes it once for all sentences of an image. H or W must
+        be more than 32.
         """
         check_image_size(*images.shape[-2:])
         return self.backbone[0].encode(images)
@@ -124,12 +97,6 @@ class CrossVLT(nn.Module):
         Each has ``layer``, its BERT layers, and ``proj``, the projection to the alignment space.
         """
         return self.lang_stage1.encoder, self.lang_stage2, self.lang_stage3, self.lang_stage4
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable gradient checkpointing in both encoders. The gradients stay the same."""
-        for part in self.modules():
-            if hasattr(part, "grad_checkpointing"):
-                part.grad_checkpointing = enable
 
     def blocks(self) -> list[nn.Module]:
         """Return the Swin blocks and BERT layers of both encoders, which torch.compile compiles separately."""
@@ -223,6 +190,6 @@ def build_crossvlt(
         "drop_path_rate": drop_path_rate,
         "fusion": fusion,
         "text_dropout": text_dropout,
-        **{name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()},
+        **sizes,
     }
     return model

@@ -11,8 +11,8 @@ from torch import nn
 
 from CrossVLT import CrossVLT, build_crossvlt
 from lib.rivals.lavt import LAVT, build_lavt, infer_lavt_config
-from lib.rivals.vlt import VLT, build_vlt
-from lib.state_dict import RENAMED_KEYS, infer_model_config, infer_vlt_config
+from lib.rivals.vlt import VLT, build_vlt, infer_vlt_config
+from lib.state_dict import RENAMED_KEYS, infer_model_config
 from lib.variants import MODELS
 
 # Turns names in BERT files into those of a network that contains the whole BERT as ``text_encoder``.
@@ -51,17 +51,20 @@ class Network:
     alignment_only: str = ""
 
 
+SIZES = ("window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size")
+STAGED_SWIN = r"backbone\.(0\.patch_embed|\d\.layers\.(blocks|downsample))\..*"  # made of VisionStage
+NO_DECAY = r"backbone\..*(norm|relative_position_bias_table).*"
 LAVT_NETWORK = Network(
     LAVT,
     build_lavt,
     key_prefix="backbone.layers.0.fusion.image_lang_att.",
     infer_config=infer_lavt_config,
-    inferred=("window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size"),
+    inferred=SIZES,
     pretrained_names=((r"^(patch_embed|layers)\.", r"backbone.\1."), BERT_NAMES),
     swin_part=r"backbone\.(patch_embed|layers\.\d\.(blocks|downsample))\..*",
     bert_part=r"text_encoder\..*",
     not_optimized=r"text_encoder\.(embeddings|encoder\.layer\.(10|11))\..*",  # BERT's last two layers, too
-    no_decay=r"backbone\..*(norm|relative_position_bias_table).*",
+    no_decay=NO_DECAY,
     unused=r"backbone\.layers\.3\.res_gate\..*",
 )
 # The keys are those of MODELS (lib/variants.py).
@@ -71,16 +74,14 @@ NETWORKS = {
         build_crossvlt,
         key_prefix="lang_stage1.",
         infer_config=infer_model_config,
-        inferred=(
-            "window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size", "align_dim"
-        ),
+        inferred=(*SIZES, "align_dim"),
         pretrained_names=RENAMED_KEYS,
-        swin_part=r"backbone\.(0\.patch_embed|\d\.layers\.(blocks|downsample))\..*",
+        swin_part=STAGED_SWIN,
         bert_part=r"lang_stage1\.(embeddings|encoder\.layer)\..*",
         # The word embeddings and the temperature keep their initial values. Weight decay also acts on the decoder's
         # BatchNorm and BERT's LayerNorm.
         not_optimized=r"temp|lang_stage1\.embeddings\..*",
-        no_decay=r"backbone\..*(norm|relative_position_bias_table).*",
+        no_decay=NO_DECAY,
         unused=r"backbone\.3\.layers\.linear1\..*",  # the gate of the last stage, which has no next stage
         alignment_only=r"(backbone\.\d\.layers|lang_stage1\.encoder|lang_stage[234])\.proj\..*",
     ),
@@ -91,17 +92,15 @@ NETWORKS = {
         build_vlt,
         key_prefix="query_generation.",
         infer_config=infer_vlt_config,
-        inferred=(
-            "window_size", "embed_dim", "depths", "num_heads", "text_dim", "text_layers", "vocab_size", "align_dim"
-        ),
+        inferred=(*SIZES, "align_dim"),
         pretrained_names=(*RENAMED_KEYS[:2], BERT_NAMES),
-        swin_part=r"backbone\.(0\.patch_embed|\d\.layers\.(blocks|downsample))\..*",
+        swin_part=STAGED_SWIN,
         bert_part=r"text_encoder\..*",
         not_optimized=r"text_encoder\.embeddings\..*",
-        no_decay=r"backbone\..*(norm|relative_position_bias_table).*",
+        no_decay=NO_DECAY,
         unused="",
     ),
-}  # fmt: skip
+}
 
 
 def name_of(model: nn.Module) -> str:

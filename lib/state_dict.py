@@ -160,15 +160,6 @@ def infer_model_config(state_dict: StateDict, options: Mapping[str, Any] | None 
     }
 
 
-def infer_vlt_config(state_dict: StateDict, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the arguments of build_vlt that fit a state dict; see :func:`infer_model_config`."""
-    return {
-        **infer_swin_config(state_dict, "backbone.0.patch_embed.", r"backbone\.(\d)\.layers\.blocks\.(\d+)\."),
-        **infer_text_config(state_dict, "text_encoder."),
-        "align_dim": state_dict["fusion.norm.weight"].shape[0],
-    }
-
-
 def infer_swin_config(state_dict: StateDict, patch_embed: str, blocks: str) -> dict[str, Any]:
     """Return the sizes of a Swin encoder from the shapes in a state dict.
 

@@ -1,6 +1,7 @@
 """Names and sizes of the published models. Other modules import them from here. Imports no torch."""
 
 import reprlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 IMG_SIZE = 480  # pixels per side of the resized square image
@@ -85,7 +86,7 @@ def complete_sizes(swin_type: str, **sizes: Any) -> dict[str, Any]:
         if not all(type(item) is int and smallest <= item <= largest for item in (size if per_stage else [size])):
             kind = "integers" if per_stage else "an integer"
             raise ValueError(f"{name} must be {kind} from {smallest} to {largest}, not {reprlib.repr(size)}.")
-        complete[name] = tuple(size) if per_stage else size
+        complete[name] = list(size) if per_stage else size
     for i, heads in enumerate(complete["num_heads"]):
         channels = complete["embed_dim"] * 2**i
         if channels % heads:
@@ -100,7 +101,7 @@ def check_rates(**rates: float) -> None:
             raise ValueError(f"{name} must be at least 0 and below 1, not {rate}.")
 
 
-def drop_path_rates(largest: float, depths: tuple[int, ...]) -> list[list[float]]:
+def drop_path_rates(largest: float, depths: Sequence[int]) -> list[list[float]]:
     """Return the drop path rates of the blocks of each stage. They increase linearly from 0 in the first block."""
     rates = [largest * k / max(1, sum(depths) - 1) for k in range(sum(depths))]
     return [rates[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]

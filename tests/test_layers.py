@@ -12,7 +12,7 @@ LAYERS = (
      "lib.fonts", "lib.drawing", "lib.threads", "lib.terminal"},  # without torch
     {"utils"},
     {"refer", "bert", "lib.vision_encoder", "lib.fusion", "lib.seg_decoder",
-     "lib.kernels", "lib.precision"},
+     "lib.kernels", "lib.precision", "lib.network"},
     {"CrossVLT", "lib.inference", "lib.state_dict", "lib.safe_load", "lib.options", "lib.config", "data"},
     {"lib.rivals", "lib.models", "lib.checkpoint", "lib.criterion", "lib.optim", "lib.metrics", "lib.protocols",
      "lib.collector", "lib.evaluation", "lib.baselines", "lib.visualize", "lib.polygons", "lib.engine",

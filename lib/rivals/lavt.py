@@ -17,6 +17,7 @@ from torch import nn
 from bert.language_encoder import LanguageStage1, bert_config, initialize_language
 from CrossVLT import CrossVLTOutput
 from lib.fusion import padding_bias
+from lib.network import SegmentationNetwork
 from lib.rivals.lavt_layers import LAVTBackbone, LAVTStage, PixelWordAttention
 from lib.seg_decoder import SegDecoder
 from lib.state_dict import StateDict, infer_swin_config, infer_text_config
@@ -26,7 +27,7 @@ from lib.vision_encoder import build_blocks, check_image_size, initialize_vision
 ONE_HEAD = "1-1-1-1"
 
 
-class LAVT(nn.Module):
+class LAVT(SegmentationNetwork):
     """The network. Use :func:`build_lavt` to build it.
 
     Args:
@@ -40,19 +41,6 @@ class LAVT(nn.Module):
         self.backbone = backbone
         self.text_encoder = text_encoder
         self.classifier = decoder
-        self.config: dict = {}  # arguments of build_lavt, defaults included; saved in checkpoints
-
-    def forward(
-        self,
-        images: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        *,
-        return_similarities: bool | None = None,
-    ) -> CrossVLTOutput:
-        """Segment the object that each sentence refers to. See :meth:`CrossVLT.CrossVLT.forward`."""
-        encoded, size = self.encode_images(images), images.shape[-2:]
-        return self.segment(encoded, input_ids, attention_mask, size=size, return_similarities=return_similarities)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Apply the blocks of the first stage, which depend only on the image: [B, 3, H, W] → [B, H/4, W/4, C].
@@ -80,12 +68,6 @@ class LAVT(nn.Module):
         words = self.text_encoder(input_ids, bias)  # [B, N, T]
         logits = self.classifier(self.backbone(encoded_images, words, bias))  # [B, 2, H/4, W/4]
         return CrossVLTOutput(F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=True), None)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable gradient checkpointing in both encoders. The gradients stay the same."""
-        for part in self.modules():
-            if hasattr(part, "grad_checkpointing"):
-                part.grad_checkpointing = enable
 
     def blocks(self) -> list[nn.Module]:
         """Return the Swin blocks and BERT layers, which torch.compile compiles separately."""
@@ -157,7 +139,7 @@ def build_lavt(
         "mha": "-".join(map(str, fusion_heads)),
         "fusion_drop": fusion_drop,
         "text_dropout": text_dropout,
-        **{name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()},
+        **sizes,
     }
     return model
 

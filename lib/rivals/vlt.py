@@ -7,7 +7,8 @@ Shapes: B batch size, H×W image size, N tokens, T text width, D = align_dim, Q 
 C = embed_dim·2^i channels; h×w = H/16 × W/16 is the size of the map of stage 2, on which the network works.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from torch import nn
 from bert.language_encoder import LanguageStage1, bert_config, initialize_language
 from lib.fusion import padding_bias
 from lib.kernels import to_conv_layout
+from lib.network import SegmentationNetwork
 from lib.rivals.vlt_layers import (
     NUM_HEADS,
     MaskDecoder,
@@ -26,6 +28,7 @@ from lib.rivals.vlt_layers import (
     sinusoidal_positions,
     to_positions,
 )
+from lib.state_dict import StateDict, infer_swin_config, infer_text_config
 from lib.variants import BERT_VOCAB_SIZE, NUM_STAGES, check_rates, complete_sizes, drop_path_rates
 from lib.vision_encoder import VisionStage, initialize_vision
 
@@ -40,7 +43,7 @@ class VLTOutput(NamedTuple):
     confidences: torch.Tensor  # [B, Q], from 0 to 1: the weights of the queries' responses
 
 
-class VLT(nn.Module):
+class VLT(SegmentationNetwork):
     """The VLT-style network. Use :func:`build_vlt` to build it.
 
     Args:
@@ -76,20 +79,6 @@ class VLT(nn.Module):
         )
         self.query_balance = QueryBalance(dim)
         self.classifier = MaskDecoder(dim)
-        self.config: dict = {}  # arguments of build_vlt, defaults included; saved in checkpoints
-
-    def forward(
-        self,
-        images: torch.Tensor,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
-        *,
-        return_similarities: bool | None = None,
-    ) -> VLTOutput:
-        """Segment the object that each sentence refers to. See :meth:`CrossVLT.CrossVLT.forward`."""
-        encoded = self.encode_images(images)
-        size = images.shape[-2:]
-        return self.segment(encoded, input_ids, attention_mask, size=size, return_similarities=return_similarities)
 
     def encode_images(self, images: torch.Tensor) -> torch.Tensor:
         """Apply the vision encoder, which is blind to the sentence: [B, 3, H, W] → [B, D, h, w]."""
@@ -129,12 +118,6 @@ class VLT(nn.Module):
         maps = maps.unflatten(2, fused.shape[-2:])
         logits = self.classifier(torch.cat([maps.to(fused.dtype), fused], dim=1), tuple(size))
         return VLTOutput(logits, None, confidences[..., 0])
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Enable gradient checkpointing in both encoders. The gradients stay the same."""
-        for part in self.modules():
-            if hasattr(part, "grad_checkpointing"):
-                part.grad_checkpointing = enable
 
     def blocks(self) -> list[nn.Module]:
         """Return the blocks of the encoders and of the transformer, which torch.compile compiles separately."""
@@ -211,10 +194,14 @@ def build_vlt(
         dim=align_dim,
         dropout=text_dropout,
     )
-    model.config = {
-        "swin_type": swin_type,
-        "drop_path_rate": drop_path_rate,
-        "text_dropout": text_dropout,
-        **{name: list(size) if isinstance(size, tuple) else size for name, size in sizes.items()},
-    }
+    model.config = {"swin_type": swin_type, "drop_path_rate": drop_path_rate, "text_dropout": text_dropout, **sizes}
     return model
+
+
+def infer_vlt_config(state_dict: StateDict, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the arguments of build_vlt that fit a state dict; see :func:`lib.state_dict.infer_model_config`."""
+    return {
+        **infer_swin_config(state_dict, "backbone.0.patch_embed.", r"backbone\.(\d)\.layers\.blocks\.(\d+)\."),
+        **infer_text_config(state_dict, "text_encoder."),
+        "align_dim": state_dict["fusion.norm.weight"].shape[0],
+    }
