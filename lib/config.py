@@ -245,14 +245,7 @@ def read_config_file(path: str, including: tuple[Path, ...] = ()) -> dict[str, t
     """
     if Path(path).resolve() in including:
         raise UserError(f"--cfg {path}: the file includes itself through {BASE_KEY}.")
-    try:
-        with open(path, encoding="utf-8") as file:
-            protect(path)
-            tree = yaml.safe_load(file)
-    except OSError as error:
-        raise MissingFileError(f"--cfg {path}: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: encoding, dates, very long integers
-        raise UserError(f"--cfg {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    tree = read_yaml(path, f"--cfg {path}")
     if not isinstance(tree, dict):
         raise UserError(f"--cfg {path} contains no configuration keys.")
     base = tree.pop(BASE_KEY, None)
@@ -262,6 +255,27 @@ def read_config_file(path: str, including: tuple[Path, ...] = ()) -> dict[str, t
     if not isinstance(base, str):
         raise UserError(f"--cfg {path}: {BASE_KEY} must be a file name, not {_shortened(base)}.")
     return read_config_file(str(Path(path).parent / base), (*including, Path(path).resolve())) | keys
+
+
+def read_yaml(path: str | Path, source: str, kind: str = "valid YAML") -> Any:
+    """Read a YAML file and return its content.
+
+    Args:
+        path: of the file.
+        source: the file in messages, such as ``--cfg FILE``.
+        kind: what the file should be, in the message about an invalid one.
+
+    Raises:
+        MissingFileError, UserError: the file cannot be read, or is not YAML.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            protect(path)
+            return yaml.safe_load(file)
+    except OSError as error:
+        raise MissingFileError(f"{source}: {error.strerror}.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: encoding, dates, very long integers
+        raise UserError(f"{source} is not {kind}: {' '.join(str(error).split())}") from error
 
 
 def datasets_of(cfg: CfgNode) -> list[tuple[str, str]]:

@@ -148,6 +148,7 @@ def test_checkpoints_are_listed_in_a_yaml_file(tmp_path):
         ("- a.pth", "is not a YAML file with lines `dataset: file`"),
         ("refcoco: [1]", "is not a YAML file with lines `dataset: file`"),
         ("a: b: c", "is not a YAML file with lines `dataset: file`"),
+        ("refcoco: " + "9" * 5000, "is not a YAML file with lines `dataset: file`"),
         ("", "is not a YAML file with lines `dataset: file`"),
     ):
         listed.write_text(content)

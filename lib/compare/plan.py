@@ -24,13 +24,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from yacs.config import CfgNode
 
 from lib.cli import did_you_mean
-from lib.config import flatten, get_parser, load_config
+from lib.config import flatten, get_parser, load_config, read_yaml
 from lib.errors import MissingFileError, UserError
-from lib.files import file_sha256, protect
+from lib.files import file_sha256
 from lib.protocols import PROTOCOLS
 from lib.report.names import PARTIAL, settings_path
 
@@ -129,8 +128,8 @@ class Run(NamedTuple):
     def _has_same_config(self) -> bool:
         """Return whether the run was trained with the configuration that it has now."""
         try:
-            saved = flatten(yaml.safe_load((self.logs / "config.yaml").read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError):
+            saved = flatten(read_yaml(self.logs / "config.yaml", ""))
+        except (UserError, AttributeError):  # none, or it is damaged
             return False
         expected = flatten(self.model.cfg) | {"SEED": self.seed}
         return all(
@@ -186,14 +185,7 @@ def read_comparison(path: str) -> Comparison:
         MissingFileError, UserError: a file is missing or invalid, a key is unknown, or the models are not trained and
             evaluated on the same data.
     """
-    try:
-        with open(path, encoding="utf-8") as file:
-            protect(path)
-            tree = yaml.safe_load(file)
-    except OSError as error:
-        raise MissingFileError(f"{path}: {error.strerror}.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    tree = read_yaml(path, path)
     if not isinstance(tree, dict):
         raise UserError(f"{path} is not a comparison: it contains no keys. See lib/compare/plan.py.")
     values = {key: tree.pop(key, default) for key, default in KEYS.items()}

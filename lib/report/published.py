@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
-
 from lib.cli import did_you_mean
+from lib.config import read_yaml
 from lib.errors import MissingFileError, UserError
 from lib.metrics import METRIC_NAMES
 from lib.variants import RELEASED_HINT
@@ -127,15 +126,12 @@ def find_checkpoints(source: str | Path, model: str = "crossvlt") -> dict[str, P
                 f"--checkpoints {source}: no best_<dataset>.pth for any of {', '.join(datasets)}. {RELEASED_HINT}"
             )
         return found
-    try:
-        entries = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise MissingFileError(f"--checkpoints {source}: no such folder or file. {RELEASED_HINT}") from error
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--checkpoints {source} is not a YAML file with lines `dataset: file` ({reason}).") from error
+    if not source.exists():
+        raise MissingFileError(f"--checkpoints {source}: no such folder or file. {RELEASED_HINT}")
+    kind = "a YAML file with lines `dataset: file`"
+    entries = read_yaml(source, f"--checkpoints {source}", kind)
     if not isinstance(entries, dict) or not entries or not all(isinstance(path, str) for path in entries.values()):
-        raise UserError(f"--checkpoints {source} is not a YAML file with lines `dataset: file`.")
+        raise UserError(f"--checkpoints {source} is not {kind}.")
     for name, path in entries.items():
         if name not in datasets:
             raise UserError(f"--checkpoints {source}: unknown dataset {name!r}.{did_you_mean(str(name), datasets)}")
