@@ -1,4 +1,4 @@
-"""Evaluate a model on a split, during training and in test.py, and predict masks.
+"""Evaluate a model on a split, during training and in test.py, and turn logits into masks.
 
 Shapes: B expressions, N tokens, S the model's image size, H×W the size at which masks are compared.
 """
@@ -221,43 +221,6 @@ def resize_logits(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def predict(
-    model: nn.Module,
-    images: torch.Tensor,
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor,
-    *,
-    size: tuple[int, int] | None = None,
-    protocol: Protocol = PAPER,
-    batch_size: int | None = None,
-) -> torch.Tensor:
-    """Return the masks of the referred objects, bool [B, H, W].
-
-    Args:
-        model: a CrossVLT in eval mode.
-        images: [B, 3, S, S], preprocessed; or [1, 3, S, S], one image for all sentences.
-        input_ids, attention_mask: [B, N].
-        size: (H, W) of the masks (default: the images' size).
-        protocol: defines how logits become a mask.
-        batch_size: largest number of sentences per forward pass (default: all). Each image is encoded once.
-
-    Raises:
-        UserError: the logits are inf or nan.
-    """
-    encoded = model.encode_images(images)
-    encoded = encoded.expand(len(input_ids), *encoded.shape[1:])
-    masks = []
-    for parts in zip(
-        *(x.split(batch_size or len(input_ids)) for x in (encoded, input_ids, attention_mask)), strict=True
-    ):
-        logits = model.segment(*parts, size=images.shape[-2:]).mask_logits
-        if not logits.isfinite().all():
-            raise UserError("The model's logits are inf or nan. The weights are damaged: use another checkpoint.")
-        masks.append(logits_to_masks(logits, size or images.shape[-2:], protocol))
-    return torch.cat(masks)
-
-
-@torch.inference_mode()
 def alignment_maps(
     model: nn.Module, images: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
 ) -> list[list[np.ndarray]]:
@@ -265,7 +228,8 @@ def alignment_maps(
 
     Args:
         model: a CrossVLT in eval mode.
-        images, input_ids, attention_mask: as for :func:`predict`, on any device.
+        images: [B, 3, S, S], preprocessed, on any device.
+        input_ids, attention_mask: [B, N].
     """
     device = model.temp.device
     inputs = (x.to(device) for x in (images, input_ids, attention_mask))

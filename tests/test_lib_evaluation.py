@@ -1,4 +1,4 @@
-"""evaluate() compared with counts by hand and by pycocotools; predict() and alignment maps."""
+"""evaluate() compared with counts by hand and by pycocotools; masks of logits and alignment maps."""
 
 import multiprocessing
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from data.transforms import resize_image
 from lib.baselines import baseline_metrics
 from lib.collector import ExpressionResult, ResultSink
 from lib.errors import CommonError, StoppedError, UserError
-from lib.evaluation import EvalSetup, alignment_maps, evaluate, logits_to_masks, predict
+from lib.evaluation import EvalSetup, alignment_maps, evaluate, logits_to_masks
 from lib.metrics import compute_metrics
 from lib.protocols import PAPER, PROTOCOLS, Protocol
 from refer.masks import decode_mask, resize_mask
@@ -252,9 +252,6 @@ def test_non_finite_logits_are_an_error_that_names_the_expression(value):
     with pytest.raises(CommonError, match=message):
         evaluate(Diverged(), EXAMPLE, [PAPER], setup(3), sink=sink)
     assert sink.calls == [[]]
-    images, ids = torch.ones(1, 3, 2, 2), torch.zeros(1, 4, dtype=torch.long)
-    with pytest.raises(UserError, match="logits are inf or nan"):
-        predict(Diverged().eval(), images, ids, ids)
 
 
 def test_an_unreadable_image_ends_the_workers_and_keeps_earlier_results(monkeypatch):
@@ -274,12 +271,14 @@ def test_an_unreadable_image_ends_the_workers_and_keeps_earlier_results(monkeypa
         assert not multiprocessing.active_children()
 
 
-def test_predict_at_another_size():
+def test_masks_at_another_size():
     images = torch.full((1, 3, 4, 4), -1.0)
     images[:, :, :2] = 1.0
     ids = torch.zeros(1, 3, dtype=torch.long)
-    assert predict(Echo().eval(), images, ids, ids)[0].tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
-    mask = predict(Echo().eval(), images, ids, ids, size=(8, 6))[0]
+    with torch.inference_mode():
+        logits = Echo().eval().segment(Echo().eval().encode_images(images), ids, ids, size=(4, 4)).mask_logits
+    assert logits_to_masks(logits, (4, 4), PAPER)[0].tolist() == [[True] * 4] * 2 + [[False] * 4] * 2
+    mask = logits_to_masks(logits, (8, 6), PAPER)[0]
     assert (mask.shape, mask.dtype) == ((8, 6), torch.bool)
     assert mask[:4].all()
     assert not mask[4:].any()
