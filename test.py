@@ -50,7 +50,7 @@ def add_arguments(parser: Parser) -> None:
     add("--vis-scale", "--vis_scale", metavar=("LOW", "HIGH"), type=float, nargs=2, help=scale_help)
     color_help = "color of the predicted mask, a name or #rrggbb; for several models separated by commas"
     add("--vis-color", "--vis_color", metavar="COLOR", help=color_help)
-    format_help = "format of the drawings; text stays text in pdf and svg (%(default)s)"
+    format_help = "format of the drawings (%(default)s)"
     add("--vis-format", "--vis_format", choices=FORMATS, default="png", help=format_help)
     add_input("--vis_compare", metavar="A,B", help="instead of --resume: draw several checkpoints side by side")
     add("--table", action="store_true", help="instead of --resume: reproduce the paper's table")
@@ -97,6 +97,8 @@ def main() -> None:
 
     style = parse_style(args.vis_color, args.vis_scale, args.vis_format)
     loaded = load_for_evaluation(args, args.resume)
+    if args.vis_maps:
+        loaded.checkpoint.check_maps()
     cfg, protocols = loaded.cfg, loaded.protocols
     refer = REFER(cfg.DATA.ROOT, cfg.DATA.NAME, cfg.DATA.SPLIT_BY)
     splits = refer.choose_splits(cfg.DATA.SPLIT)

@@ -153,6 +153,14 @@ class Checkpoint:
                 f"{self.path} is a checkpoint of {MODELS[self.model_name].title}, not of {MODELS[name].title}. {hint}"
             )
 
+    def check_maps(self) -> None:
+        """Raise a UserError if ``--vis_maps`` was given, but the network has no alignment maps."""
+        if not self.network.alignment_only:
+            title = MODELS[self.model_name].title
+            raise UserError(
+                f"--vis_maps: {self.path} is a checkpoint of {title}, which has no alignment maps. Drop the flag."
+            )
+
     def check_prefix(self, expected: bool) -> None:
         """Raise a UserError if ``--ddp_trained_weights`` (``expected``) was given, but the keys have no prefix."""
         if expected and not self.prefixed:

@@ -119,9 +119,6 @@ def load_for_evaluation(args: Any, path: str | Path) -> LoadedCheckpoint:
     cfg, given = config.load_config(args, base)
     checkpoint.check_network(cfg.MODEL.NAME, hint=f"Pass --model {checkpoint.model_name}, or another checkpoint.")
     checkpoint.check_prefix(cfg.PRETRAINED.DDP_TRAINED)
-    if args.vis_maps and not checkpoint.network.alignment_only:
-        title = MODELS[checkpoint.model_name].title
-        raise UserError(f"--vis_maps: {path} is a checkpoint of {title}, which has no alignment maps. Drop the flag.")
     for key, name, flag in MODEL_FLAGS:
         expected, trained = config.lookup(cfg, key), checkpoint.model_config[name]
         if key in given and expected and expected != trained:

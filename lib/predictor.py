@@ -141,7 +141,7 @@ class Predictor:
         given = {key: value for key, value in flags.items() if value is not None}
         switches = dict.fromkeys(SWITCHES) | {"threshold": threshold}
         path = Path(path) / BEST if Path(path).is_dir() else Path(path)
-        args = SimpleNamespace(cfg=None, protocol=None, vis_maps=False, **switches, **given)
+        args = SimpleNamespace(cfg=None, protocol=None, **switches, **given)
         loaded = load_for_evaluation(args, path)
         selected = select_device(device)
         if selected.type == "cuda":
@@ -201,7 +201,8 @@ class Predictor:
         Args:
             pairs: image and sentences, as for a call. Any iterable, also a generator.
             progress: show a progress bar, if stderr is a terminal.
-            on_error: called with an image and its error instead of raising the error. The image is left out.
+            on_error: called with an image and its error; the image is left out. None: the error is raised, after the
+                results of the images before it.
         """
         total = len(pairs) if hasattr(pairs, "__len__") else None
         group: list[tuple[ImageInput, Image.Image, list[str]]] = []
@@ -212,6 +213,7 @@ class Predictor:
                     group.append((image, load_image(image), checked))
                 except UserError as error:
                     if on_error is None:
+                        yield from self._predict_group(group, bar)
                         raise
                     on_error(image, error)
                     bar.update()

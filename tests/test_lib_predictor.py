@@ -104,14 +104,30 @@ def test_batches_differ_only_by_rounding(predictor, checkpoint, pairs):
     assert list(larger.batch([])) == []
 
 
-def test_a_broken_image_does_not_end_a_batch(predictor, pairs, tmp_path):
+def test_a_broken_image_does_not_end_a_batch(predictor, checkpoint, pairs, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"")
     given, errors = [pairs[0], (tmp_path / "broken.png", "red"), (pairs[1][0], " "), pairs[1]], []
     found = list(predictor.batch(given, on_error=lambda image, error: errors.append((image, str(error)))))
     assert [image for image, _ in found] == [pairs[0][0], pairs[1][0]]
     assert [image for image, _ in errors] == [tmp_path / "broken.png", pairs[1][0]]
+    found = []
     with pytest.raises(UserError, match=r"broken\.png"):
-        list(predictor.batch(given))
+        found.extend(Predictor.from_pretrained(checkpoint, device="cpu", batch_size=8).batch(given))
+    assert [image for image, _ in found] == [pairs[0][0]]  # what was read before the error is not lost
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_non_finite_logits_are_an_error(predictor, pairs, monkeypatch, value):
+    segment = PreparedModel.segment
+
+    def diverged(*args, **kwargs):
+        output = segment(*args, **kwargs)
+        output.mask_logits[-1, 1, 0, 0] = value
+        return output
+
+    monkeypatch.setattr(PreparedModel, "segment", diverged)
+    with pytest.raises(UserError, match="logits are inf or nan"):
+        predictor(pairs[0][0], "red")
 
 
 def test_set_image_encodes_once(predictor, pairs, monkeypatch):

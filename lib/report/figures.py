@@ -133,6 +133,8 @@ def compare_models(args: Any) -> None:
     if not paths:
         raise UserError(f"--vis_compare {args.vis_compare!r} contains no checkpoint.")
     checkpoints = [load_for_evaluation(args, path) for path in paths]
+    for loaded in checkpoints if args.vis_maps else ():
+        loaded.checkpoint.check_maps()
     cfg, protocols = checkpoints[0].cfg, checkpoints[0].protocols
     if len(protocols) > 1:
         raise UserError(f"--protocol {args.protocol}: --vis_compare draws under one protocol. Choose one of them.")
