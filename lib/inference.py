@@ -80,8 +80,10 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         return _pack(module, dtype)
     prepared = copy.copy(module)
     prepared._compiled_call_impl = None  # compiled blocks would run the original layers
+    full, in_full = torch.promote_types(dtype, torch.float32), getattr(module, "not_in_mixed_precision", ())
     prepared._modules = {
-        name: None if child is None else _prepared(child, dtype) for name, child in module._modules.items()
+        name: None if child is None else _prepared(child, full if name in in_full else dtype)
+        for name, child in module._modules.items()
     }
     for name, *followers in _chains(module):
         layers = [module._modules[follower] for follower in followers]
@@ -90,8 +92,6 @@ def _prepared(module: nn.Module, dtype: torch.dtype) -> nn.Module:
         layer = module._modules[name] if norm is None else _folded(module._modules[name], norm)
         prepared._modules[name] = _pack(layer, dtype, activation)
         prepared._modules |= {follower: nn.Identity() for follower in followers}
-    for name in getattr(module, "not_in_mixed_precision", ()):  # of layers of fusion
-        setattr(prepared, name, _prepared(getattr(module, name), torch.promote_types(dtype, torch.float32)))
     if isinstance(module, WindowAttention):
         # A copy without layers computes the biases. A cache of a method of ``prepared`` would be a reference cycle, and
         # its weights would stay in memory until the garbage collector runs.
