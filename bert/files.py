@@ -56,7 +56,8 @@ def find_beside(path: Path, name: str, filename: str) -> Path | None:
 
     Args:
         path: a file that :func:`resolve_bert_file` has found.
-        name: what it was found by. A model on the Hub is asked for the file; bert-base-uncased is known without it.
+        name: what it was found by. If it is a model on the Hub, the file is looked for there. For bert-base-uncased,
+            whose sizes are known, the result is None.
         filename: name of the file.
     """
     if name == BERT:

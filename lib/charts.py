@@ -40,8 +40,14 @@ STYLE = {
 
 def check_format(file_format: str) -> None:
     """Raise a UserError if figures of this format (one of ``FORMATS``) need matplotlib, and it is not installed."""
-    if file_format != "png" and importlib.util.find_spec("matplotlib") is None:
-        raise UserError(f"Writing {file_format} files needs matplotlib. Run: pip install -r requirements-extra.txt")
+    if file_format != "png":
+        check_matplotlib(f"Writing {file_format} files")
+
+
+def check_matplotlib(task: str) -> None:
+    """Raise a UserError that names the task if matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(f"{task} needs matplotlib. Run: pip install -r requirements-extra.txt")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class Box(NamedTuple):
     height: int
 
 
-class Picture(NamedTuple):
+class PlacedImage(NamedTuple):
     """An image, resized to its box when rendered."""
 
     box: Box
@@ -60,7 +60,7 @@ class Drawing:
 
     width: int
     height: int
-    items: list[Picture | Text | Rectangle] = field(default_factory=list)
+    items: list[PlacedImage | Text | Rectangle] = field(default_factory=list)
 
     def place(self, other: "Drawing", left: int, top: int) -> None:
         """Add the items of another drawing, moved by ``left`` and ``top``."""
@@ -82,7 +82,7 @@ class Drawing:
                     draw.text(position, run.text, fill=item.color, font=run.font, anchor="ls")
                 continue
             left, top, width, height = item.box
-            if isinstance(item, Picture):
+            if isinstance(item, PlacedImage):
                 canvas.paste(item.image.resize((width, height), Image.Resampling.LANCZOS), (left, top))
             else:
                 corners = (left, top, left + width - 1, top + height - 1)
@@ -113,7 +113,7 @@ class Drawing:
             with atomic_write(path) as temporary, rc_context({"svg.hashsalt": "crossvlt"}):
                 figure.savefig(temporary, format=file_format, metadata={date: None})
 
-    def _add_to_figure(self, figure: "Figure", item: Picture | Text | Rectangle, pixel_ratio: int) -> None:  # noqa: F821
+    def _add_to_figure(self, figure: "Figure", item: PlacedImage | Text | Rectangle, pixel_ratio: int) -> None:  # noqa: F821
         from matplotlib.patches import PathPatch
         from matplotlib.patches import Rectangle as RectanglePatch
         from matplotlib.transforms import Affine2D
@@ -121,7 +121,7 @@ class Drawing:
         # From pixels, counted downwards, to inches, counted upwards.
         to_inches = Affine2D().scale(1, -1).translate(0, self.height).scale(1 / PIXELS_PER_INCH)
         transform = to_inches + figure.dpi_scale_trans
-        if isinstance(item, Picture):
+        if isinstance(item, PlacedImage):
             left, top, width, height = item.box
             image = item.image.copy()
             image.thumbnail((pixel_ratio * width, pixel_ratio * height), Image.Resampling.LANCZOS)

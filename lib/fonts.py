@@ -22,9 +22,8 @@ FONT_FILES = (
     ("manimgx_fonts", "NotoEmoji*.ttf"),
     ("matplotlib", "mpl-data/fonts/ttf/DejaVuSans.ttf"),
 )
-CHINESE = (
-    2  # number of the simplified Chinese face in a collection; Japanese, Korean and other letters are in each face
-)
+# Number of the simplified Chinese face in a collection. Japanese, Korean and other letters are in each face.
+CHINESE = 2
 REGULAR = 400  # weight
 NONCHARACTER = "\U0010ffff"  # in no font
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageColor
 
 from lib.charts import check_format
-from lib.drawing import Box, Color, Drawing, Picture, Rectangle, Text
+from lib.drawing import Box, Color, Drawing, PlacedImage, Rectangle, Text
 from lib.errors import UserError
 from lib.fonts import TextFont, load_font
 
@@ -221,7 +221,7 @@ def panel(
         for i, cell in enumerate(row):
             left = MARGIN + i * (CELL + MARGIN)
             _draw_title(drawing, left, top, cell)
-            drawing.items.append(Picture(Box(left, top + TITLE_SIZE + GAP, *size), cell.image))
+            drawing.items.append(PlacedImage(Box(left, top + TITLE_SIZE + GAP, *size), cell.image))
         top += row_height
     if map_rows:
         _draw_scale(drawing, width - MARGIN - CELL, top, scale)
@@ -272,7 +272,7 @@ def _draw_scale(drawing: Drawing, left: int, top: int, scale: tuple[float, float
     drawing.items += [
         Text(left, top, low, NOTE_SIZE, GRAY),
         Text(stop + GAP, top, high, NOTE_SIZE, GRAY),
-        Picture(box, heat_overlay(bar, np.linspace(*SCALE, bar.width)[None])),
+        PlacedImage(box, heat_overlay(bar, np.linspace(*SCALE, bar.width)[None])),
         Rectangle(box, RULE_COLOR, filled=False),
     ]
 

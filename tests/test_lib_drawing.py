@@ -11,7 +11,7 @@ from PIL import Image
 import lib.charts
 import lib.fonts
 from lib.charts import check_format
-from lib.drawing import Box, Drawing, Picture, Rectangle, Text
+from lib.drawing import Box, Drawing, PlacedImage, Rectangle, Text
 from lib.errors import UserError
 from lib.fonts import Face, TextFont, installed_faces
 
@@ -65,7 +65,7 @@ def test_without_packages_pillows_font_is_used_and_missing_letters_are_logged_on
 def drawing():
     pixels = np.zeros((40, 60, 3), np.uint8)
     pixels[:, :30] = (255, 0, 0)
-    part = Drawing(100, 60, [Text(5, 2, "dog", 24, BLACK), Picture(Box(50, 0, 30, 20), Image.fromarray(pixels))])
+    part = Drawing(100, 60, [Text(5, 2, "dog", 24, BLACK), PlacedImage(Box(50, 0, 30, 20), Image.fromarray(pixels))])
     whole = Drawing(200, 100, [Rectangle(Box(0, 90, 200, 10), (0, 0, 255)), Rectangle(Box(1, 1, 20, 9), BLACK, False)])
     whole.place(part, 100, 30)
     return whole

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from lib import visualize
-from lib.drawing import Box, Drawing, Picture
+from lib.drawing import Box, Drawing, PlacedImage
 from lib.errors import UserError
 from lib.visualize import (
     CELL,
@@ -42,7 +42,7 @@ def panel(*args, **kwargs):
 
 
 def contact_sheet(images, **kwargs):
-    drawings = [Drawing(*image.size, [Picture(Box(0, 0, *image.size), image)]) for image in images]
+    drawings = [Drawing(*image.size, [PlacedImage(Box(0, 0, *image.size), image)]) for image in images]
     return visualize.contact_sheet(drawings, **kwargs).render()
 
 

@@ -11,10 +11,10 @@ stored predictions. The commands of --dry-run can also be run elsewhere, for exa
 describes the YAML file, lib/compare/sources.py the files of --from.
 """
 
-import importlib.util
 import sys
 from pathlib import Path
 
+from lib.charts import check_matplotlib
 from lib.cli import Parser, run_command
 from lib.errors import UserError
 from lib.files import Kind, check_writable
@@ -59,8 +59,7 @@ def main() -> None:
     if args.dry_run:
         print("\n".join(command_lines(runs, threads_per_job(args.jobs))))
         return
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError("The charts need matplotlib. Run: pip install -r requirements-extra.txt")
+    check_matplotlib("The report of a comparison")
     if comparison.data:
         data = comparison.data.DATA
         check_dataset(data.ROOT, data.NAME, data.SPLIT_BY)

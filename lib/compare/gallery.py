@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from data.transforms import read_image
 from lib.compare.charts import PALETTE
 from lib.compare.results import ModelResults
 from lib.drawing import Drawing
@@ -77,8 +78,7 @@ def choose(order: Iterable[int], lines: Sequence[Line], refer: REFER, count: int
 
 def _draw(models: Sequence[ModelResults], index: int, refer: REFER, gt_mask: str) -> Example:
     line = models[0].lines[0][index]
-    with Image.open(refer.get_image_path(line["image_id"])) as file:
-        image = file.convert("RGB")
+    image = read_image(refer.get_image_path(line["image_id"]))
     target = refer.getMask(line["ref_id"], mode=gt_mask)["mask"].astype(bool)
     predictions = [
         Prediction(

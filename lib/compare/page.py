@@ -52,8 +52,8 @@ def make_page(
         body += [f"<h3>{_text(split)}</h3>", _table([row for row in rows if row.split == split], reference)]
     body.append(f"<p>{_text(method(rows, reference))}</p>")
     for heading, images in charts.items():
-        pictures = [f'<img alt="{_text(title)}" src="{_uri(data, "png")}">' for title, data in images.items()]
-        body += [f"<h2>{_text(heading)}</h2>", f'<div class="charts">{"".join(pictures)}</div>'] if pictures else []
+        tags = [f'<img alt="{_text(title)}" src="{_uri(data, "png")}">' for title, data in images.items()]
+        body += [f"<h2>{_text(heading)}</h2>", f'<div class="charts">{"".join(tags)}</div>'] if tags else []
     for section in sections:
         body += [
             f"<h2>{_text(section.title)}</h2>",

@@ -11,7 +11,7 @@ import numpy as np
 from lib.compare.cost import Cost
 from lib.compare.results import ModelResults
 from lib.compare.statistics import Estimate, estimate_difference, estimate_mean, holm
-from lib.tables import to_latex, to_markdown, to_text
+from lib.tables import latex_document, to_latex, to_markdown, to_text
 
 METRICS = ("P@0.5", "P@0.9", "oIoU")  # columns besides the mean IoU
 COSTS = ("parameters, M", "GFLOP", "ms")
@@ -137,8 +137,9 @@ def markdown_table(rows: Sequence[Row], reference: str) -> str:
 
 
 def latex_table(rows: Sequence[Row], reference: str) -> str:
-    """Return the table as LaTeX (booktabs)."""
-    return f"{to_latex(cells(rows), left=(0, 1), notes=[method(rows, reference)])}\n"
+    """Return the table as a LaTeX document, see :func:`lib.tables.latex_document`."""
+    tabular = to_latex(cells(rows), left=(0, 1), notes=[method(rows, reference)])
+    return latex_document([(f"Comparison with {reference}", tabular)])
 
 
 def csv_table(rows: Sequence[Row]) -> str:
