@@ -74,12 +74,16 @@ def method(rows: Sequence[Row], reference: str) -> str:
     seeds = sorted({row.seeds for row in rows})
     devices = sorted({row.cost.device for row in rows if row.cost})
     cost = f" GFLOP and ms per expression are those of one image and one sentence, timed on {' or '.join(devices)}."
-    over = "images only (a single seed)" if seeds == [1] else "seeds and images"
+    if seeds == [1]:
+        values = "Mean IoU of a single seed, in percent; 95 % intervals cover images only"
+        test = "a two-sided paired t-test over images"
+    else:
+        values = f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seeds, in percent; "
+        values += "95 % intervals cover seeds and images"
+        test = "a two-sided paired t-test over images that includes the variance between seeds"
     return (
-        f"Mean ± standard deviation over {' or '.join(map(str, seeds))} seed(s), in percent; 95 % intervals cover "
-        f"{over}, with all expressions of an image as one unit; differences are from {reference}, their p-values from "
-        f"a two-sided paired t-test over images that includes the variance between seeds, Holm-corrected for all "
-        f"{count} differences of the table.{cost if devices else ''}"
+        f"{values}, with all expressions of an image as one unit; differences are from {reference}, their p-values from "
+        f"{test}, Holm-corrected for all {count} differences of the table.{cost if devices else ''}"
     )
 
 
