@@ -82,8 +82,8 @@ def method(rows: Sequence[Row], reference: str) -> str:
         values += "95 % intervals cover seeds and images"
         test = "a two-sided paired t-test over images that includes the variance between seeds"
     return (
-        f"{values}, with all expressions of an image as one unit; differences are from {reference}, their p-values from "
-        f"{test}, Holm-corrected for all {count} differences of the table.{cost if devices else ''}"
+        f"{values}, with all expressions of an image as one unit; differences are from {reference}, their p-values "
+        f"from {test}, Holm-corrected for all {count} differences of the table.{cost if devices else ''}"
     )
 
 
